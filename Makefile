@@ -1,0 +1,59 @@
+# Every target works from a bare clone with Python >= 3.11; a C++ compiler makes it fast. `make venv` first runs by itself.
+
+PYTHON ?= python3
+# Where torch comes from, when the default index would bring a build for other hardware, e.g.
+#   make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help venv demo serve test lint types check clean
+
+help:
+	@echo "make demo    start a small cluster, hold three chats with it, show where the time went, stop it"
+	@echo "make serve   leave it running on 127.0.0.1:8000"
+	@echo "make test    the whole test suite"
+	@echo "make check   lint, types and tests"
+	@echo "make bench-NAME [ARGS=...]   run benchmarks/NAME.py, e.g. make bench-engine ARGS=--quick"
+
+venv: $(STAMP)
+
+# Torch goes first, so that the constraint alone decides which build comes.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "[venv] checking $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tandem needs Python 3.11 or newer; make venv PYTHON=python3.11")'
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || echo "[venv] no C++ compiler found: the slower operators will be used"
+	@echo "[venv] creating $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[venv] installing torch (the largest part)"
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@echo "[venv] installing Tandem and its tools"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+	@echo "[venv] ready"
+
+demo: $(STAMP)
+	@$(BIN)/tandem demo
+
+serve: $(STAMP)
+	@$(BIN)/tandem serve --config configs/local.yaml $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/pytest $(ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+
+types: $(STAMP)
+	@$(BIN)/mypy
+	@$(BIN)/pyright
+
+check: lint types test
+
+bench-%: $(STAMP)
+	@$(BIN)/python -m benchmarks.$* $(ARGS)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,266 @@
+"""The configuration tree: every key that an operator can set, its type, default and meaning.
+
+Schema only. Reading files, environment and flags, and saying where a value came from, is
+`cluster.config_loader`'s. Unknown keys are refused. Each key acts: nothing here is accepted and ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from fractions import Fraction
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    WithJsonSchema,
+    field_serializer,
+    model_validator,
+)
+
+from contracts.messages import Role
+
+SIZE_UNITS: dict[str, Fraction] = {
+    "": Fraction(1),
+    "B": Fraction(1),
+    "KB": Fraction(10**3),
+    "MB": Fraction(10**6),
+    "GB": Fraction(10**9),
+    "TB": Fraction(10**12),
+    "KiB": Fraction(2**10),
+    "MiB": Fraction(2**20),
+    "GiB": Fraction(2**30),
+    "TiB": Fraction(2**40),
+}
+
+DURATION_UNITS_S: dict[str, Fraction] = {
+    "": Fraction(1),
+    "ms": Fraction(1, 1000),
+    "s": Fraction(1),
+    "min": Fraction(60),
+    "h": Fraction(3600),
+}
+
+_QUANTITY = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)\s*")
+
+
+def _quantity(text: str, units: dict[str, Fraction], example: str) -> Fraction:
+    match = _QUANTITY.fullmatch(text)
+    if match is None or match[2] not in units:
+        known = ", ".join(unit for unit in units if unit)
+        raise ValueError(f"{text!r} is not a number with a unit of {known}; write for example {example}")
+    return Fraction(match[1]) * units[match[2]]
+
+
+def parse_size(value: object) -> object:
+    """'2GiB' -> 2147483648 (bytes, rounded down). A number is bytes; other types are left to the schema."""
+    if not isinstance(value, str):
+        return value
+    return int(_quantity(value, SIZE_UNITS, "2GiB"))
+
+
+def format_size(size_bytes: int) -> str:
+    """The shortest exact spelling: the inverse of `parse_size`."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        count, rest = divmod(size_bytes, int(SIZE_UNITS[unit]))
+        if count and not rest:
+            return f"{count}{unit}"
+    return f"{size_bytes}B"
+
+
+def parse_duration_s(value: object) -> object:
+    """'500ms' -> 0.5 (seconds). A number is seconds; other types are left to the schema."""
+    if not isinstance(value, str):
+        return value
+    return float(_quantity(value, DURATION_UNITS_S, "500ms"))
+
+
+SizeBytes = Annotated[
+    int,
+    Field(gt=0),
+    BeforeValidator(parse_size),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? *([KMGT]?B|[KMGT]iB)?$"},
+            ]
+        }
+    ),
+]
+
+DurationS = Annotated[
+    float,
+    Field(gt=0, allow_inf_nan=False),
+    BeforeValidator(parse_duration_s),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)? *(ms|s|min|h)?$"},
+            ]
+        }
+    ),
+]
+
+#: Becomes part of worker ids, log file names and environment variables.
+PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PoolConfig(_Section):
+    """Workers of one role and model."""
+
+    name: PoolName
+    """Prefix of the worker ids; a pool file's default is its file name."""
+
+    role: Role
+    """What its workers do: read prompts, write answers, or both in one process."""
+
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """How many worker processes."""
+
+    kv_memory: SizeBytes = 2**29
+    """Memory of each worker's paged KV pool, for example 2GiB."""
+
+    kv_blocks: Count | None = None
+    """Exact number of blocks of each worker's KV pool, instead of `kv_memory`."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU where there is one."""
+
+    cores: tuple[Annotated[int, Field(ge=0)], ...] | Literal["auto"] = "auto"
+    """Processor cores that the pool's workers divide among themselves; auto: a fair part of the machine."""
+
+    threads: Count | Literal["auto"] = "auto"
+    """Compute threads of each worker; auto: one for each of its cores."""
+
+    max_batch_tokens: Count | None = None
+    """Token budget of one step for this pool, instead of `engine.max_batch_tokens`."""
+
+    max_sequences: Count | None = None
+    """Running sequences for each worker of this pool, instead of `engine.max_sequences`."""
+
+    @field_serializer("kv_memory", when_used="json")
+    def _size_with_unit(self, size_bytes: int) -> str:
+        return format_size(size_bytes)
+
+
+class GatewayConfig(_Section):
+    """The REST front end."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback unless said otherwise."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """TCP port; 0 takes a free one and prints it."""
+
+    api_keys: tuple[SecretStr, ...] = ()
+    """Clients must send one of these as a bearer token; none: everybody may ask."""
+
+    strict_fields: bool = False
+    """Refuse requests with unknown fields instead of ignoring and counting them."""
+
+
+class CoordinatorConfig(_Section):
+    """Membership and dispatch."""
+
+    heartbeat_interval_s: DurationS = 0.5
+    """How often workers report their load."""
+
+    dead_after_s: DurationS = 3.0
+    """Silence after which a worker gets no more requests."""
+
+    @model_validator(mode="after")
+    def _some_beats_may_be_lost(self) -> CoordinatorConfig:
+        if self.dead_after_s < 2 * self.heartbeat_interval_s:
+            raise ValueError(
+                f"dead_after_s ({self.dead_after_s:g}) must be at least twice "
+                f"heartbeat_interval_s ({self.heartbeat_interval_s:g})"
+            )
+        return self
+
+
+class EngineConfig(_Section):
+    """Limits of one engine step, for every pool that does not set its own."""
+
+    max_batch_tokens: Count = 512
+    """Token budget of one step: running sequences first, then chunks of prompts."""
+
+    max_sequences: Count = 64
+    """Sequences that run at once in one worker."""
+
+
+class SupervisorConfig(_Section):
+    """Care for the worker processes of this machine."""
+
+    start_timeout_s: DurationS = 300.0
+    """Time a worker may go without progress between its start and its being ready."""
+
+    stop_timeout_s: DurationS = 5.0
+    """Time a worker gets to leave before it is killed."""
+
+    restart_delay_s: DurationS = 0.25
+    """Wait before the first restart of a crashed worker; doubles with each further crash."""
+
+    restart_delay_max_s: DurationS = 15.0
+    """Longest wait between restarts."""
+
+    start_attempts: Count = 3
+    """Deaths in a row before being ready after which a worker is given up."""
+
+
+DEFAULT_POOLS = (PoolConfig(name="prefill", role="prefill"), PoolConfig(name="decode", role="decode"))
+
+
+class ClusterConfig(_Section):
+    """One cluster serving one model."""
+
+    model: str = "demo"
+    """`demo`, a folder with a checkpoint in Hugging Face layout, or a hub id such as org/name."""
+
+    served_model_name: str | None = None
+    """Name in the API; the default is the folder's name or the hub id."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and KV; auto: the checkpoint's."""
+
+    max_model_len: Count | None = None
+    """Longest prompt plus answer in tokens; the default is the checkpoint's."""
+
+    block_tokens: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Tokens of one KV block."""
+
+    pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1)] = DEFAULT_POOLS
+    """The pools; in a file each may also be the path of a pool file, relative to the cluster file."""
+
+    transport: Literal["auto", "shm"] = "auto"
+    """How KV blocks move between workers; auto: shared memory on one machine."""
+
+    gateway: GatewayConfig = GatewayConfig()
+    coordinator: CoordinatorConfig = CoordinatorConfig()
+    engine: EngineConfig = EngineConfig()
+    supervisor: SupervisorConfig = SupervisorConfig()
+
+    log_dir: str | None = None
+    """Folder for the workers' logs; the default is a temporary one that goes when all ended well."""
+
+    @model_validator(mode="after")
+    def _pools_can_serve(self) -> ClusterConfig:
+        repeated = [name for name, count in Counter(pool.name for pool in self.pools).items() if count > 1]
+        if repeated:
+            raise ValueError(f"two pools are named {repeated[0]!r}")
+        roles = {pool.role for pool in self.pools}
+        if "mixed" not in roles and not {"prefill", "decode"} <= roles:
+            missing = "decode" if "prefill" in roles else "prefill"
+            raise ValueError(f"no pool has the role {missing!r} (or 'mixed'): requests could never finish")
+        return self

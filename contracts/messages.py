@@ -1,0 +1,344 @@
+"""Every message between processes, and the method that carries it.
+
+Bodies are MessagePack maps of these structs (msgspec validates types on receipt; unknown keys are ignored,
+so that a field can be added without a version change). Times are durations in seconds: each side counts them
+on its own monotonic clock. Who calls whom:
+
+    gateway      -> coordinator   Dispatch, Members
+    worker       -> coordinator   Register, Heartbeat, Deregister
+    gateway      -> worker        Prefill, Cancel, Frames (server stream)
+    prefill side -> decode side   Handoff (the offer), Progress
+    decode side  -> prefill side  Confirm, Renew, Ack
+    operator     -> worker        Audit
+"""
+
+from __future__ import annotations
+
+from typing import Generic, Literal, TypeVar
+
+import msgspec
+
+from contracts.ids import (
+    Attempt,
+    BlockId,
+    GatewayId,
+    Generation,
+    Incarnation,
+    LeaseId,
+    RequestId,
+    WorkerId,
+)
+from contracts.layout import KvIdentity
+from contracts.requests import Frame, GenerateRequest, TokenDelta
+
+Role = Literal["prefill", "decode", "mixed"]
+
+RequestT = TypeVar("RequestT", bound=msgspec.Struct)
+ReplyT = TypeVar("ReplyT", bound=msgspec.Struct)
+
+
+class Method(msgspec.Struct, Generic[RequestT, ReplyT], frozen=True):
+    """A remote call: its name on the wire and its two body types. `idempotent` says repeats are harmless."""
+
+    name: str
+    request: type[RequestT]
+    reply: type[ReplyT]
+    idempotent: bool = True
+
+
+class StreamMethod(msgspec.Struct, Generic[RequestT, ReplyT], frozen=True):
+    """A remote call answered by a stream of bodies."""
+
+    name: str
+    request: type[RequestT]
+    reply: type[ReplyT]
+
+
+class Empty(msgspec.Struct, frozen=True):
+    pass
+
+
+# --- membership -------------------------------------------------------------------------------------
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker tells about itself once per life."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+    role: Role
+    #: rpc address, e.g. "127.0.0.1:41234".
+    address: str
+    model: str
+    identity: KvIdentity
+    total_blocks: int
+    max_context_tokens: int
+    pid: int = 0
+    #: e.g. "cpu-avx2, 1 thread, cores 0": for people.
+    device: str = ""
+
+
+class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What changes all the time. Block counts follow the ledger's classes; they sum to the total."""
+
+    #: Requests accepted and not yet computing.
+    waiting_requests: int = 0
+    #: Prompt tokens not yet computed, over waiting and running requests.
+    pending_prompt_tokens: int = 0
+    running_requests: int = 0
+    #: Sum of context lengths of running sequences.
+    context_tokens: int = 0
+    free_blocks: int = 0
+    owned_blocks: int = 0
+    offered_blocks: int = 0
+    reserved_blocks: int = 0
+    cached_blocks: int = 0
+    quarantined_blocks: int = 0
+    #: Age of the engine step in progress; 0 when idle. Says "hung" when past its bound.
+    step_age_s: float = 0.0
+
+
+class RegisterReply(msgspec.Struct, frozen=True, kw_only=True):
+    heartbeat_interval_s: float
+
+
+class HeartbeatRequest(msgspec.Struct, frozen=True, kw_only=True):
+    worker_id: WorkerId
+    incarnation: Incarnation
+    load: WorkerLoad
+
+
+class HeartbeatReply(msgspec.Struct, frozen=True, kw_only=True):
+    #: False: the coordinator does not know this life of this worker; register (again).
+    known: bool
+
+
+class DeregisterRequest(msgspec.Struct, frozen=True, kw_only=True):
+    worker_id: WorkerId
+    incarnation: Incarnation
+    reason: str
+
+
+class Peer(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker as an addressee: the message is void for any other life of it."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+    address: str
+
+
+class DispatchItem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    request_id: RequestId
+    prompt_tokens: int
+    max_tokens: int
+    #: Workers the gateway has just seen fail with this request.
+    avoid: tuple[WorkerId, ...] = ()
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True, tag="placement"):
+    """Where a request runs. `prefill == decode` (a mixed worker) means no handoff."""
+
+    request_id: RequestId
+    prefill: Peer
+    decode: Peer
+    #: Why these two: for logs, metrics and tests.
+    reason: str
+
+
+class Rejection(msgspec.Struct, frozen=True, kw_only=True, tag="rejection"):
+    request_id: RequestId
+    #: "not_ready" (no such worker) or "no_capacity" (all full): codes of contracts.errors.
+    code: str
+    message: str
+    retry_after_s: float
+
+
+class DispatchRequest(msgspec.Struct, frozen=True, kw_only=True):
+    gateway_id: GatewayId
+    items: tuple[DispatchItem, ...]
+
+
+class DispatchReply(msgspec.Struct, frozen=True, kw_only=True):
+    """Parallel to the request's items."""
+
+    verdicts: tuple[Placement | Rejection, ...]
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    info: WorkerInfo
+    load: WorkerLoad
+    heartbeat_age_s: float
+
+
+class MembersReply(msgspec.Struct, frozen=True, kw_only=True):
+    members: tuple[Member, ...]
+
+
+# --- requests ---------------------------------------------------------------------------------------
+
+
+class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Read this prompt; hand it to `decode` (or keep it, when that is the receiver itself).
+
+    Raises NoCapacity when the queue is full, BadRequest when it can never fit, StaleIncarnation.
+    Idempotent: a repeat with the same (request_id, attempt) is answered and ignored.
+    """
+
+    target: Incarnation
+    request: GenerateRequest
+    decode: Peer
+
+
+class RequestKey(msgspec.Struct, frozen=True, array_like=True, order=True):
+    request_id: RequestId
+    attempt: Attempt
+
+
+class CancelRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Forget these tries: nothing more is computed or streamed for them. Unknown ones are no error."""
+
+    requests: tuple[RequestKey, ...]
+    reason: str
+
+
+class FramesRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Opens the one stream of frames from this worker to this gateway; an older one is closed."""
+
+    gateway_id: GatewayId
+    target: Incarnation
+
+
+# --- the leased pull --------------------------------------------------------------------------------
+
+
+class BlockRef(msgspec.Struct, frozen=True, array_like=True):
+    """A holder's block, and the generation whose bytes are meant."""
+
+    block_id: BlockId
+    generation: Generation
+
+
+class LeaseTerms(msgspec.Struct, frozen=True, kw_only=True):
+    """What a holder grants. `ttl_s` counts from the holder's sending; a reader counts from its receiving a
+    reply to its own question, so the reader's lease always ends first."""
+
+    lease_id: LeaseId
+    holder: Peer
+    identity: KvIdentity
+    #: How to reach the bytes; opaque to everything but the transport of this name.
+    transport: str
+    endpoint: bytes
+    #: Blocks the lease will hold when sealed.
+    num_blocks: int
+    ttl_s: float
+
+
+class HandoffRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Offer: a prompt's KV, still growing, and the request to continue.
+
+    Answered at once. Raises NoCapacity (the holder may ask again), IncompatiblePeer, StaleIncarnation,
+    BadRequest (can never fit). Idempotent by lease id.
+    """
+
+    target: Incarnation
+    terms: LeaseTerms
+    request: GenerateRequest
+
+
+class HandoffReply(msgspec.Struct, frozen=True, kw_only=True):
+    #: "reserved": blocks are set aside. "waiting": queued without blocks, the reader renews meanwhile.
+    verdict: Literal["reserved", "waiting"]
+
+
+class Seal(msgspec.Struct, frozen=True, kw_only=True):
+    """The lease grows no more. `first_delta` is output token 0, already streamed by the prefill side."""
+
+    num_tokens: int
+    first_delta: TokenDelta
+
+
+class ProgressRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Blocks that will never be written again, from position `start` of the lease's block list on.
+
+    `withdrawn`: the holder takes the offer back (request ended, cancelled or failed there). Idempotent: blocks
+    already known are skipped; a gap is answered with `expected`, and the holder sends from there.
+    """
+
+    lease_id: LeaseId
+    holder_incarnation: Incarnation
+    start: int = 0
+    blocks: tuple[BlockRef, ...] = ()
+    seal: Seal | None = None
+    withdrawn: str | None = None
+
+
+class ProgressReply(msgspec.Struct, frozen=True, kw_only=True):
+    #: False: the reader does not hold this lease (any more); the holder lets it go.
+    known: bool
+    #: Next position of the block list the reader expects.
+    expected: int = 0
+
+
+class ConfirmRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Do all generations of this sealed lease still stand? Asked after the last byte. Idempotent."""
+
+    lease_id: LeaseId
+    holder_incarnation: Incarnation
+
+
+class ConfirmReply(msgspec.Struct, frozen=True, kw_only=True):
+    stands: bool
+    reason: str = ""
+
+
+class RenewRequest(msgspec.Struct, frozen=True, kw_only=True):
+    holder_incarnation: Incarnation
+    lease_ids: tuple[LeaseId, ...]
+
+
+class RenewReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The leases that stand, for `ttl_s` from the holder's answering."""
+
+    alive: tuple[LeaseId, ...]
+    ttl_s: float
+
+
+class AckRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The reader is done with these leases (adopted or aborted): the holder may let them go."""
+
+    holder_incarnation: Incarnation
+    lease_ids: tuple[LeaseId, ...]
+
+
+# --- audit ------------------------------------------------------------------------------------------
+
+
+class AuditReply(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's books, for tests, `tandem doctor` and metrics. `problems` is empty in a healthy worker."""
+
+    load: WorkerLoad
+    total_blocks: int
+    open_requests: int
+    holder_leases: int
+    reader_leases: int
+    problems: tuple[str, ...]
+
+
+# --- methods ----------------------------------------------------------------------------------------
+
+REGISTER = Method("coordinator/Register", WorkerInfo, RegisterReply)
+HEARTBEAT = Method("coordinator/Heartbeat", HeartbeatRequest, HeartbeatReply)
+DEREGISTER = Method("coordinator/Deregister", DeregisterRequest, Empty)
+DISPATCH = Method("coordinator/Dispatch", DispatchRequest, DispatchReply, False)
+MEMBERS = Method("coordinator/Members", Empty, MembersReply)
+
+PREFILL = Method("worker/Prefill", PrefillRequest, Empty)
+CANCEL = Method("worker/Cancel", CancelRequest, Empty)
+AUDIT = Method("worker/Audit", Empty, AuditReply)
+FRAMES = StreamMethod("worker/Frames", FramesRequest, Frame)
+
+HANDOFF = Method("lease/Handoff", HandoffRequest, HandoffReply)
+PROGRESS = Method("lease/Progress", ProgressRequest, ProgressReply)
+CONFIRM = Method("lease/Confirm", ConfirmRequest, ConfirmReply)
+RENEW = Method("lease/Renew", RenewRequest, RenewReply)
+ACK = Method("lease/Ack", AckRequest, Empty)
