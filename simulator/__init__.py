@@ -1,0 +1,24 @@
+"""The simulating composition root: virtual time, a modelled engine, and programs that repeat exactly."""
+
+from __future__ import annotations
+
+from simulator.clock import VirtualClock
+from simulator.engine import ModelledEngine, StepTiming, expected_tokens, modelled_identity
+from simulator.loop import LimitReached, SimulationError, StuckProgram, ThreadsRefused, VirtualLoop
+from simulator.program import Program, Trace, run
+
+__all__ = [
+    "LimitReached",
+    "ModelledEngine",
+    "Program",
+    "SimulationError",
+    "StepTiming",
+    "StuckProgram",
+    "ThreadsRefused",
+    "Trace",
+    "VirtualClock",
+    "VirtualLoop",
+    "expected_tokens",
+    "modelled_identity",
+    "run",
+]

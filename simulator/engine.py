@@ -1,0 +1,387 @@
+"""An engine without a model: steps take the time a formula says, tokens are a hash of the context.
+
+The hash is taken from what the KV pool holds, not from what the plan says, and what a token leaves in the
+pool depends on everything before it, as KV does. A lost, repeated, stale, misplaced or unfinished token or
+block therefore changes every later token of the answer, and a test that compares an answer with
+`expected_tokens` sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from contracts.errors import InvariantBroken
+from contracts.layout import PROTOCOL_VERSION, BlockLayout, KvIdentity
+from contracts.requests import SamplingParams, TokenLogprobs, TopLogprob
+from engine.plan import Sampled, SequenceStep, StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from contracts.clock import Clock
+    from contracts.ids import BlockId
+    from engine.plan import SampleSpec
+
+
+class TokenKv(NamedTuple):
+    """What stands for one token's keys and values."""
+
+    position: int
+    token_id: int
+    #: Hash of the context before it, as the step that wrote it read it.
+    prefix_hash: int
+
+
+#: None: never written, or being written.
+Slot = TokenKv | None
+#: A block's slots, `layout.block_tokens` of them.
+BlockContent = tuple[Slot, ...]
+
+#: All hashes are taken modulo this prime (2^61 - 1).
+_PRIME = (1 << 61) - 1
+#: Weight of a context's slot i is this to the power i, so that a slot counts by where it is found.
+_BASE = 0x1A2B3C4D5E6F7081 % _PRIME
+_ODD = 0x9E37_79B9_7F4A_7C15
+_EMPTY_SLOT = 0x0BAD_5107
+
+DEFAULT_VOCAB_SIZE = 32_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTiming:
+    """`T = max(floor, A * new_tokens) + B * sum of context lengths + C * sequences`, in seconds.
+
+    The defaults are of the order of a small model on two CPU cores.
+    """
+
+    floor_s: float = 0.008
+    per_new_token_s: float = 0.0004
+    per_context_token_s: float = 0.000_000_5
+    per_sequence_s: float = 0.0002
+
+    def __post_init__(self) -> None:
+        for name in ("floor_s", "per_new_token_s", "per_context_token_s", "per_sequence_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+
+    def duration_s(self, plan: StepPlan) -> float:
+        context_tokens = sum(step.start + len(step.token_ids) for step in plan.sequences)
+        return (
+            max(self.floor_s, self.per_new_token_s * plan.num_tokens)
+            + self.per_context_token_s * context_tokens
+            + self.per_sequence_s * len(plan.sequences)
+        )
+
+
+def modelled_identity(*, block_tokens: int = 16) -> KvIdentity:
+    """An identity for modelled engines that may exchange blocks."""
+    return KvIdentity(
+        model_fingerprint="modelled",
+        layout=BlockLayout(
+            num_layers=1, num_kv_heads=1, head_dim=2, block_tokens=block_tokens, dtype="float32"
+        ),
+        rope_base=10_000.0,
+        protocol_version=PROTOCOL_VERSION,
+    )
+
+
+class ModelledEngine:
+    """`engine.plan.Engine` for simulations. `clock` gives it its time; nothing in it is random."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        identity: KvIdentity,
+        num_blocks: int,
+        max_context_tokens: int,
+        timing: StepTiming | None = None,
+        vocab_size: int = DEFAULT_VOCAB_SIZE,
+        eos_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        self._clock = clock
+        self._identity = identity
+        self._num_blocks = num_blocks
+        self._max_context_tokens = max_context_tokens
+        self._timing = timing or StepTiming()
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._pool = _Pool(num_blocks, identity.layout.block_tokens)
+        #: The step that touches the pool now; outlives the await of a cancelled caller.
+        self._running: asyncio.Task[StepResult] | None = None
+        self._closed = False
+
+    @property
+    def identity(self) -> KvIdentity:
+        return self._identity
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
+    def max_context_tokens(self) -> int:
+        return self._max_context_tokens
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self._eos_token_ids
+
+    @property
+    def description(self) -> str:
+        return f"modelled, {self._num_blocks} blocks of {self._identity.layout.block_tokens} tokens"
+
+    async def step(self, plan: StepPlan) -> StepResult:
+        """Raises InvariantBroken for a plan that no caller may make: overlapping steps, blocks that are too
+        few, unknown or written by two sequences, positions past the context."""
+        if self._closed or self._running is not None:
+            raise InvariantBroken(
+                f"a step was asked for while {'closed' if self._closed else 'another runs'}"
+            )
+        self._check(plan)
+        prefixes = self._prefix_hashes(plan)
+        for step in plan.sequences:
+            # What is being written reads as unwritten until the step ends.
+            self._pool.write(step.block_ids, step.start, [None] * len(step.token_ids))
+        self._running = asyncio.get_running_loop().create_task(self._compute(plan, prefixes))
+        return await asyncio.shield(self._running)
+
+    async def quiesce(self) -> None:
+        if self._running is not None:
+            await asyncio.wait([self._running])
+
+    async def close(self) -> None:
+        self._closed = True
+        await self.quiesce()
+
+    def read_block(self, block_id: BlockId) -> BlockContent:
+        """The block as it is now, for a simulated transport. Slots that a step is writing are None."""
+        return self._pool.read(block_id)
+
+    def write_block(self, block_id: BlockId, content: BlockContent) -> None:
+        """Overwrites the block, as a transport's last byte does."""
+        self._pool.write_block(block_id, content)
+
+    async def _compute(self, plan: StepPlan, prefixes_at_start: list[int]) -> StepResult:
+        duration_s = self._timing.duration_s(plan)
+        try:
+            await self._clock.sleep(duration_s)
+        finally:
+            self._running = None
+        sampled: dict[int, Sampled] = {}
+        prefixes = zip(prefixes_at_start, self._prefix_hashes(plan), strict=True)
+        for step, (at_start, at_end) in zip(plan.sequences, prefixes, strict=True):
+            # A context that changed while the step read it is neither the one nor the other.
+            prefix_hash = at_start if at_start == at_end else _mix(at_start + at_end)
+            context_hash = self._append(step, prefix_hash)
+            if step.sample is not None:
+                sampled[step.sequence_id] = self._choose(context_hash, step.sample)
+        return StepResult(sampled=sampled, duration_s=duration_s)
+
+    def _prefix_hashes(self, plan: StepPlan) -> list[int]:
+        """By sequence of the plan: the hash of the context before its new tokens."""
+        return [self._pool.context_hash(step.block_ids, step.start) for step in plan.sequences]
+
+    def _append(self, step: SequenceStep, prefix_hash: int) -> int:
+        """Writes a sequence's new tokens; the hash of its context with them."""
+        context = _Context(step.start, prefix_hash)
+        slots = [context.append(token_id) for token_id in step.token_ids]
+        self._pool.write(step.block_ids, step.start, slots)
+        return context.hash
+
+    def _choose(self, context_hash: int, spec: SampleSpec) -> Sampled:
+        return choose(
+            context_hash,
+            spec.params,
+            spec.output_index,
+            vocab_size=self._vocab_size,
+            eos_token_ids=self._eos_token_ids,
+        )
+
+    def _check(self, plan: StepPlan) -> None:
+        writer_of: dict[BlockId, int] = {}
+        seen: set[int] = set()
+        for step in plan.sequences:
+            if step.sequence_id in seen:
+                raise InvariantBroken(f"sequence {step.sequence_id} is twice in the plan")
+            seen.add(step.sequence_id)
+            self._check_sequence(step)
+            for block_id in self._written_blocks(step):
+                if writer_of.setdefault(block_id, step.sequence_id) != step.sequence_id:
+                    raise InvariantBroken(
+                        f"sequences {writer_of[block_id]} and {step.sequence_id} both write block {block_id}"
+                    )
+
+    def _check_sequence(self, step: SequenceStep) -> None:
+        stop = step.start + len(step.token_ids)
+        where = f"sequence {step.sequence_id}, positions [{step.start}, {stop})"
+        if not step.token_ids or step.start < 0:
+            raise InvariantBroken(f"{where}: nothing to compute")
+        if stop > self._max_context_tokens:
+            raise InvariantBroken(f"{where}: the context ends at {self._max_context_tokens}")
+        if len(step.block_ids) < self._identity.layout.blocks_for(stop):
+            raise InvariantBroken(f"{where}: only {len(step.block_ids)} blocks")
+        if len(set(step.block_ids)) < len(step.block_ids):
+            raise InvariantBroken(f"{where}: a block is twice in {list(step.block_ids)}")
+        for block_id in step.block_ids:
+            if not 0 <= block_id < self._num_blocks:
+                raise InvariantBroken(f"{where}: no block {block_id}, there are {self._num_blocks}")
+        for token_id in step.token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise InvariantBroken(f"{where}: no token {token_id}, the vocabulary has {self._vocab_size}")
+
+    def _written_blocks(self, step: SequenceStep) -> Sequence[BlockId]:
+        layout = self._identity.layout
+        first = step.start // layout.block_tokens
+        return step.block_ids[first : layout.blocks_for(step.start + len(step.token_ids))]
+
+
+class _Pool:
+    """Slots of all blocks, with their hashes, so that a decode step hashes one slot and sums up blocks."""
+
+    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self._slots: list[list[Slot]] = [[None] * block_tokens for _ in range(num_blocks)]
+        #: By block and slot: `_slot_hash` of it.
+        self._slot_hashes = [[_EMPTY_SLOT] * block_tokens for _ in range(num_blocks)]
+        #: By block: weighted sum of its slots' hashes; None when they changed since it was asked for.
+        self._block_hashes: list[int | None] = [None] * num_blocks
+        self._slot_weights = _powers(_BASE, block_tokens)
+        self._block_weights = _powers(pow(_BASE, block_tokens, _PRIME), num_blocks)
+
+    def read(self, block_id: BlockId) -> BlockContent:
+        return tuple(self._slots[block_id])
+
+    def write(self, block_ids: Sequence[BlockId], start: int, slots: Sequence[Slot]) -> None:
+        """Writes tokens `[start, start + len(slots))` of a sequence whose blocks are these."""
+        for index, slot in enumerate(slots, start):
+            block_id, offset = block_ids[index // self._block_tokens], index % self._block_tokens
+            self._slots[block_id][offset] = slot
+            self._slot_hashes[block_id][offset] = _slot_hash(slot)
+            self._block_hashes[block_id] = None
+
+    def write_block(self, block_id: BlockId, content: BlockContent) -> None:
+        if len(content) != self._block_tokens:
+            raise InvariantBroken(f"block {block_id} has {self._block_tokens} slots, not {len(content)}")
+        self.write([block_id], 0, content)
+
+    def context_hash(self, block_ids: Sequence[BlockId], num_tokens: int) -> int:
+        """Sum over i of `_BASE**i` times the hash of slot i, over the first `num_tokens` slots of the blocks.
+
+        The same for every block size: a block's own sum, times the weight of its place, is its part.
+        """
+        num_full, num_rest = divmod(num_tokens, self._block_tokens)
+        hashes = [self._block_hash(block_id) for block_id in block_ids[:num_full]]
+        if num_rest:
+            hashes.append(_dot(self._slot_weights, self._slot_hashes[block_ids[num_full]][:num_rest]))
+        return _dot(self._block_weights, hashes)
+
+    def _block_hash(self, block_id: BlockId) -> int:
+        known = self._block_hashes[block_id]
+        if known is None:
+            known = self._block_hashes[block_id] = _dot(self._slot_weights, self._slot_hashes[block_id])
+        return known
+
+
+def _dot(weights: Iterable[int], hashes: Iterable[int]) -> int:
+    """Their products' sum, as far as the shorter goes."""
+    total: int = sum(map(operator.mul, weights, hashes))
+    return total % _PRIME
+
+
+def _powers(base: int, count: int) -> list[int]:
+    """`base**0 ... base**(count - 1)`."""
+    return list(itertools.accumulate(range(count - 1), lambda power, _: power * base % _PRIME, initial=1))
+
+
+def _slot_hash(slot: Slot) -> int:
+    if slot is None:
+        return _EMPTY_SLOT
+    return _mix(_mix((slot.position + 1) * _ODD + slot.token_id + 1) + slot.prefix_hash)
+
+
+class _Context:
+    """A context that grows by tokens, without a pool."""
+
+    def __init__(self, num_tokens: int, context_hash: int) -> None:
+        self._num_tokens = num_tokens
+        self._weight = pow(_BASE, num_tokens, _PRIME)
+        #: What `_Pool.context_hash` says of a pool that holds all its tokens.
+        self.hash = context_hash
+
+    def append(self, token_id: int) -> TokenKv:
+        kv = TokenKv(self._num_tokens, token_id, self.hash)
+        self.hash = (self.hash + self._weight * _slot_hash(kv)) % _PRIME
+        self._weight = self._weight * _BASE % _PRIME
+        self._num_tokens += 1
+        return kv
+
+
+def _mix(value: int) -> int:
+    """Spreads an integer over [0, _PRIME): nearby values give unrelated ones."""
+    value = (value ^ (value >> 31)) * 0x7FB5_D329_728E_A185 % _PRIME
+    value = (value ^ (value >> 27)) * 0x01DA_DEF4_BC2D_D44D % _PRIME
+    return value ^ (value >> 33)
+
+
+def choose(
+    context_hash: int,
+    params: SamplingParams,
+    output_index: int,
+    *,
+    vocab_size: int,
+    eos_token_ids: Collection[int],
+) -> Sampled:
+    """The token after a context: a function of the context alone when greedy, else also of the seed and of
+    the token's index, as counter-based noise is. Filters and penalties change nothing; `min_tokens` holds."""
+    key = context_hash
+    if not params.greedy:
+        key += _mix(_mix(params.seed + 1) + output_index + 1)
+    token_id = _mix(key) % vocab_size
+    if output_index < params.min_tokens:
+        token_id = _next_allowed(token_id, {*eos_token_ids, *params.stop_token_ids}, vocab_size)
+    return Sampled(token_id=token_id, logprobs=_logprobs(token_id, params.logprobs, vocab_size))
+
+
+def _next_allowed(token_id: int, banned: Collection[int], vocab_size: int) -> int:
+    for candidate in range(token_id, token_id + vocab_size):
+        if candidate % vocab_size not in banned:
+            return candidate % vocab_size
+    raise InvariantBroken(f"all {vocab_size} tokens are masked out")
+
+
+def _logprobs(token_id: int, num_top: int | None, vocab_size: int) -> TokenLogprobs | None:
+    """Made up, but the same for the same token: each next token id is e times less likely."""
+    if num_top is None:
+        return None
+    top = tuple(
+        TopLogprob(token_id=(token_id + rank) % vocab_size, logprob=-0.5 - rank) for rank in range(num_top)
+    )
+    return TokenLogprobs(logprob=-0.5, top=top)
+
+
+def expected_tokens(
+    prompt: Sequence[int],
+    params: SamplingParams,
+    num_tokens: int,
+    *,
+    vocab_size: int = DEFAULT_VOCAB_SIZE,
+    eos_token_ids: Collection[int] = (),
+) -> list[int]:
+    """The first `num_tokens` output tokens that an undisturbed `ModelledEngine` writes after `prompt`.
+
+    Stop tokens do not end it (callers cut there), nor does `params.max_tokens`.
+    """
+    context = _Context(0, 0)
+    for token_id in prompt:
+        context.append(token_id)
+    output: list[int] = []
+    for index in range(num_tokens):
+        sampled = choose(context.hash, params, index, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+        output.append(sampled.token_id)
+        context.append(sampled.token_id)
+    return output
