@@ -1,0 +1,29 @@
+"""Moves KV blocks between workers under leases: the ledger, the two lease services, and the transports.
+
+A holder offers blocks; a reader pulls them, confirms that the lease still stood after the last byte, and
+adopts them. This room knows blocks and leases; what the bytes mean, and whom they serve, is its callers'.
+"""
+
+from kvtransfer.holder_events import LeaseOutcome
+from kvtransfer.holder_service import HolderService
+from kvtransfer.ledger import BlockClass, BlockCounts, Ledger
+from kvtransfer.memory import MemoryFabric, MemoryTransport
+from kvtransfer.reader_service import ReaderService
+from kvtransfer.shm import ShmTransport
+from kvtransfer.transport import BlockPair, Pull, PullResult, Transport
+
+__all__ = [
+    "BlockClass",
+    "BlockCounts",
+    "BlockPair",
+    "HolderService",
+    "LeaseOutcome",
+    "Ledger",
+    "MemoryFabric",
+    "MemoryTransport",
+    "Pull",
+    "PullResult",
+    "ReaderService",
+    "ShmTransport",
+    "Transport",
+]

@@ -1,0 +1,206 @@
+"""What the holder's lease machine is told (events), and what it wants done (instructions)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from contracts.errors import TandemError
+    from contracts.ids import BlockId, Incarnation, LeaseId, WorkerId
+    from contracts.messages import (
+        AckRequest,
+        ConfirmReply,
+        ConfirmRequest,
+        Empty,
+        LeaseTerms,
+        Peer,
+        ProgressReply,
+        ProgressRequest,
+        RenewReply,
+        RenewRequest,
+        Seal,
+    )
+
+
+class LeaseOutcome(StrEnum):
+    """How a lease ended at its holder. In each case the pins are gone when it is reported."""
+
+    #: The reader confirmed, and acknowledged or fell silent: it answers for the request now.
+    RELEASED = "released"
+    #: The reader was lost before it confirmed, or never answered within the term.
+    EXPIRED = "expired"
+    #: The holder's own side took the offer back.
+    WITHDRAWN = "withdrawn"
+    #: The reader will not have it: it refused the offer, or let the lease go before it confirmed.
+    REFUSED = "refused"
+
+
+# --- events ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A lease with a new id over `blocks`, whose bytes must stand now; `terms.ttl_s` is its term."""
+
+    terms: LeaseTerms
+    reader: Peer
+    blocks: tuple[BlockId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OfferAnswered:
+    """The reader took the offer; its blocks are set aside, or will be."""
+
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True)
+class OfferFailed:
+    lease_id: LeaseId
+    error: TandemError
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """The first `num_final_blocks` of the lease's blocks will never be written again."""
+
+    lease_id: LeaseId
+    num_final_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """The lease grows no more; it is its first `num_final_blocks` blocks."""
+
+    lease_id: LeaseId
+    num_final_blocks: int
+    seal: Seal
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressAnswered:
+    lease_id: LeaseId
+    reply: ProgressReply
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressFailed:
+    lease_id: LeaseId
+    error: TandemError
+
+
+@dataclass(frozen=True, slots=True)
+class FarewellEnded:
+    """The call that told the reader of a withdrawal ended; `error` None when it arrived."""
+
+    lease_id: LeaseId
+    error: TandemError | None
+
+
+@dataclass(frozen=True, slots=True)
+class ConfirmAsked:
+    body: ConfirmRequest
+
+
+@dataclass(frozen=True, slots=True)
+class RenewAsked:
+    body: RenewRequest
+
+
+@dataclass(frozen=True, slots=True)
+class AckArrived:
+    body: AckRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    lease_id: LeaseId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderGone:
+    """That life of that worker is over, as membership or the transport found."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class HolderTick:
+    """Time passed."""
+
+
+HolderEvent = (
+    Opened
+    | OfferAnswered
+    | OfferFailed
+    | Advanced
+    | Sealed
+    | ProgressAnswered
+    | ProgressFailed
+    | FarewellEnded
+    | ConfirmAsked
+    | RenewAsked
+    | AckArrived
+    | Withdrawn
+    | ReaderGone
+    | HolderTick
+)
+
+
+# --- instructions ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendOffer:
+    """Offer `terms`; answer with OfferAnswered or OfferFailed."""
+
+    terms: LeaseTerms
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendProgress:
+    """Answer with ProgressAnswered or ProgressFailed."""
+
+    reader: Peer
+    body: ProgressRequest
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendFarewell:
+    """A Progress that withdraws; answer with FarewellEnded."""
+
+    reader: Peer
+    body: ProgressRequest
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseEnded:
+    """Exactly once per lease; its pins are gone."""
+
+    lease_id: LeaseId
+    outcome: LeaseOutcome
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The reply to the question this event was."""
+
+    body: ConfirmReply | RenewReply | ProgressReply | Empty
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The question this event was is answered with this error."""
+
+    error: TandemError
+
+
+HolderInstruction = SendOffer | SendProgress | SendFarewell | LeaseEnded | Answer | Refuse

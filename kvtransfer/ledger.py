@@ -1,0 +1,412 @@
+"""The books of one worker's KV blocks: who holds each block, and which class it is in.
+
+Every block has request references, lease pins (this worker is the holder), a reservation (this worker is the
+reader) and a key. Its class follows from these by precedence:
+
+    quarantined > reserved > owned > offered > cached > free
+
+and the six counts sum to the total at every instant. All changes are synchronous and O(blocks touched);
+nothing here does I/O, reads a clock or touches a byte of KV.
+
+Misuse (releasing what is not held, adopting while bytes may still land) is a bug of the caller and raises
+InvariantBroken with the block, the names and the counts.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, TypedDict
+
+from contracts.errors import InvariantBroken
+from contracts.ids import BlockId, Generation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from contracts.ids import LeaseId
+
+
+class BlockClass(IntEnum):
+    """What a block is for now. A higher value takes precedence."""
+
+    FREE = 0
+    #: Nobody refers to it, but it has a key and its bytes stand until it is evicted.
+    CACHED = 1
+    #: Kept alive only by the pins of leases that this worker granted.
+    OFFERED = 2
+    #: Referred to by at least one request.
+    OWNED = 3
+    #: Set aside for a lease that this worker reads; bytes may be landing.
+    RESERVED = 4
+    #: Of an aborted lease whose pull has not reached a terminal state: bytes may still land.
+    QUARANTINED = 5
+
+
+class BlockCounts(TypedDict):
+    """Blocks by class, under the names that `contracts.messages.WorkerLoad` uses; they sum to the total."""
+
+    free_blocks: int
+    owned_blocks: int
+    offered_blocks: int
+    reserved_blocks: int
+    cached_blocks: int
+    quarantined_blocks: int
+
+
+@dataclass(slots=True)
+class _Reservation:
+    blocks: list[BlockId]
+    #: Bytes may land in `blocks` at any moment.
+    pulling: bool = False
+    #: Aborted while pulling; implies `pulling`.
+    quarantined: bool = False
+
+
+class Ledger:
+    """Who holds which of `num_blocks` blocks. Not thread-safe: it lives on the worker's event loop."""
+
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 1:
+            raise InvariantBroken(f"a ledger of {num_blocks} blocks")
+        self.num_blocks = num_blocks
+        #: owner -> the blocks it refers to; no entry is empty.
+        self._owned: dict[str, dict[BlockId, None]] = {}
+        #: lease granted here -> the blocks it pins.
+        self._pinned: dict[LeaseId, tuple[BlockId, ...]] = {}
+        #: lease read here -> its blocks.
+        self._reservations: dict[LeaseId, _Reservation] = {}
+        #: Per block: owners that refer to it; leases that pin it; the reservation it is part of.
+        self._references: list[int] = [0] * num_blocks
+        self._pins: list[int] = [0] * num_blocks
+        self._reserved_by: list[LeaseId | None] = [None] * num_blocks
+        #: Per block: how often it became free. A reader that saw a smaller one saw other bytes.
+        self._generations: list[int] = [0] * num_blocks
+        #: Per block its key, and back: a key names at most one block; a free block has none.
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._by_key: dict[bytes, BlockId] = {}
+        #: Per block the class that `_class_of` computes, and how many blocks each class has.
+        self._classes: list[BlockClass] = [BlockClass.FREE] * num_blocks
+        self._counts: list[int] = [num_blocks, 0, 0, 0, 0, 0]
+        #: All and only free blocks, the next to hand out last. Last in, first out: memory that was touched is
+        #: touched again, and runs of neighbours stay runs.
+        self._free: list[BlockId] = [BlockId(index) for index in reversed(range(num_blocks))]
+        #: All and only cached blocks, least recently used first.
+        self._cached: OrderedDict[BlockId, None] = OrderedDict()
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{self._counts[each]} {each.name.lower()}" for each in reversed(BlockClass))
+        return f"<Ledger [{counts} | {self.num_blocks} blocks]>"
+
+    # --- what stands ------------------------------------------------------------------------------------
+
+    def load(self) -> BlockCounts:
+        """The class counts; O(1)."""
+        return BlockCounts(
+            free_blocks=self._counts[BlockClass.FREE],
+            owned_blocks=self._counts[BlockClass.OWNED],
+            offered_blocks=self._counts[BlockClass.OFFERED],
+            reserved_blocks=self._counts[BlockClass.RESERVED],
+            cached_blocks=self._counts[BlockClass.CACHED],
+            quarantined_blocks=self._counts[BlockClass.QUARANTINED],
+        )
+
+    @property
+    def available_blocks(self) -> int:
+        """Blocks that `allocate` or `reserve` could hand out now: free and cached ones."""
+        return self._counts[BlockClass.FREE] + self._counts[BlockClass.CACHED]
+
+    def block_class(self, block: BlockId) -> BlockClass:
+        return self._classes[block]
+
+    def generation(self, block: BlockId) -> Generation:
+        return Generation(self._generations[block])
+
+    def blocks_of(self, owner: str) -> list[BlockId]:
+        """What `owner` refers to, in the order it got them; empty for an unknown owner."""
+        return list(self._owned.get(owner, ()))
+
+    def reserved_blocks(self, lease_id: LeaseId) -> list[BlockId]:
+        """The blocks set aside (or in quarantine) for a lease read here, in the lease's order."""
+        return list(self._reservation(lease_id).blocks)
+
+    # --- requests ---------------------------------------------------------------------------------------
+
+    def allocate(self, owner: str, num_blocks: int) -> list[BlockId] | None:
+        """Gives `owner` that many blocks, or None and nothing where not enough are free or cached.
+
+        Free blocks go first; then cached ones are evicted, least recently used first.
+        """
+        blocks = self._take(num_blocks)
+        if blocks is not None:
+            self._refer(owner, blocks)
+        return blocks
+
+    def share(self, owner: str, blocks: Sequence[BlockId]) -> None:
+        """Adds `owner`'s reference to blocks whose bytes stand (owned, offered or cached)."""
+        self._require_bytes(blocks, f"share with {owner!r}")
+        self._refer(owner, blocks)
+
+    def release(self, owner: str, blocks: Iterable[BlockId]) -> None:
+        """Drops `owner`'s reference to each block; those that nobody holds become cached or free."""
+        held = self._owned.get(owner, {})
+        # Backwards, so that the next allocation gets them in the same order, and so that of a cached prefix
+        # the end is evicted before the beginning.
+        for block in reversed(list(blocks)):
+            if block not in held:
+                raise InvariantBroken(f"{owner!r} releases block {block}, which it does not hold; {self!r}")
+            del held[block]
+            self._references[block] -= 1
+            self._reclass(block)
+        if not held:
+            self._owned.pop(owner, None)
+
+    def release_all(self, owner: str) -> list[BlockId]:
+        """Drops every reference of `owner` (none is no error) and says which blocks these were."""
+        blocks = self.blocks_of(owner)
+        self.release(owner, blocks)
+        return blocks
+
+    # --- leases granted here ----------------------------------------------------------------------------
+
+    def pin(self, lease_id: LeaseId, blocks: Sequence[BlockId]) -> None:
+        """Keeps the bytes of `blocks` for the readers of a lease, whatever their owners do."""
+        if lease_id in self._pinned:
+            raise InvariantBroken(f"lease {lease_id} pins twice; {self!r}")
+        self._require_bytes(blocks, f"pin for lease {lease_id}")
+        self._pinned[lease_id] = tuple(blocks)
+        for block in blocks:
+            self._pins[block] += 1
+            self._reclass(block)
+
+    def unpin(self, lease_id: LeaseId) -> None:
+        blocks = self._pinned.pop(lease_id, None)
+        if blocks is None:
+            raise InvariantBroken(f"unpin of lease {lease_id}, which pins nothing; {self!r}")
+        for block in reversed(blocks):
+            self._pins[block] -= 1
+            self._reclass(block)
+
+    # --- leases read here -------------------------------------------------------------------------------
+
+    def reserve(self, lease_id: LeaseId, num_blocks: int) -> list[BlockId] | None:
+        """Sets blocks aside for a lease to be pulled; None and nothing where not enough are available."""
+        if lease_id in self._reservations:
+            raise InvariantBroken(f"lease {lease_id} reserves twice; {self!r}")
+        blocks = self._take(num_blocks)
+        if blocks is not None:
+            self._reservations[lease_id] = _Reservation(blocks)
+            for block in blocks:
+                self._reserved_by[block] = lease_id
+                self._reclass(block)
+        return blocks
+
+    def begin_pull(self, lease_id: LeaseId) -> None:
+        """From here on bytes may land in the lease's blocks."""
+        reservation = self._reservation(lease_id)
+        if reservation.pulling:
+            raise InvariantBroken(f"second pull of lease {lease_id} before the first ended; {self!r}")
+        reservation.pulling = True
+
+    def end_pull(self, lease_id: LeaseId) -> None:
+        """The transport reported the pull terminal: nothing lands any more."""
+        reservation = self._reservation(lease_id)
+        if not reservation.pulling or reservation.quarantined:
+            raise InvariantBroken(f"end of a pull of lease {lease_id}: {reservation}; {self!r}")
+        reservation.pulling = False
+
+    def abort(self, lease_id: LeaseId) -> bool:
+        """Gives the lease up. True: its blocks are free. False: a pull is in flight, so they are quarantined
+        until `settle`."""
+        reservation = self._reservation(lease_id)
+        if reservation.quarantined:
+            raise InvariantBroken(f"second abort of lease {lease_id}; {self!r}")
+        if not reservation.pulling:
+            self._unreserve(lease_id)
+            return True
+        reservation.quarantined = True
+        for block in reservation.blocks:
+            self._reclass(block)
+        return False
+
+    def settle(self, lease_id: LeaseId) -> None:
+        """The transport reported the pull of an aborted lease terminal: its blocks are free now."""
+        if not self._reservation(lease_id).quarantined:
+            raise InvariantBroken(f"settle of lease {lease_id}, which is not in quarantine; {self!r}")
+        self._unreserve(lease_id)
+
+    def adopt(self, lease_id: LeaseId, owner: str) -> list[BlockId]:
+        """Turns the lease's reservation into `owner`'s blocks; no pull may be in flight."""
+        reservation = self._reservation(lease_id)
+        if reservation.pulling:
+            raise InvariantBroken(f"adoption of lease {lease_id} during its pull; {self!r}")
+        del self._reservations[lease_id]
+        for block in reservation.blocks:
+            self._reserved_by[block] = None
+        self._refer(owner, reservation.blocks)
+        return reservation.blocks
+
+    # --- keys -------------------------------------------------------------------------------------------
+
+    def set_key(self, block: BlockId, key: bytes) -> bool:
+        """Names a block's content, so that it becomes cached rather than free when nobody holds it.
+
+        False, and nothing changes, where another block has that key already. A block is named once.
+        """
+        self._require_bytes([block], "name")
+        if self._keys[block] not in (None, key):
+            raise InvariantBroken(f"block {block} gets a second key; {self!r}")
+        if self._by_key.setdefault(key, block) != block:
+            return False
+        self._keys[block] = key
+        return True
+
+    def lookup(self, key: bytes) -> BlockId | None:
+        """The block with that content; its bytes stand until it is evicted, so `share` it at once."""
+        return self._by_key.get(key)
+
+    # --- audit ------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Audits every class, reference, pin and counter from scratch; O(blocks). Raises InvariantBroken."""
+        problems = self.problems()
+        if problems:
+            raise InvariantBroken(f"{self!r}: " + "; ".join(problems[:20]))
+
+    def problems(self) -> list[str]:
+        """What `check` would complain about; empty in a ledger without bugs."""
+        return [
+            *self._holder_problems(),
+            *self._class_problems(),
+            *self._key_problems(),
+        ]
+
+    def _holder_problems(self) -> list[str]:
+        references = [0] * self.num_blocks
+        pins = [0] * self.num_blocks
+        reserved_by: list[LeaseId | None] = [None] * self.num_blocks
+        problems = [f"owner {owner!r} without blocks" for owner, blocks in self._owned.items() if not blocks]
+        for blocks in self._owned.values():
+            for block in blocks:
+                references[block] += 1
+        for pinned in self._pinned.values():
+            for block in pinned:
+                pins[block] += 1
+        for lease_id, reservation in self._reservations.items():
+            if reservation.quarantined and not reservation.pulling:
+                problems.append(f"lease {lease_id} quarantined without a pull")
+            for block in reservation.blocks:
+                if reserved_by[block] is not None:
+                    problems.append(f"block {block} reserved by {reserved_by[block]} and {lease_id}")
+                reserved_by[block] = lease_id
+        for index in range(self.num_blocks):
+            kept = (self._references[index], self._pins[index], self._reserved_by[index])
+            counted = (references[index], pins[index], reserved_by[index])
+            if kept != counted:
+                problems.append(f"block {index} (references, pins, lease) kept {kept}, counted {counted}")
+            if counted[2] is not None and counted[:2] != (0, 0):
+                problems.append(f"block {index} is reserved for {counted[2]} and held: {counted[:2]}")
+        return problems
+
+    def _class_problems(self) -> list[str]:
+        problems: list[str] = []
+        counts = [0] * len(BlockClass)
+        for index in range(self.num_blocks):
+            expected = self._class_of(BlockId(index))
+            counts[expected] += 1
+            if self._classes[index] is not expected:
+                problems.append(f"block {index} is {expected.name}, kept as {self._classes[index].name}")
+        if counts != self._counts or sum(counts) != self.num_blocks:
+            problems.append(f"class counts kept {self._counts}, counted {counts} of {self.num_blocks}")
+        for name, members, block_class in (
+            ("free list", list(self._free), BlockClass.FREE),
+            ("cache", list(self._cached), BlockClass.CACHED),
+        ):
+            classed = [index for index in range(self.num_blocks) if self._classes[index] is block_class]
+            if sorted(members) != classed:
+                problems.append(f"{name} holds {sorted(members)[:16]}, blocks of that class {classed[:16]}")
+        return problems
+
+    def _key_problems(self) -> list[str]:
+        named = {key: BlockId(index) for index, key in enumerate(self._keys) if key is not None}
+        problems = [] if named == self._by_key else [f"{len(named)} keys kept, {len(self._by_key)} indexed"]
+        for block in named.values():
+            if self._classes[block] in (BlockClass.FREE, BlockClass.RESERVED, BlockClass.QUARANTINED):
+                problems.append(f"{self._classes[block].name} block {block} has a key")
+        return problems
+
+    # --- changes of class -------------------------------------------------------------------------------
+
+    def _class_of(self, block: BlockId) -> BlockClass:
+        lease_id = self._reserved_by[block]
+        if lease_id is not None:
+            quarantined = self._reservations[lease_id].quarantined
+            return BlockClass.QUARANTINED if quarantined else BlockClass.RESERVED
+        if self._references[block]:
+            return BlockClass.OWNED
+        if self._pins[block]:
+            return BlockClass.OFFERED
+        return BlockClass.FREE if self._keys[block] is None else BlockClass.CACHED
+
+    def _reclass(self, block: BlockId) -> None:
+        """Brings a block's class, the counts, the free list, the cache and its generation up to date."""
+        before, after = self._classes[block], self._class_of(block)
+        if before is after:
+            return
+        self._classes[block] = after
+        self._counts[before] -= 1
+        self._counts[after] += 1
+        if before is BlockClass.CACHED:
+            del self._cached[block]
+        if after is BlockClass.CACHED:
+            self._cached[block] = None
+        elif after is BlockClass.FREE:
+            self._generations[block] += 1
+            self._free.append(block)
+
+    def _take(self, num_blocks: int) -> list[BlockId] | None:
+        """Removes blocks from the free list, evicting where needed; the caller gives each one a holder."""
+        if num_blocks < 0:
+            raise InvariantBroken(f"{num_blocks} blocks asked for; {self!r}")
+        if num_blocks > self.available_blocks:
+            return None
+        for _ in range(num_blocks - len(self._free)):
+            self._evict(next(iter(self._cached)))
+        return [self._free.pop() for _ in range(num_blocks)]
+
+    def _evict(self, block: BlockId) -> None:
+        key = self._keys[block]
+        assert key is not None, f"cached block {block} without a key; {self!r}"
+        del self._by_key[key]
+        self._keys[block] = None
+        self._reclass(block)
+
+    def _refer(self, owner: str, blocks: Sequence[BlockId]) -> None:
+        if not blocks:
+            return
+        held = self._owned.setdefault(owner, {})
+        for block in blocks:
+            if block in held:
+                raise InvariantBroken(f"{owner!r} gets block {block} twice; {self!r}")
+            held[block] = None
+            self._references[block] += 1
+            self._reclass(block)
+
+    def _reservation(self, lease_id: LeaseId) -> _Reservation:
+        reservation = self._reservations.get(lease_id)
+        if reservation is None:
+            raise InvariantBroken(f"lease {lease_id} has nothing reserved; {self!r}")
+        return reservation
+
+    def _unreserve(self, lease_id: LeaseId) -> None:
+        for block in reversed(self._reservations.pop(lease_id).blocks):
+            self._reserved_by[block] = None
+            self._reclass(block)
+
+    def _require_bytes(self, blocks: Sequence[BlockId], purpose: str) -> None:
+        """Raises unless the bytes of every block stand (which excludes blocks that a pull may write)."""
+        for block in blocks:
+            if self._classes[block] not in (BlockClass.OWNED, BlockClass.OFFERED, BlockClass.CACHED):
+                name = self._classes[block].name
+                raise InvariantBroken(f"{purpose}: block {block} is {name}, it has no bytes; {self!r}")

@@ -1,0 +1,215 @@
+"""The transport in memory: the promises of `kvtransfer.transport` on any event loop, with faults.
+
+A pull's blocks land all at once, when its modelled time is over. A pool is bytes, or whatever a modelled
+engine keeps per block. Time is the running loop's, so on a virtual
+loop everything is deterministic. Nothing here reads a clock or global randomness.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from contracts.errors import Cancelled, IncompatiblePeer, InvariantBroken, TandemError, WorkerUnavailable
+from kvtransfer.transport import PullResult, check_pairs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from contracts.ids import BlockId
+    from kvtransfer.transport import BlockPair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullInfo:
+    """What a pull's fate may depend on."""
+
+    #: Names of the transports.
+    holder: str
+    reader: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullFate:
+    """What becomes of one pull."""
+
+    #: Seconds until its bytes land.
+    duration_s: float
+    #: None: they land. Otherwise nothing lands, and the pull ends with this.
+    error: TandemError | None = None
+    #: False: a request to stop is not heard, and the bytes land when they land.
+    heeds_stop: bool = True
+
+
+#: Decides about one pull when it starts.
+FateModel = Callable[[PullInfo], PullFate]
+
+
+def steady_link(info: PullInfo) -> PullFate:
+    """0.1 ms and 4 GB/s, without faults."""
+    return PullFate(duration_s=1e-4 + info.num_bytes / 4e9)
+
+
+class BlockStore(Protocol):
+    """What a pull copies between. Both sides of a pull keep the same kind of content."""
+
+    def read_block(self, block_id: BlockId) -> Any: ...
+
+    def write_block(self, block_id: BlockId, content: Any) -> None: ...
+
+
+class BytesStore:
+    """Blocks of bytes in one buffer."""
+
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        self.pool = bytearray(num_blocks * block_bytes)
+        self._block_bytes = block_bytes
+
+    def read_block(self, block_id: BlockId) -> bytes:
+        start = block_id * self._block_bytes
+        return bytes(self.pool[start : start + self._block_bytes])
+
+    def write_block(self, block_id: BlockId, content: bytes) -> None:
+        start = block_id * self._block_bytes
+        self.pool[start : start + self._block_bytes] = content
+
+
+class MemoryFabric:
+    """The pools that the transports of one in-memory cluster can reach."""
+
+    def __init__(self, fate: FateModel = steady_link) -> None:
+        self.fate = fate
+        #: Registered and neither closed nor crashed.
+        self.transports: dict[bytes, MemoryTransport] = {}
+        self._numbers = itertools.count()
+
+    def transport(self, name: str) -> MemoryTransport:
+        """One process's side; its pool is made by `register`."""
+        return MemoryTransport(self, name, next(self._numbers))
+
+    def over(self, name: str, store: BlockStore, *, num_blocks: int, block_bytes: int) -> MemoryTransport:
+        """One process's side over blocks that exist already; `block_bytes` is what the link carries."""
+        transport = self.transport(name)
+        transport.attach(store, num_blocks, block_bytes)
+        return transport
+
+
+class MemoryPull:
+    """`kvtransfer.transport.Pull` in memory."""
+
+    def __init__(self, fate: PullFate, land: Callable[[], PullResult]) -> None:
+        loop = asyncio.get_running_loop()
+        self._heeds_stop = fate.heeds_stop
+        self._land = land
+        self._result: asyncio.Future[PullResult] = loop.create_future()
+        self._timer = loop.call_later(fate.duration_s, self._end)
+
+    @property
+    def terminal(self) -> bool:
+        return self._result.done()
+
+    async def wait(self) -> PullResult:
+        return await asyncio.shield(self._result)
+
+    def request_stop(self) -> None:
+        if self._heeds_stop and not self._result.done():
+            self._timer.cancel()
+            stopped = Cancelled("the pull was stopped")
+            self._result.set_result(PullResult(num_bytes=0, wire_s=0.0, error=stopped))
+
+    def forget(self) -> None:
+        """The reader's process is gone: nothing lands."""
+        self._timer.cancel()
+        if not self._result.done():
+            gone = Cancelled("the reader is gone")
+            self._result.set_result(PullResult(num_bytes=0, wire_s=0.0, error=gone))
+
+    def _end(self) -> None:
+        self._result.set_result(self._land())
+
+
+class MemoryTransport:
+    """`kvtransfer.transport.Transport` in memory; made by `MemoryFabric.transport`."""
+
+    name = "memory"
+
+    def __init__(self, fabric: MemoryFabric, worker: str, number: int) -> None:
+        self._fabric = fabric
+        self._worker = worker
+        self._endpoint = f"memory/{number}/{worker}".encode()
+        self._num_blocks = 0
+        self._block_bytes = 0
+        #: None before a pool is registered.
+        self._store: BlockStore | None = None
+        #: Pulls that may not be terminal.
+        self._pulls: list[MemoryPull] = []
+
+    def __repr__(self) -> str:
+        return f"<MemoryTransport {self._endpoint.decode()} [{self._num_blocks} x {self._block_bytes} bytes]>"
+
+    def register(self, num_blocks: int, block_bytes: int) -> memoryview:
+        store = BytesStore(num_blocks, block_bytes)
+        self.attach(store, num_blocks, block_bytes)
+        return memoryview(store.pool)
+
+    def attach(self, store: BlockStore, num_blocks: int, block_bytes: int) -> None:
+        if self._store is not None:
+            raise InvariantBroken(f"{self!r} registers a second pool")
+        self._store = store
+        self._num_blocks = num_blocks
+        self._block_bytes = block_bytes
+        self._fabric.transports[self._endpoint] = self
+
+    def endpoint(self) -> bytes:
+        if self._store is None:
+            raise InvariantBroken(f"{self!r} has no pool registered")
+        return self._endpoint
+
+    async def connect(self, endpoint: bytes, deadline_s: float) -> None:
+        self._peer(endpoint)
+
+    def pull(self, endpoint: bytes, pairs: Sequence[BlockPair]) -> MemoryPull:
+        num_bytes = len(pairs) * self._block_bytes
+        holder = endpoint.decode().split("/", 2)[-1]
+        fate = self._fabric.fate(PullInfo(holder=holder, reader=self._worker, num_bytes=num_bytes))
+        pull = MemoryPull(fate, lambda: self._land(endpoint, tuple(pairs), fate))
+        self._pulls = [*(each for each in self._pulls if not each.terminal), pull]
+        return pull
+
+    def crash(self) -> None:
+        """The process is gone: nobody reaches its pool any more, and its own pulls never land."""
+        self._fabric.transports.pop(self._endpoint, None)
+        for pull in self._pulls:
+            pull.forget()
+
+    async def close(self) -> None:
+        for pull in self._pulls:
+            pull.request_stop()
+            await pull.wait()
+        self._fabric.transports.pop(self._endpoint, None)
+
+    def _peer(self, endpoint: bytes) -> MemoryTransport:
+        peer = self._fabric.transports.get(endpoint)
+        if peer is None:
+            raise WorkerUnavailable(f"no pool at {endpoint.decode()}")
+        if peer._block_bytes != self._block_bytes:
+            raise IncompatiblePeer(f"block_bytes: {self._block_bytes} here, {peer._block_bytes} there")
+        return peer
+
+    def _land(self, endpoint: bytes, pairs: Sequence[BlockPair], fate: PullFate) -> PullResult:
+        try:
+            if fate.error is not None:
+                raise fate.error
+            peer = self._peer(endpoint)
+            check_pairs(pairs, peer._num_blocks, self._num_blocks)
+        except TandemError as error:
+            return PullResult(num_bytes=0, wire_s=fate.duration_s, error=error)
+        assert self._store is not None, f"{self!r} pulled without a pool"
+        assert peer._store is not None, f"{peer!r} is reachable without a pool"
+        for source, target in pairs:
+            self._store.write_block(target, peer._store.read_block(source))
+        return PullResult(num_bytes=len(pairs) * self._block_bytes, wire_s=fate.duration_s)

@@ -1,0 +1,273 @@
+"""The reader's side of the leased pull, live: takes offers, pulls, confirms and adopts.
+
+All decisions are `kvtransfer.reader.Reader`'s; here its instructions become calls and pulls, and what comes
+of them becomes events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from contracts.errors import Internal, TandemError, WorkerUnavailable
+from contracts.ids import BlockId, LeaseId
+from contracts.messages import (
+    ACK,
+    CONFIRM,
+    PROGRESS,
+    RENEW,
+    HandoffReply,
+    ProgressReply,
+    ProgressRequest,
+    Seal,
+)
+from kvtransfer.reader import Reader
+from kvtransfer.reader_events import (
+    AckEnded,
+    AskConfirm,
+    AskRenew,
+    BlocksFreed,
+    CancelRequested,
+    ConfirmAnswered,
+    ConfirmFailed,
+    HolderGone,
+    LeaseAborted,
+    LeaseAdopted,
+    Offered,
+    ProgressArrived,
+    PullEnded,
+    ReaderEvent,
+    ReaderInstruction,
+    ReaderTick,
+    RefuseOffer,
+    RefuseProgress,
+    RenewAnswered,
+    RenewFailed,
+    ReplyProgress,
+    SendAck,
+    StartPull,
+    StopPull,
+    Verdict,
+)
+from kvtransfer.shell import MachineShell
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from contracts.clock import Clock
+    from contracts.ids import Incarnation, WorkerId
+    from contracts.layout import KvIdentity
+    from contracts.messages import LeaseTerms
+    from kvtransfer.ledger import Ledger
+    from kvtransfer.reader import ReaderCounters
+    from kvtransfer.reader_events import HolderKey
+    from kvtransfer.transport import Pull, Transport
+    from rpc import CallContext, Network, Server
+
+AdoptedCallback = Callable[[LeaseId, list[BlockId], Seal], None]
+AbortedCallback = Callable[[LeaseId, TandemError], None]
+
+#: How long a stopping reader waits for its pulls to become terminal and for its acknowledgements to arrive.
+CLOSE_GRACE_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    on_adopted: AdoptedCallback
+    on_aborted: AbortedCallback
+
+
+class ReaderService:
+    """Takes leases. An async context manager; leaving it cancels every lease that was not adopted.
+
+    One per worker life. `transport` has this worker's pool registered, the one that `ledger` keeps.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        network: Network,
+        clock: Clock,
+        transport: Transport,
+        identity: KvIdentity,
+        max_waiting: int = 256,
+        log: Callable[[str], None],
+    ) -> None:
+        self._network = network
+        self._transport = transport
+        self._log = log
+        self._machine = Reader(ledger, identity, transport.name, max_waiting=max_waiting)
+        #: One per lease that has not ended.
+        self._callers: dict[LeaseId, _Caller] = {}
+        #: Pulls that are not terminal.
+        self._pulls: dict[LeaseId, Pull] = {}
+        self._shell = MachineShell[ReaderEvent, ReaderInstruction](
+            self._machine,
+            clock=clock,
+            perform=self._perform,
+            tick=ReaderTick(),
+            stop=self._cancel_all,
+            close_grace_s=CLOSE_GRACE_S,
+        )
+
+    def __repr__(self) -> str:
+        return f"<ReaderService {self._machine!r}>"
+
+    async def __aenter__(self) -> Self:
+        await self._shell.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._shell.__aexit__(kind, error, trace)
+
+    def register(self, server: Server) -> None:
+        """Answers Progress there; it is idempotent, and fenced by the holder's incarnation."""
+        server.register(PROGRESS, self._progress)
+
+    # --- for the decode side ----------------------------------------------------------------------------
+
+    def offer(
+        self,
+        terms: LeaseTerms,
+        *,
+        owner: str,
+        on_adopted: AdoptedCallback,
+        on_aborted: AbortedCallback,
+    ) -> HandoffReply:
+        """The verdict on an offer, at once: blocks are set aside, or it waits for some without holding any.
+
+        Exactly one of `on_adopted(lease_id, block_ids, seal)` (the ledger's `owner` holds the blocks now,
+        `terms.num_blocks` of them in the order of the tokens) and `on_aborted(lease_id, error)` is called
+        later, exactly once. A repeated offer gets the verdict as it stands, and its callbacks are dropped:
+        see `holds`.
+
+        Raises IncompatiblePeer, NoCapacity, StaleIncarnation (an older life of the holder), BadRequest (can
+        never fit) or TransferAborted (this lease has ended here); then nothing was started.
+        """
+        if not self._shell.running:
+            raise WorkerUnavailable(f"lease {terms.lease_id}: this reader is stopping")
+        for instruction in self._shell.feed(Offered(terms=terms, owner=owner)):
+            if isinstance(instruction, RefuseOffer):
+                raise instruction.error
+            if isinstance(instruction, Verdict):
+                self._callers.setdefault(terms.lease_id, _Caller(on_adopted, on_aborted))
+                return instruction.reply
+        raise Internal(f"offer of lease {terms.lease_id} was not answered by {self!r}")
+
+    def holds(self, lease_id: LeaseId) -> bool:
+        """An earlier `offer` of this lease was accepted and has not ended."""
+        return lease_id in self._callers
+
+    def cancel(self, lease_id: LeaseId, reason: str) -> None:
+        """Ends the lease; `on_aborted` gets Cancelled. Of an ended lease: ignored."""
+        self._shell.feed(CancelRequested(lease_id, reason))
+
+    def blocks_freed(self) -> None:
+        """Blocks may have become available in the ledger: waiting offers may reserve, in order of arrival."""
+        if self._machine.num_waiting:
+            self._shell.feed(BlocksFreed())
+
+    def holder_gone(self, worker_id: WorkerId, incarnation: Incarnation) -> None:
+        """That life of that worker is known to be over: its leases are aborted."""
+        self._shell.feed(HolderGone(worker_id, incarnation))
+
+    # --- for metrics and audits -------------------------------------------------------------------------
+
+    @property
+    def num_leases(self) -> int:
+        """Leases that have not ended, and those in quarantine."""
+        return self._machine.num_leases
+
+    @property
+    def counters(self) -> ReaderCounters:
+        return self._machine.counters
+
+    def leases_by_state(self) -> dict[str, int]:
+        return self._machine.leases_by_state()
+
+    def check(self) -> None:
+        """Audits the leases against the ledger; raises InvariantBroken."""
+        self._machine.check()
+
+    # --- answers ----------------------------------------------------------------------------------------
+
+    async def _progress(self, body: ProgressRequest, context: CallContext) -> ProgressReply:
+        for instruction in self._shell.feed(ProgressArrived(body)):
+            if isinstance(instruction, RefuseProgress):
+                raise instruction.error
+            if isinstance(instruction, ReplyProgress):
+                return instruction.reply
+        raise Internal(f"progress of lease {body.lease_id} was not answered by {self!r}")
+
+    # --- instructions -----------------------------------------------------------------------------------
+
+    def _perform(self, instruction: ReaderInstruction) -> None:
+        match instruction:
+            case StartPull():
+                self._start_pull(instruction)
+            case StopPull(lease_id):
+                self._pulls[lease_id].request_stop()
+            case AskConfirm(lease_id=lease_id):
+                self._shell.spawn(self._ask_confirm(instruction), f"confirm {lease_id}")
+            case AskRenew(holder=holder):
+                self._shell.spawn(self._ask_renew(instruction), f"renew at {holder.worker_id}")
+            case SendAck(holder=holder):
+                self._shell.spawn(self._send_ack(instruction), f"ack to {holder.worker_id}")
+            case LeaseAdopted() | LeaseAborted():
+                self._lease_ended(instruction)
+            case Verdict() | RefuseOffer() | ReplyProgress() | RefuseProgress():
+                pass  # the question's asker takes it
+
+    def _start_pull(self, order: StartPull) -> None:
+        pull = self._transport.pull(order.endpoint, order.pairs)
+        self._pulls[order.lease_id] = pull
+        self._shell.spawn(self._await_pull(order.lease_id, pull), f"pull {order.lease_id}")
+
+    async def _await_pull(self, lease_id: LeaseId, pull: Pull) -> None:
+        result = await pull.wait()
+        del self._pulls[lease_id]
+        self._shell.feed(PullEnded(lease_id, result))
+
+    async def _ask_confirm(self, order: AskConfirm) -> None:
+        try:
+            channel = self._network.channel(order.holder.address)
+            reply = await channel.call(CONFIRM, order.body, timeout_s=order.timeout_s)
+        except TandemError as error:
+            self._shell.feed(ConfirmFailed(order.lease_id, error))
+        else:
+            self._shell.feed(ConfirmAnswered(order.lease_id, reply))
+
+    async def _ask_renew(self, order: AskRenew) -> None:
+        key: HolderKey = (order.holder.worker_id, order.holder.incarnation)
+        try:
+            channel = self._network.channel(order.holder.address)
+            reply = await channel.call(RENEW, order.body, timeout_s=order.timeout_s)
+        except TandemError as error:
+            self._shell.feed(RenewFailed(key, error))
+        else:
+            self._shell.feed(RenewAnswered(key, reply))
+
+    async def _send_ack(self, order: SendAck) -> None:
+        failure: TandemError | None = None
+        try:
+            channel = self._network.channel(order.holder.address)
+            await channel.call(ACK, order.body, timeout_s=order.timeout_s)
+        except TandemError as error:
+            failure = error
+        self._shell.feed(AckEnded((order.holder.worker_id, order.holder.incarnation), failure))
+
+    def _lease_ended(self, ended: LeaseAdopted | LeaseAborted) -> None:
+        caller = self._callers.pop(ended.lease_id)
+        if isinstance(ended, LeaseAdopted):
+            self._shell.notify(lambda: caller.on_adopted(ended.lease_id, ended.blocks, ended.seal))
+            return
+        self._log(f"lease {ended.lease_id} aborted, {ended.reason}: {ended.error.message}")
+        self._shell.notify(lambda: caller.on_aborted(ended.lease_id, ended.error))
+
+    def _cancel_all(self) -> None:
+        for lease_id in self._machine.lease_ids():
+            self.cancel(lease_id, "the reader is stopping")

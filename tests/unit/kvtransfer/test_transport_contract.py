@@ -1,0 +1,197 @@
+"""What every transport promises, asked of each; and the faults of the in-memory one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+
+from contracts.errors import BadRequest, Cancelled, IncompatiblePeer, TandemError, WorkerUnavailable
+from contracts.ids import BlockId, Incarnation
+from kvtransfer import MemoryFabric, ShmTransport, Transport
+from kvtransfer.memory import BytesStore, PullFate, PullInfo
+from kvtransfer.shm import runs
+from kvtransfer.timers import Deadlines, retry_delay_s
+from rpc import LiveClock
+from simulator import Program, run
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from kvtransfer import BlockPair
+
+BLOCK_BYTES = 4096
+TIMEOUT_S = 60.0
+
+
+class MakeTransport(Protocol):
+    def __call__(self, name: str) -> Transport: ...
+
+
+@pytest.fixture(params=["memory", "shm"])
+async def make(request: pytest.FixtureRequest) -> AsyncGenerator[MakeTransport, None]:
+    fabric = MemoryFabric()
+    made: list[Transport] = []
+
+    def transport(name: str) -> Transport:
+        if request.param == "memory":
+            made.append(fabric.transport(name))
+        else:
+            made.append(ShmTransport(clock=LiveClock(), incarnation=Incarnation(1)))
+        return made[-1]
+
+    yield transport
+    for each in made:
+        await each.close()
+
+
+def pair(source: int, target: int) -> BlockPair:
+    return (BlockId(source), BlockId(target))
+
+
+async def test_pull_copies_exactly_its_pairs(make: MakeTransport) -> None:
+    holder, reader = make("p"), make("d")
+    source, target = holder.register(4, BLOCK_BYTES), reader.register(6, BLOCK_BYTES)
+    assert len(source) == 4 * BLOCK_BYTES
+    assert not any(source)
+    for index in range(4):
+        source[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES] = bytes([index + 1]) * BLOCK_BYTES
+    await reader.connect(holder.endpoint(), TIMEOUT_S)
+    async with asyncio.timeout(TIMEOUT_S):
+        result = await reader.pull(holder.endpoint(), [pair(3, 0), pair(1, 5), pair(2, 4)]).wait()
+    assert result.error is None
+    assert result.num_bytes == 3 * BLOCK_BYTES
+    assert [target[index * BLOCK_BYTES] for index in range(6)] == [4, 0, 0, 0, 3, 2]
+    del source, target
+
+
+async def error_of(reader: Transport, endpoint: bytes, *pairs: BlockPair) -> TandemError | None:
+    async with asyncio.timeout(TIMEOUT_S):
+        result = await reader.pull(endpoint, pairs).wait()
+    assert result.num_bytes == 0
+    return result.error
+
+
+async def test_what_a_peer_does_wrong_is_the_results_error(make: MakeTransport) -> None:
+    holder, reader, other = make("p"), make("d"), make("o")
+    holder.register(4, BLOCK_BYTES)
+    reader.register(6, BLOCK_BYTES)
+    other.register(4, 2 * BLOCK_BYTES)
+    assert isinstance(await error_of(reader, other.endpoint(), pair(0, 0)), IncompatiblePeer)
+    assert isinstance(await error_of(reader, holder.endpoint(), pair(4, 0)), BadRequest)
+    assert isinstance(await error_of(reader, holder.endpoint(), pair(0, 6)), BadRequest)
+    gone = holder.endpoint()
+    await holder.close()
+    assert isinstance(await error_of(reader, gone, pair(0, 0)), WorkerUnavailable)
+    with pytest.raises(WorkerUnavailable):
+        await reader.connect(gone, TIMEOUT_S)
+
+
+async def test_wait_repeats_and_outlives_its_waiters(make: MakeTransport) -> None:
+    holder, reader = make("p"), make("d")
+    holder.register(4, BLOCK_BYTES)
+    reader.register(4, BLOCK_BYTES)
+    pull = reader.pull(holder.endpoint(), [pair(0, 0)])
+    waiting = asyncio.ensure_future(pull.wait())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    result = await pull.wait()
+    assert result.error is None
+    assert await pull.wait() is result
+    pull.request_stop()
+
+
+async def test_empty_pull_is_a_pull(make: MakeTransport) -> None:
+    holder, reader = make("p"), make("d")
+    holder.register(1, BLOCK_BYTES)
+    reader.register(1, BLOCK_BYTES)
+    assert await error_of(reader, holder.endpoint()) is None
+
+
+def in_memory(fate: Callable[[PullInfo], PullFate], seconds: list[float]) -> list[object]:
+    """Stops a pull of one block after `seconds[0]`; what landed by then, how it ended and when."""
+
+    async def main(program: Program) -> list[object]:
+        fabric = MemoryFabric(fate)
+        holder, reader = fabric.transport("p"), fabric.transport("d")
+        source, target = holder.register(1, BLOCK_BYTES), reader.register(1, BLOCK_BYTES)
+        source[0] = 9
+        pull = reader.pull(holder.endpoint(), [pair(0, 0)])
+        await asyncio.sleep(seconds[0])
+        pull.request_stop()
+        landed = target[0]
+        result = await pull.wait()
+        return [landed, target[0], type(result.error), asyncio.get_running_loop().time()]
+
+    return run(main, seed=1)
+
+
+def test_memory_pull_stops_or_lands_late_as_told() -> None:
+    assert in_memory(lambda info: PullFate(duration_s=5.0), [1.0]) == [0, 0, Cancelled, 1.0]
+    deaf = PullFate(duration_s=5.0, heeds_stop=False)
+    assert in_memory(lambda info: deaf, [1.0]) == [0, 9, type(None), 5.0]
+    lost = PullFate(duration_s=5.0, error=WorkerUnavailable("cut"), heeds_stop=False)
+    assert in_memory(lambda info: lost, [1.0]) == [0, 0, WorkerUnavailable, 5.0]
+
+
+def test_memory_pull_of_a_crashed_holder_fails_and_a_crashed_reader_gets_nothing() -> None:
+    async def main(program: Program) -> None:
+        fabric = MemoryFabric(lambda info: PullFate(duration_s=1.0))
+        holder, reader = fabric.transport("p"), fabric.transport("d")
+        holder.register(1, BLOCK_BYTES)[0] = 9
+        target = reader.register(1, BLOCK_BYTES)
+        pull = reader.pull(holder.endpoint(), [pair(0, 0)])
+        holder.crash()
+        assert isinstance((await pull.wait()).error, WorkerUnavailable)
+        survivor = fabric.transport("p")
+        survivor.register(1, BLOCK_BYTES)[0] = 9
+        reader.pull(survivor.endpoint(), [pair(0, 0)])
+        reader.crash()
+        await asyncio.sleep(2.0)
+        assert target[0] == 0
+
+    run(main, seed=1)
+
+
+def test_memory_transport_over_blocks_that_exist() -> None:
+    async def main(program: Program) -> None:
+        fabric = MemoryFabric()
+        source, target = BytesStore(2, 8), BytesStore(2, 8)
+        source.write_block(BlockId(1), b"contents")
+        holder = fabric.over("p", source, num_blocks=2, block_bytes=1 << 20)
+        reader = fabric.over("d", target, num_blocks=2, block_bytes=1 << 20)
+        result = await reader.pull(holder.endpoint(), [pair(1, 0)]).wait()
+        assert (result.num_bytes, target.read_block(BlockId(0))) == (1 << 20, b"contents")
+
+    run(main, seed=1)
+
+
+def test_neighbours_are_copied_together() -> None:
+    pairs = [pair(*each) for each in ((0, 5), (1, 6), (2, 7), (4, 8), (5, 9), (6, 3))]
+    assert [(run.source, run.target, run.num_blocks) for run in runs(pairs)] == [
+        (0, 5, 3),
+        (4, 8, 2),
+        (6, 3, 1),
+    ]
+    assert list(runs([])) == []
+
+
+def test_retry_delays_double_up_to_a_bound() -> None:
+    assert [retry_delay_s(n) for n in (1, 2, 3, 5, 6, 1000)] == [0.05, 0.1, 0.2, 0.8, 1.0, 1.0]
+
+
+def test_deadlines_keep_one_time_per_key() -> None:
+    deadlines: Deadlines[str] = Deadlines()
+    assert deadlines.next_s() is None
+    for time_s, key in ((3.0, "a"), (1.0, "b"), (2.0, "c"), (5.0, "b"), (2.0, "d")):
+        deadlines.set(key, time_s)
+    deadlines.discard("missing")
+    assert len(deadlines) == 4
+    assert deadlines.pop_due(2.0) == ["c", "d"]
+    deadlines.discard("a")
+    assert (deadlines.next_s(), deadlines.pop_due(4.0)) == (5.0, [])
+    for time_s in range(1000):
+        deadlines.set("b", float(time_s))
+    assert deadlines.pop_due(1e9) == ["b"]
+    assert deadlines.next_s() is None
