@@ -1,0 +1,146 @@
+"""Which prefill and which decode worker a request gets: least loaded, compatible, not avoided.
+
+Both workers are chosen at arrival (Splitwise, ISCA'24, section 4.3), so that the copy can overlap the
+prefill. Prefill load is prompt tokens not yet computed, decode load is context tokens held; ties go to the
+smaller worker id, so that one view always gives one answer. Tokens placed by this call and by earlier ones
+that no heartbeat reports yet count as load (`booked_*`), else a burst would land on one worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from contracts.messages import Peer, Placement, Rejection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from contracts.messages import DispatchItem, WorkerInfo, WorkerLoad
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchLimits:
+    #: A worker with this many requests waiting gets no more: beyond it waiting only grows.
+    max_waiting_requests: int = 512
+    #: What a refused client is told while no worker of a role is up.
+    not_ready_retry_after_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """A live worker, as the last heartbeat and the placements since then tell it."""
+
+    info: WorkerInfo
+    load: WorkerLoad
+    #: Prompt tokens placed here for prefill, not yet in a heartbeat.
+    booked_prompt_tokens: int = 0
+    #: Context tokens (prompt and allowed output) placed here for decode, not yet in a heartbeat.
+    booked_context_tokens: int = 0
+    #: Requests among the above that wait for prefill.
+    booked_requests: int = 0
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(
+            worker_id=self.info.worker_id, incarnation=self.info.incarnation, address=self.info.address
+        )
+
+    @property
+    def prefill_load_tokens(self) -> int:
+        return self.load.pending_prompt_tokens + self.booked_prompt_tokens
+
+    @property
+    def decode_load_tokens(self) -> int:
+        return self.load.context_tokens + self.booked_context_tokens
+
+    @property
+    def waiting_requests(self) -> int:
+        return self.load.waiting_requests + self.booked_requests
+
+
+def dispatch(
+    items: Sequence[DispatchItem], workers: Iterable[WorkerView], limits: DispatchLimits
+) -> list[Placement | Rejection]:
+    """One verdict for each item, in order. Earlier items of the call count as load for later ones."""
+    views = {view.info.worker_id: view for view in workers}
+    verdicts: list[Placement | Rejection] = []
+    for item in items:
+        verdict = _place(item, list(views.values()), limits)
+        verdicts.append(verdict)
+        if isinstance(verdict, Placement):
+            prefill = views[verdict.prefill.worker_id]
+            views[prefill.info.worker_id] = replace(
+                prefill,
+                booked_prompt_tokens=prefill.booked_prompt_tokens + item.prompt_tokens,
+                booked_requests=prefill.booked_requests + 1,
+            )
+            decode = views[verdict.decode.worker_id]
+            views[decode.info.worker_id] = replace(
+                decode,
+                booked_context_tokens=decode.booked_context_tokens + item.prompt_tokens + item.max_tokens,
+            )
+    return verdicts
+
+
+def _place(item: DispatchItem, views: list[WorkerView], limits: DispatchLimits) -> Placement | Rejection:
+    usable = [view for view in views if view.info.worker_id not in item.avoid]
+    readers = sorted(
+        (view for view in usable if view.info.role != "decode"),
+        key=lambda view: (view.prefill_load_tokens, view.info.worker_id),
+    )
+    if not readers:
+        return _not_ready(item, "prefill", views, limits)
+    open_readers = [view for view in readers if view.waiting_requests < limits.max_waiting_requests]
+    if not open_readers:
+        return _full(item, readers)
+    for reader in open_readers:
+        writer = _writer_for(reader, usable)
+        if writer is not None:
+            reason = (
+                f"least loaded: prefill {reader.prefill_load_tokens} tokens pending of {len(readers)} workers, "
+                f"decode {writer.decode_load_tokens} context tokens"
+            )
+            return Placement(
+                request_id=item.request_id, prefill=reader.peer, decode=writer.peer, reason=reason
+            )
+    return _not_ready(item, "decode", views, limits)
+
+
+def _writer_for(reader: WorkerView, usable: list[WorkerView]) -> WorkerView | None:
+    """The decode worker for a prompt read by `reader`: itself when mixed, else the least loaded whose KV
+    means the same. None when there is no such worker."""
+    if reader.info.role == "mixed":
+        return reader
+    writers = [
+        view
+        for view in usable
+        if view.info.role == "decode" and reader.info.identity.mismatch(view.info.identity) is None
+    ]
+    return min(writers, key=lambda view: (view.decode_load_tokens, view.info.worker_id), default=None)
+
+
+def _not_ready(
+    item: DispatchItem, role: str, views: list[WorkerView], limits: DispatchLimits
+) -> Rejection:
+    present = ", ".join(f"{view.info.worker_id} ({view.info.role})" for view in views) or "none"
+    avoided = f", avoiding {', '.join(item.avoid)}" if item.avoid else ""
+    return Rejection(
+        request_id=item.request_id,
+        code="not_ready",
+        message=f"no {role} worker can take the request (workers up: {present}{avoided})",
+        retry_after_s=limits.not_ready_retry_after_s,
+    )
+
+
+def _full(item: DispatchItem, readers: list[WorkerView]) -> Rejection:
+    least = readers[0]
+    return Rejection(
+        request_id=item.request_id,
+        code="no_capacity",
+        message=(
+            f"all {len(readers)} prefill workers have full queues; the least loaded, {least.info.worker_id}, has "
+            f"{least.waiting_requests} requests and {least.prefill_load_tokens} prompt tokens waiting"
+        ),
+        retry_after_s=1.0,
+    )

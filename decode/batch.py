@@ -1,0 +1,366 @@
+"""The decode side of a worker: offers being pulled, sequences running, and those preempted.
+
+A running sequence takes one block more whenever its next token would not fit; when none is free the
+sequence that arrived last is preempted by recompute (vLLM, SOSP'23, section 4.5): its blocks are freed, and its
+prompt and output are read again, in chunks, when blocks are free. Noise is counter-based and greedy choice is
+exact, so the answer does not change. Preempted sequences come before offers that wait for blocks: nothing new
+is admitted while something admitted starves.
+
+Not thread-safe: everything runs on the worker's loop. Nothing here waits or does I/O.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from contracts.errors import BadRequest, Cancelled
+from contracts.requests import PhaseTimes
+from engine.compose import Candidate
+from engine.recent import RecentTries
+from engine.sequence import Sequence, failure, finish_after, owner_name, request_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from contracts.clock import Clock
+    from contracts.errors import TandemError
+    from contracts.ids import BlockId, GatewayId, LeaseId
+    from contracts.messages import HandoffReply, HandoffRequest, RequestKey, Seal
+    from contracts.requests import GenerateRequest
+    from engine.plan import Engine, Sampled, SequenceStep
+    from engine.sequence import Emit
+    from kvtransfer import Ledger, ReaderService
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeLimits:
+    #: Blocks kept free when a preempted sequence is taken up again, so that it is not preempted at once.
+    resume_headroom_blocks: int = 2
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Incoming:
+    """An offer whose KV is on its way."""
+
+    request: GenerateRequest
+    received_s: float
+
+    @property
+    def first_index(self) -> int:
+        """Output index of the token that the prefill side samples."""
+        return len(self.request.token_ids) - self.request.num_prompt_tokens
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Answer:
+    """One try of a request on this side."""
+
+    sequence: Sequence
+    #: When its blocks became this side's.
+    adopted_s: float
+    #: Offer received to adopted; None when there was no handoff.
+    handoff_s: float | None
+    in_step: bool = False
+    #: Cancelled or failed while in a step; dropped when that step ends.
+    doomed: bool = False
+    #: Its first delta from this side is out.
+    announced: bool = False
+
+
+class DecodeBatch:
+    """Implements `engine.source.StepSource`."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        ledger: Ledger,
+        reader: ReaderService,
+        own_worker_id: str,
+        limits: DecodeLimits,
+        emit: Emit,
+        clock: Clock,
+        on_change: Callable[[], None],
+        sequence_ids: Iterator[int],
+    ) -> None:
+        """`on_change` is called when a pull ended: there may be work, or blocks, that were not there before."""
+        self._engine = engine
+        self._layout = engine.identity.layout
+        self._ledger = ledger
+        self._reader = reader
+        self._own_worker_id = own_worker_id
+        self._limits = limits
+        self._emit = emit
+        self._clock = clock
+        self._on_change = on_change
+        self._sequence_ids = sequence_ids
+        #: All and only offers neither adopted nor aborted.
+        self._incoming: dict[LeaseId, _Incoming] = {}
+        #: Lease of each try in `_incoming`.
+        self._lease_of: dict[RequestKey, LeaseId] = {}
+        #: All and only tries with adopted KV or preempted, by try.
+        self._answers: dict[RequestKey, _Answer] = {}
+        #: Those with blocks, by sequence id.
+        self._running: dict[int, _Answer] = {}
+        #: Those without blocks, first preempted first.
+        self._preempted: deque[_Answer] = deque()
+        #: Tries that ended here, or were cancelled before they came.
+        self._over = RecentTries()
+        self.preemptions_total = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"<DecodeBatch [{len(self._incoming)} incoming, {len(self._running)} running, "
+            f"{len(self._preempted)} preempted]>"
+        )
+
+    @property
+    def open_count(self) -> int:
+        return len(self._incoming) + len(self._answers)
+
+    @property
+    def running_count(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting_count(self) -> int:
+        return len(self._incoming) + len(self._preempted)
+
+    @property
+    def starving(self) -> bool:
+        """Whether a preempted sequence waits for blocks: then nothing new should take any."""
+        return bool(self._preempted)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of running and preempted sequences and of prompts on their way."""
+        running = sum(len(answer.sequence.token_ids) for answer in self._answers.values())
+        return running + sum(len(incoming.request.token_ids) for incoming in self._incoming.values())
+
+    def keys_of(self, gateway_id: GatewayId) -> list[RequestKey]:
+        """The tries whose tokens go to this gateway."""
+        requests = [incoming.request for incoming in self._incoming.values()]
+        requests += [answer.sequence.request for answer in self._answers.values()]
+        return [request_key(request) for request in requests if request.gateway_id == gateway_id]
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def offer(self, ask: HandoffRequest, now_s: float) -> HandoffReply:
+        """Answers a handoff at once.
+
+        Raises BadRequest, NoCapacity, IncompatiblePeer, StaleIncarnation; Cancelled for a try that is over.
+        """
+        key = request_key(ask.request)
+        if key in self._over:
+            raise Cancelled(f"request {key.request_id} attempt {key.attempt} is over at {self._own_worker_id}")
+        self._check_fits(ask)
+        lease_id = ask.terms.lease_id
+        reply = self._reader.offer(
+            ask.terms, owner=owner_name(key), on_adopted=self._adopted, on_aborted=self._aborted
+        )
+        if lease_id not in self._incoming:
+            self._incoming[lease_id] = _Incoming(request=ask.request, received_s=now_s)
+            self._lease_of[key] = lease_id
+        return reply
+
+    def take_over(self, sequence: Sequence, now_s: float) -> None:
+        """A prompt read by this same worker: its blocks stay where they are."""
+        self._start(_Answer(sequence=sequence, adopted_s=now_s, handoff_s=None))
+
+    def cancel(self, key: RequestKey, reason: str) -> None:
+        """Forgets a try. Unknown tries are no error."""
+        lease_id = self._lease_of.get(key)
+        if lease_id is not None:
+            self._take_incoming(lease_id)
+            self._over.add(key)
+            self._reader.cancel(lease_id, reason)
+        answer = self._answers.get(key)
+        if answer is not None:
+            self._drop(answer)
+        else:
+            self._over.add(key)
+
+    def expire(self, now_s: float) -> None:
+        """Ends the tries whose deadline has passed."""
+        message = f"the request's deadline passed on {self._own_worker_id}"
+        for answer in [late for late in self._answers.values() if now_s > late.sequence.deadline_s]:
+            if not answer.doomed:
+                self._fail(answer, "deadline_exceeded", message)
+        for incoming in list(self._incoming.values()):
+            if now_s > incoming.received_s + incoming.request.deadline_s:
+                self.cancel(request_key(incoming.request), message)
+                self._fail_incoming(incoming, "deadline_exceeded", message)
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def candidates(self, now_s: float) -> tuple[list[Candidate], list[Candidate]]:
+        self._make_room()
+        self._resume()
+        decodes: list[Candidate] = []
+        chunks: list[Candidate] = []
+        for sequence_id, answer in self._running.items():
+            remaining = answer.sequence.num_remaining
+            target = decodes if remaining == 1 else chunks
+            target.append(
+                Candidate(
+                    sequence_id=sequence_id, num_tokens=remaining, arrival=sequence_id, started=True
+                )
+            )
+        return decodes, chunks
+
+    def build(self, sequence_id: int, num_tokens: int, now_s: float) -> SequenceStep:
+        answer = self._running[sequence_id]
+        answer.in_step = True
+        return answer.sequence.step(num_tokens)
+
+    def apply(self, sequence_id: int, num_tokens: int, sampled: Sampled | None, now_s: float) -> None:
+        answer = self._running[sequence_id]
+        answer.in_step = False
+        sequence = answer.sequence
+        sequence.num_computed += num_tokens
+        if answer.doomed:
+            self._drop(answer)
+            return
+        if sampled is None:
+            return
+        finish = finish_after(
+            sampled.token_id,
+            output_count=sequence.output_count + 1,
+            sequence_tokens=len(sequence.token_ids) + 1,
+            sampling=sequence.request.sampling,
+            eos_token_ids=self._engine.eos_token_ids,
+            max_context_tokens=self._engine.max_context_tokens,
+        )
+        phases = None
+        if not answer.announced or finish is not None:
+            phases = PhaseTimes(
+                handoff_s=None if answer.announced else answer.handoff_s, decode_s=now_s - answer.adopted_s
+            )
+        answer.announced = True
+        self._emit(sequence.request, sequence.append(sampled, finish, phases))
+        if finish is not None:
+            self._drop(answer)
+
+    def fail(self, sequence_id: int, error: TandemError) -> None:
+        answer = self._running[sequence_id]
+        answer.in_step = False
+        if answer.doomed:
+            self._drop(answer)
+        else:
+            self._fail(answer, error.code, error.message)
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _check_fits(self, ask: HandoffRequest) -> None:
+        # One token more than the prompt must fit, else not even the second token could be computed.
+        needed = self._layout.blocks_for(len(ask.request.token_ids) + 1)
+        if max(needed, ask.terms.num_blocks) > self._engine.num_blocks:
+            raise BadRequest(
+                f"the request needs {needed} KV blocks, {self._own_worker_id} has {self._engine.num_blocks} in all"
+            )
+
+    def _take_incoming(self, lease_id: LeaseId) -> _Incoming:
+        incoming = self._incoming.pop(lease_id)
+        self._lease_of.pop(request_key(incoming.request), None)
+        return incoming
+
+    def _adopted(self, lease_id: LeaseId, block_ids: list[BlockId], seal: Seal) -> None:
+        """The reader's report that a pull was confirmed; the blocks are owned in the request's name."""
+        incoming = self._take_incoming(lease_id)
+        now_s = self._clock.now_s()
+        sequence = Sequence(
+            sequence_id=next(self._sequence_ids),
+            request=incoming.request,
+            deadline_s=incoming.received_s + incoming.request.deadline_s,
+            token_ids=[*incoming.request.token_ids, *seal.first_delta.token_ids],
+            block_ids=block_ids,
+            num_computed=seal.num_tokens,
+        )
+        self._start(_Answer(sequence=sequence, adopted_s=now_s, handoff_s=now_s - incoming.received_s))
+        self._on_change()
+
+    def _aborted(self, lease_id: LeaseId, error: TandemError) -> None:
+        """The reader's report that a pull ended without adoption; after a cancel of ours nobody asks."""
+        if lease_id in self._incoming:
+            incoming = self._take_incoming(lease_id)
+            self._fail_incoming(incoming, error.code, error.message)
+        self._on_change()
+
+    def _fail_incoming(self, incoming: _Incoming, code: str, message: str) -> None:
+        request = incoming.request
+        self._over.add(request_key(request))
+        self._emit(request, failure(request, incoming.first_index, code, message))
+
+    def _start(self, answer: _Answer) -> None:
+        self._answers[answer.sequence.key] = answer
+        self._running[answer.sequence.sequence_id] = answer
+
+    def _make_room(self) -> None:
+        """Gives every running sequence the blocks for its remaining tokens, oldest first, preempting the
+        newest. Sequence ids grow with arrival."""
+        for sequence_id in sorted(self._running):
+            answer = self._running.get(sequence_id)
+            while answer is not None and not self._extend(answer.sequence):
+                self._preempt(self._running[max(self._running)])
+                answer = self._running.get(sequence_id)
+
+    def _extend(self, sequence: Sequence) -> bool:
+        missing = self._layout.blocks_for(len(sequence.token_ids)) - len(sequence.block_ids)
+        if missing <= 0:
+            return True
+        blocks = self._ledger.allocate(sequence.owner, missing)
+        if blocks is None:
+            return False
+        sequence.block_ids.extend(blocks)
+        return True
+
+    def _preempt(self, answer: _Answer) -> None:
+        sequence = answer.sequence
+        del self._running[sequence.sequence_id]
+        self._release(sequence)
+        sequence.num_computed = 0
+        if self._layout.blocks_for(len(sequence.token_ids)) > self._engine.num_blocks:
+            message = f"the answer outgrew the {self._engine.num_blocks} KV blocks of {self._own_worker_id}"
+            self._fail(answer, "no_capacity", message)
+            return
+        self.preemptions_total += 1
+        self._preempted.append(answer)
+
+    def _resume(self) -> None:
+        while self._preempted:
+            sequence = self._preempted[0].sequence
+            needed = self._layout.blocks_for(len(sequence.token_ids))
+            headroom = self._limits.resume_headroom_blocks if self._running else 0
+            if self._ledger.available_blocks < needed + headroom:
+                return
+            blocks = self._ledger.allocate(sequence.owner, needed)
+            assert blocks is not None, (self._ledger, needed)
+            sequence.block_ids = blocks
+            self._running[sequence.sequence_id] = self._preempted.popleft()
+
+    def _fail(self, answer: _Answer, code: str, message: str) -> None:
+        sequence = answer.sequence
+        self._emit(sequence.request, failure(sequence.request, sequence.output_count, code, message))
+        self._drop(answer)
+
+    def _drop(self, answer: _Answer) -> None:
+        """Ends a try on this side; its blocks are released after the step that writes them."""
+        if answer.in_step:
+            answer.doomed = True
+            return
+        sequence = answer.sequence
+        self._release(sequence)
+        self._answers.pop(sequence.key, None)
+        self._over.add(sequence.key)
+        self._running.pop(sequence.sequence_id, None)
+        if answer in self._preempted:
+            self._preempted.remove(answer)
+        if not self._preempted:
+            self._reader.blocks_freed()
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.block_ids:
+            self._ledger.release(sequence.owner, sequence.block_ids)
+            sequence.block_ids = []

@@ -1,0 +1,5 @@
+"""Reads prompts: the queue, the chunks it offers to the step loop, and the holder's side of the handoff."""
+
+from prefill.queue import LocalHandoff, PrefillLimits, PrefillQueue, SendOffer
+
+__all__ = ["LocalHandoff", "PrefillLimits", "PrefillQueue", "SendOffer"]

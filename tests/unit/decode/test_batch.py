@@ -1,0 +1,266 @@
+"""The decode side: adoption, growth, preemption by recompute, and every way an answer can end."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contracts.errors import BadRequest, Cancelled, Internal, TransferAborted
+from contracts.ids import Incarnation, LeaseId
+from contracts.messages import HandoffRequest, LeaseTerms, Seal
+from contracts.requests import TokenDelta
+from decode import DecodeBatch, DecodeLimits
+from engine.plan import Sampled
+from kvtransfer import Ledger
+from tests.support.roles import (
+    BLOCK_TOKENS,
+    EOS,
+    IDENTITY,
+    READER,
+    Deltas,
+    Facts,
+    HandClock,
+    RecordingReader,
+    generate,
+    key,
+)
+
+if TYPE_CHECKING:
+    from contracts.requests import GenerateRequest
+
+
+@dataclass
+class Side:
+    """A decode batch with what it stands on."""
+
+    num_blocks: int = 16
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.num_blocks)
+        self.reader = RecordingReader()
+        self.deltas = Deltas()
+        self.clock = HandClock()
+        self.batch = DecodeBatch(
+            engine=Facts(num_blocks=self.num_blocks),
+            ledger=self.ledger,
+            reader=cast("Any", self.reader),
+            own_worker_id="d0",
+            limits=DecodeLimits(),
+            emit=self.deltas,
+            clock=self.clock,
+            on_change=lambda: None,
+            sequence_ids=itertools.count(),
+        )
+
+    def offer(self, request: GenerateRequest, now_s: float = 0.0) -> LeaseId:
+        lease_id = LeaseId(f"lease-{request.request_id}")
+        terms = LeaseTerms(
+            lease_id=lease_id,
+            holder=READER,
+            identity=IDENTITY,
+            transport="shm",
+            endpoint=b"",
+            num_blocks=IDENTITY.layout.blocks_for(len(request.token_ids)),
+            ttl_s=10.0,
+        )
+        self.batch.offer(HandoffRequest(target=Incarnation(1), terms=terms, request=request), now_s)
+        return lease_id
+
+    def adopt(self, request: GenerateRequest, now_s: float = 1.0) -> None:
+        """Offer, pull and adoption in one: the reader's part of it is done by hand."""
+        lease_id = self.offer(request)
+        first = TokenDelta(request_id=request.request_id, index=0, token_ids=(7,))
+        owner = f"{request.request_id}#{request.attempt}"
+        blocks = self.ledger.allocate(owner, IDENTITY.layout.blocks_for(len(request.token_ids)))
+        assert blocks is not None
+        seal = Seal(num_tokens=len(request.token_ids), first_delta=first)
+        self.clock.time_s = now_s
+        self.reader.adopted(lease_id, blocks, seal)
+
+    def step(self, token_id: int = 8, now_s: float = 2.0) -> int:
+        """Everything that could run does, all of it; returns how many sequences sampled."""
+        decodes, chunks = self.batch.candidates(now_s)
+        for candidate in (*decodes, *chunks):
+            self.batch.build(candidate.sequence_id, candidate.num_tokens, now_s)
+        for candidate in (*decodes, *chunks):
+            sampled = Sampled(token_id=token_id)
+            self.batch.apply(candidate.sequence_id, candidate.num_tokens, sampled, now_s)
+        self.ledger.check()
+        return len(decodes) + len(chunks)
+
+    def assert_clean(self) -> None:
+        self.ledger.check()
+        assert self.ledger.load()["free_blocks"] == self.num_blocks
+        assert self.batch.open_count == 0
+
+
+def test_an_adopted_sequence_decodes_from_its_second_token_to_its_end() -> None:
+    side = Side()
+    side.adopt(generate(prompt=6, max_tokens=4))
+    while side.batch.open_count:
+        side.step()
+    assert [delta.index for delta in side.deltas.seen] == [1, 2, 3]
+    assert [delta.finish for delta in side.deltas.seen] == [None, None, "length"]
+    side.assert_clean()
+
+
+def test_phases_on_the_first_and_the_last_delta() -> None:
+    side = Side()
+    side.adopt(generate(prompt=6, max_tokens=4), now_s=1.0)
+    for now_s in (2.0, 3.0, 4.0):
+        side.step(now_s=now_s)
+    first, middle, last = (delta.phases for delta in side.deltas.seen)
+    assert first is not None
+    assert (first.handoff_s, first.decode_s) == (1.0, 1.0)
+    assert middle is None
+    assert last is not None
+    assert (last.handoff_s, last.decode_s) == (None, 3.0)
+
+
+def test_an_end_token_ends() -> None:
+    side = Side()
+    side.adopt(generate())
+    side.step(token_id=EOS)
+    assert side.deltas.seen[-1].finish == "stop"
+    side.assert_clean()
+
+
+def test_blocks_grow_with_the_answer() -> None:
+    side = Side()
+    side.adopt(generate(prompt=BLOCK_TOKENS, max_tokens=50))
+    assert side.ledger.load()["owned_blocks"] == 1
+    side.step()
+    assert side.ledger.load()["owned_blocks"] == 2, "the first output token's KV needs a second block"
+
+
+def test_out_of_blocks_the_newest_is_preempted_and_read_again() -> None:
+    side = Side(num_blocks=4)
+    side.adopt(generate("old", prompt=8, max_tokens=4))
+    side.adopt(generate("new", prompt=8, max_tokens=4))
+    assert side.step() == 1
+    assert side.batch.preemptions_total == 1
+    assert side.batch.starving
+    while side.batch.open_count:
+        assert side.step() == 1
+    by_request = {name: [delta.index for delta in side.deltas.seen if delta.request_id == name] for name in
+                  ("old", "new")}
+    assert by_request == {"old": [1, 2, 3], "new": [1, 2, 3]}
+    side.assert_clean()
+
+
+def test_an_answer_that_outgrows_the_worker_fails_alone() -> None:
+    side = Side(num_blocks=2)
+    side.adopt(generate(prompt=4, max_tokens=50))
+    while side.batch.open_count:
+        side.step()
+    last = side.deltas.seen[-1]
+    assert last.error is not None
+    assert last.error.message == "the answer outgrew the 2 KV blocks of d0"
+    side.assert_clean()
+
+
+@pytest.mark.parametrize("stage", ["incoming", "running", "preempted"])
+def test_cancel_at_each_stage(stage: str) -> None:
+    side = Side(num_blocks=4)
+    if stage == "incoming":
+        lease_id = side.offer(generate("x"))
+        side.batch.cancel(key("x"), "test")
+        assert side.reader.cancelled == [lease_id]
+    else:
+        if stage == "preempted":
+            side.adopt(generate("old", prompt=8))
+        side.adopt(generate("x", prompt=8))
+        side.step()
+        assert side.batch.starving == (stage == "preempted")
+        side.batch.cancel(key("x"), "test")
+        side.batch.cancel(key("old"), "test")
+    side.assert_clean()
+
+
+def test_cancel_in_a_step_frees_the_blocks_only_after_it() -> None:
+    side = Side()
+    side.adopt(generate())
+    decodes, _ = side.batch.candidates(1.0)
+    side.batch.build(decodes[0].sequence_id, 1, 1.0)
+    side.batch.cancel(key(), "test")
+    assert side.ledger.load()["owned_blocks"] == 2
+    side.batch.apply(decodes[0].sequence_id, 1, Sampled(token_id=8), 1.0)
+    assert side.deltas.seen == []
+    side.assert_clean()
+
+
+def test_a_try_that_is_over_is_refused() -> None:
+    side = Side()
+    side.batch.cancel(key(), "test")
+    with pytest.raises(Cancelled, match="request r attempt 1 is over at d0"):
+        side.offer(generate())
+    side.assert_clean()
+
+
+def test_an_aborted_pull_fails_the_request() -> None:
+    side = Side()
+    lease_id = side.offer(generate())
+    side.reader.aborted(lease_id, TransferAborted("the holder died"))
+    last = side.deltas.seen[-1]
+    assert (last.index, last.finish) == (0, "error")
+    assert last.error is not None
+    assert last.error.message == "the holder died"
+    side.assert_clean()
+
+
+def test_what_never_fits_is_refused() -> None:
+    side = Side(num_blocks=2)
+    with pytest.raises(BadRequest, match="needs 3 KV blocks, d0 has 2"):
+        side.offer(generate(prompt=8))
+
+
+def test_a_failed_step_fails_its_sequences() -> None:
+    side = Side()
+    side.adopt(generate())
+    decodes, _ = side.batch.candidates(1.0)
+    side.batch.build(decodes[0].sequence_id, 1, 1.0)
+    side.batch.fail(decodes[0].sequence_id, Internal("boom"))
+    assert side.deltas.seen[-1].error is not None
+    side.assert_clean()
+
+
+def test_deadlines_end_answers_and_incoming_prompts() -> None:
+    side = Side()
+    side.adopt(generate("a", deadline_s=5.0))
+    side.offer(generate("b", deadline_s=5.0))
+    side.batch.expire(5.1)
+    assert sorted(delta.request_id for delta in side.deltas.seen) == ["a", "b"]
+    assert side.reader.cancelled == ["lease-b"]
+    side.assert_clean()
+
+
+@given(
+    prompts=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=6),
+    num_blocks=st.integers(8, 24),
+    cancels=st.sets(st.integers(0, 40), max_size=4),
+)
+def test_whatever_is_preempted_or_cancelled_indices_are_gapless_and_no_block_is_lost(
+    prompts: list[tuple[int, int]], num_blocks: int, cancels: set[int]
+) -> None:
+    side = Side(num_blocks=num_blocks)
+    names = []
+    for number, (prompt, max_tokens) in enumerate(prompts):
+        request = generate(f"r{number}", prompt=prompt, max_tokens=max_tokens + 1)
+        if side.ledger.available_blocks >= IDENTITY.layout.blocks_for(prompt):
+            side.adopt(request)
+            names.append(request.request_id)
+    for step in range(400):
+        if step in cancels and names:
+            side.batch.cancel(key(names[step % len(names)]), "test")
+        if side.batch.open_count == 0:
+            break
+        side.step()
+    side.assert_clean()
+    for name in names:
+        indices = [delta.index for delta in side.deltas.seen if delta.request_id == name]
+        assert indices == list(range(1, len(indices) + 1))

@@ -1,0 +1,294 @@
+"""A worker, put together: ledger, leases, both roles, one step loop, frames, and the rpc handlers.
+
+The handlers are thin: check that the message is meant for this life, pass it to the side it belongs to, wake the
+step loop. What happens to a request afterwards is decided in `prefill`, `decode` and `kvtransfer`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from contracts.errors import StaleIncarnation, TandemError
+from contracts.messages import (
+    AUDIT,
+    CANCEL,
+    DEREGISTER,
+    FRAMES,
+    HANDOFF,
+    HEARTBEAT,
+    PREFILL,
+    REGISTER,
+    AuditReply,
+    DeregisterRequest,
+    Empty,
+    HandoffRequest,
+    HeartbeatRequest,
+    Peer,
+    WorkerLoad,
+)
+from decode import DecodeBatch, DecodeLimits
+from engine.compose import StepBudget
+from kvtransfer import HolderService, Ledger, ReaderService
+from prefill import PrefillLimits, PrefillQueue
+from worker.frames import FrameOutbox
+from worker.step_loop import StepLoop
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable
+
+    from contracts.clock import Clock
+    from contracts.ids import GatewayId, Incarnation
+    from contracts.messages import (
+        CancelRequest,
+        FramesRequest,
+        HandoffReply,
+        LeaseTerms,
+        PrefillRequest,
+        RequestKey,
+        WorkerInfo,
+    )
+    from contracts.requests import Frame, GenerateRequest
+    from engine.plan import Engine
+    from kvtransfer import Transport
+    from rpc import CallContext, Network, Server
+
+#: How often deadlines of requests are looked at.
+SWEEP_INTERVAL_S = 0.5
+COORDINATOR_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLimits:
+    budget: StepBudget = field(default_factory=lambda: StepBudget(max_tokens=512, max_sequences=64))
+    prefill: PrefillLimits = field(default_factory=PrefillLimits)
+    decode: DecodeLimits = field(default_factory=DecodeLimits)
+    lease_ttl_s: float = 10.0
+    max_waiting_offers: int = 256
+    #: Deltas waiting for one gateway's stream before that gateway is given up.
+    max_pending_deltas: int = 20_000
+
+
+class WorkerShell:
+    """Use: construct, `register_on(server)`, then `await run()` until cancelled."""
+
+    def __init__(
+        self,
+        *,
+        info: WorkerInfo,
+        engine: Engine,
+        transport: Transport,
+        network: Network,
+        clock: Clock,
+        coordinator_address: str,
+        limits: WorkerLimits,
+        log: Callable[[str], None],
+    ) -> None:
+        self._info = info
+        self._network = network
+        self._clock = clock
+        self._coordinator_address = coordinator_address
+        self._log = log
+        self._engine = engine
+        #: Set once the coordinator has taken this life up.
+        self.registered = asyncio.Event()
+        self.ledger = Ledger(engine.num_blocks)
+        self.holder = HolderService(
+            ledger=self.ledger,
+            network=network,
+            clock=clock,
+            worker=Peer(worker_id=info.worker_id, incarnation=info.incarnation, address=info.address),
+            identity=info.identity,
+            transport=transport,
+            ttl_s=limits.lease_ttl_s,
+            log=log,
+        )
+        self.reader = ReaderService(
+            ledger=self.ledger,
+            network=network,
+            clock=clock,
+            transport=transport,
+            identity=info.identity,
+            max_waiting=limits.max_waiting_offers,
+            log=log,
+        )
+        self.outbox = FrameOutbox(
+            worker_id=info.worker_id,
+            incarnation=info.incarnation,
+            clock=clock,
+            max_pending_deltas=limits.max_pending_deltas,
+            on_given_up=self._gateway_given_up,
+        )
+        sequence_ids = itertools.count()
+        self.decode = DecodeBatch(
+            engine=engine,
+            ledger=self.ledger,
+            reader=self.reader,
+            own_worker_id=info.worker_id,
+            limits=limits.decode,
+            emit=self.outbox.emit,
+            clock=clock,
+            on_change=self._blocks_may_be_free,
+            sequence_ids=sequence_ids,
+        )
+        self.prefill = PrefillQueue(
+            engine=engine,
+            ledger=self.ledger,
+            holder=self.holder,
+            own_worker_id=info.worker_id,
+            limits=limits.prefill,
+            emit=self.outbox.emit,
+            send_offer=self._send_offer,
+            hand_over=self.decode.take_over,
+            may_admit=lambda: not self.decode.starving,
+            on_blocks_freed=self._blocks_may_be_free,
+            sequence_ids=sequence_ids,
+        )
+        self.loop = StepLoop(
+            engine=engine,
+            sources=(self.decode, self.prefill),
+            budget=limits.budget,
+            clock=clock,
+            after_step=self.outbox.flush,
+            log=log,
+        )
+
+    def register_on(self, server: Server) -> None:
+        server.register(PREFILL, self._on_prefill)
+        server.register(CANCEL, self._on_cancel)
+        server.register(HANDOFF, self._on_handoff)
+        server.register(AUDIT, self._on_audit)
+        server.register_stream(FRAMES, self._on_frames)
+        self.holder.register(server)
+        self.reader.register(server)
+
+    async def run(self) -> None:
+        """Serves until cancelled; then says goodbye to the coordinator."""
+        try:
+            async with self.holder, self.reader, asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.loop.run(), name="step-loop")
+                tasks.create_task(self._sweep(), name="sweep")
+                tasks.create_task(self._keep_registered(), name="heartbeat")
+        finally:
+            await self._deregister()
+
+    # --- rpc handlers -----------------------------------------------------------------------------
+
+    async def _on_prefill(self, ask: PrefillRequest, context: CallContext) -> Empty:
+        self._require(ask.target, "Prefill")
+        self.prefill.submit(ask, self._clock.now_s())
+        self.loop.wake()
+        return Empty()
+
+    async def _on_cancel(self, ask: CancelRequest, context: CallContext) -> Empty:
+        self._cancel(ask.requests, ask.reason)
+        return Empty()
+
+    async def _on_handoff(self, ask: HandoffRequest, context: CallContext) -> HandoffReply:
+        self._require(ask.target, "Handoff")
+        return self.decode.offer(ask, self._clock.now_s())
+
+    async def _on_frames(self, ask: FramesRequest, context: CallContext) -> AsyncIterator[Frame]:
+        self._require(ask.target, "Frames")
+        async for frame in self.outbox.stream(ask.gateway_id):
+            yield frame
+
+    async def _on_audit(self, ask: Empty, context: CallContext) -> AuditReply:
+        return AuditReply(
+            load=self.load(),
+            total_blocks=self._engine.num_blocks,
+            open_requests=self.prefill.open_count + self.decode.open_count,
+            holder_leases=self.holder.num_leases,
+            reader_leases=self.reader.num_leases,
+            problems=self.problems(),
+        )
+
+    def _require(self, target: Incarnation, what: str) -> None:
+        if target != self._info.incarnation:
+            raise StaleIncarnation(
+                f"{what} is meant for {self._info.worker_id} incarnation {target}, "
+                f"this is {self._info.incarnation}"
+            )
+
+    # --- between the sides ------------------------------------------------------------------------
+
+    async def _send_offer(
+        self, reader: Peer, terms: LeaseTerms, request: GenerateRequest, timeout_s: float
+    ) -> HandoffReply:
+        ask = HandoffRequest(target=reader.incarnation, terms=terms, request=request)
+        return await self._network.channel(reader.address).call(HANDOFF, ask, timeout_s=timeout_s)
+
+    def _blocks_may_be_free(self) -> None:
+        if not self.decode.starving:
+            self.reader.blocks_freed()
+        self.loop.wake()
+
+    def _gateway_given_up(self, gateway_id: GatewayId, reason: str) -> None:
+        keys = [*self.prefill.keys_of(gateway_id), *self.decode.keys_of(gateway_id)]
+        self._log(f"gateway {gateway_id} {reason}; its {len(keys)} requests are cancelled")
+        self._cancel(keys, f"gateway {gateway_id} {reason}")
+
+    def _cancel(self, keys: Iterable[RequestKey], reason: str) -> None:
+        for key in keys:
+            self.prefill.cancel(key, reason)
+            self.decode.cancel(key, reason)
+        self.loop.wake()
+
+    # --- upkeep -----------------------------------------------------------------------------------
+
+    async def _sweep(self) -> None:
+        while True:
+            await self._clock.sleep(SWEEP_INTERVAL_S)
+            now_s = self._clock.now_s()
+            self.prefill.expire(now_s)
+            self.decode.expire(now_s)
+            self.outbox.expire(now_s)
+            self.outbox.flush()
+
+    async def _keep_registered(self) -> None:
+        """Registers, then beats; registers again whenever the coordinator does not know this life."""
+        known = False
+        interval_s = SWEEP_INTERVAL_S
+        while True:
+            channel = self._network.channel(self._coordinator_address)
+            try:
+                if known:
+                    beat = HeartbeatRequest(
+                        worker_id=self._info.worker_id, incarnation=self._info.incarnation, load=self.load()
+                    )
+                    known = (await channel.call(HEARTBEAT, beat, timeout_s=COORDINATOR_TIMEOUT_S)).known
+                else:
+                    reply = await channel.call(REGISTER, self._info, timeout_s=COORDINATOR_TIMEOUT_S)
+                    known, interval_s = True, reply.heartbeat_interval_s
+                    self.registered.set()
+            except StaleIncarnation:
+                raise
+            except TandemError as error:
+                self._log(f"coordinator at {self._coordinator_address}: {error.message}")
+            await self._clock.sleep(interval_s)
+
+    async def _deregister(self) -> None:
+        leave = DeregisterRequest(
+            worker_id=self._info.worker_id, incarnation=self._info.incarnation, reason="stopped"
+        )
+        channel = self._network.channel(self._coordinator_address)
+        try:
+            await channel.call(DEREGISTER, leave, timeout_s=COORDINATOR_TIMEOUT_S)
+        except TandemError as error:
+            self._log(f"could not say goodbye to the coordinator: {error.message}")
+
+    def load(self) -> WorkerLoad:
+        return WorkerLoad(
+            **self.ledger.load(),
+            waiting_requests=self.prefill.waiting_count + self.decode.waiting_count,
+            pending_prompt_tokens=self.prefill.pending_tokens,
+            running_requests=self.prefill.running_count + self.decode.running_count,
+            context_tokens=self.decode.context_tokens,
+            step_age_s=self.loop.step_age_s(self._clock.now_s()),
+        )
+
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with the books; empty in a healthy worker."""
+        return tuple(self.ledger.problems())

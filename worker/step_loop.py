@@ -1,0 +1,115 @@
+"""The one loop of a worker: gather candidates, compose a batch, await the engine, hand out the results."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from contracts.errors import Internal, TandemError
+from engine.compose import compose
+from engine.plan import StepPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from contracts.clock import Clock
+    from engine.compose import Candidate, Grant, StepBudget
+    from engine.plan import Engine, StepResult
+    from engine.source import StepSource
+
+
+class StepLoop:
+    """Runs at its own pace: whatever arrives while a step computes is seen by the next one.
+
+    A step that raises ends the sequences it held with an error; the loop goes on with the others.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        sources: Sequence[StepSource],
+        budget: StepBudget,
+        clock: Clock,
+        after_step: Callable[[], None],
+        log: Callable[[str], None],
+    ) -> None:
+        self._engine = engine
+        self._sources = sources
+        self._budget = budget
+        self._clock = clock
+        self._after_step = after_step
+        self._log = log
+        self._work = asyncio.Event()
+        #: Start of the engine step in progress; None between steps.
+        self._step_started_s: float | None = None
+        self.steps_total = 0
+        self.failed_steps_total = 0
+
+    def wake(self) -> None:
+        """Something changed that may make work possible."""
+        self._work.set()
+
+    def step_age_s(self, now_s: float) -> float:
+        return 0.0 if self._step_started_s is None else now_s - self._step_started_s
+
+    async def run(self) -> None:
+        while True:
+            self._work.clear()
+            owners: dict[int, StepSource] = {}
+            grants = self._gather(owners)
+            # Admission and preemption may have spoken (failures); what they said must not wait for a step.
+            self._after_step()
+            if not grants:
+                await self._work.wait()
+                continue
+            await self._step(grants, owners)
+
+    def _gather(self, owners: dict[int, StepSource]) -> Sequence[Grant]:
+        now_s = self._clock.now_s()
+        decodes: list[Candidate] = []
+        chunks: list[Candidate] = []
+        for source in self._sources:
+            more_decodes, more_chunks = source.candidates(now_s)
+            for candidate in (*more_decodes, *more_chunks):
+                owners[candidate.sequence_id] = source
+            decodes.extend(more_decodes)
+            chunks.extend(more_chunks)
+        return compose(decodes, chunks, self._budget)
+
+    async def _step(self, grants: Sequence[Grant], owners: dict[int, StepSource]) -> None:
+        started_s = self._step_started_s = self._clock.now_s()
+        plan = StepPlan(
+            tuple(
+                owners[grant.sequence_id].build(grant.sequence_id, grant.num_tokens, started_s)
+                for grant in grants
+            )
+        )
+        try:
+            result = await self._engine.step(plan)
+        except Exception as error:
+            await self._fail(grants, owners, error)
+        else:
+            self._apply(grants, owners, result)
+        finally:
+            self._step_started_s = None
+        self.steps_total += 1
+        self._after_step()
+
+    def _apply(
+        self, grants: Sequence[Grant], owners: dict[int, StepSource], result: StepResult
+    ) -> None:
+        now_s = self._clock.now_s()
+        for grant in grants:
+            sampled = result.sampled.get(grant.sequence_id)
+            owners[grant.sequence_id].apply(grant.sequence_id, grant.num_tokens, sampled, now_s)
+
+    async def _fail(
+        self, grants: Sequence[Grant], owners: dict[int, StepSource], error: Exception
+    ) -> None:
+        await self._engine.quiesce()
+        self.failed_steps_total += 1
+        self._log(f"engine step of {len(grants)} sequences failed: {type(error).__name__}: {error}")
+        seen = error if isinstance(error, TandemError) else Internal(f"engine step failed: {error}")
+        for grant in grants:
+            owners[grant.sequence_id].fail(grant.sequence_id, seen)
