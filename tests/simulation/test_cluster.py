@@ -1,0 +1,245 @@
+"""Whole clusters on virtual time: right tokens, clean books, and one answer for every request, whatever happens.
+
+A failing case prints its seed; `pytest 'tests/simulation/test_cluster.py::test_…[SEED]'` repeats it exactly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contracts.errors import TandemError
+from contracts.requests import SamplingParams
+from gateway.core import Submission
+from kvtransfer.memory import PullFate, PullInfo
+from simulator import Program, expected_tokens, run
+from simulator.cluster import ClusterSpec, SimulatedCluster
+
+if TYPE_CHECKING:
+    import random
+
+    from contracts.messages import Role
+    from gateway.core import RequestStream
+
+ONE_OF_EACH: dict[str, Role] = {"p0": "prefill", "d0": "decode"}
+TWO_OF_EACH: dict[str, Role] = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
+MIXED: dict[str, Role] = {"m0": "mixed"}
+#: Everything ends within this much virtual time after the last request.
+SETTLE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One request of a workload."""
+
+    at_s: float
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    #: Cancelled after this many tokens; None: never.
+    cancel_after: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    ask: Ask
+    token_ids: list[int]
+    finish: str | None = None
+    error: TandemError | None = None
+
+    def check(self) -> None:
+        """What came is a prefix of the right answer, and the whole of it when it ended well."""
+        expected = expected_tokens(self.ask.token_ids, self.ask.sampling, self.ask.sampling.max_tokens)
+        assert self.token_ids == expected[: len(self.token_ids)], f"wrong tokens for {self.ask}"
+        if self.finish is not None:
+            assert (self.finish, len(self.token_ids)) == ("length", self.ask.sampling.max_tokens)
+
+
+def workload(
+    rng: random.Random, *, count: int, over_s: float, prompt: int = 120, output: int = 40, cancels: float = 0.0
+) -> list[Ask]:
+    asks: list[Ask] = []
+    for _ in range(count):
+        max_tokens = rng.randint(1, output)
+        sampling = SamplingParams(
+            temperature=rng.choice([0.0, 1.0]), seed=rng.randrange(2**32), max_tokens=max_tokens
+        )
+        cancel_after = rng.randrange(max_tokens + 1) if rng.random() < cancels else None
+        asks.append(
+            Ask(
+                at_s=rng.uniform(0, over_s),
+                token_ids=tuple(rng.randrange(1000) for _ in range(rng.randint(1, prompt))),
+                sampling=sampling,
+                cancel_after=cancel_after,
+            )
+        )
+    return sorted(asks, key=lambda ask: ask.at_s)
+
+
+async def ask_for(cluster: SimulatedCluster, ask: Ask) -> Answer:
+    await asyncio.sleep(ask.at_s)
+    answer = Answer(ask=ask, token_ids=[])
+    submission = Submission(token_ids=ask.token_ids, sampling=ask.sampling, deadline_s=60.0)
+    try:
+        async with cluster.core.submit(submission) as stream:
+            await _read(stream, answer)
+    except TandemError as error:
+        answer.error = error
+    return answer
+
+
+async def _read(stream: RequestStream, answer: Answer) -> None:
+    if answer.ask.cancel_after == 0:
+        return
+    async for delta in stream:
+        answer.token_ids.extend(delta.token_ids)
+        answer.finish = delta.finish
+        if answer.ask.cancel_after is not None and len(answer.token_ids) >= answer.ask.cancel_after:
+            return
+
+
+async def serve(program: Program, cluster: SimulatedCluster, asks: list[Ask]) -> list[Answer]:
+    """Runs a workload; checks every token, and that nothing is left on any worker."""
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(ask_for(cluster, ask)) for ask in asks]
+    answers = [task.result() for task in running]
+    for answer in answers:
+        answer.check()
+        program.trace.add(f"{len(answer.token_ids)} tokens, {answer.finish}, {answer.error!r}")
+    await asyncio.sleep(SETTLE_S)
+    assert cluster.core.num_open == 0
+    for worker_id, audit in (await cluster.audits()).items():
+        assert audit.problems == (), worker_id
+        assert audit.load.free_blocks == audit.total_blocks, (worker_id, audit)
+        assert (audit.open_requests, audit.holder_leases, audit.reader_leases) == (0, 0, 0), (worker_id, audit)
+    return answers
+
+
+@pytest.mark.parametrize("roles", [ONE_OF_EACH, TWO_OF_EACH, MIXED], ids=["1P1D", "2P2D", "mixed"])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_token_is_right(roles: dict[str, Role], seed: int) -> None:
+    async def main(program: Program) -> None:
+        async with SimulatedCluster(program, ClusterSpec(roles=roles)) as cluster:
+            asks = workload(program.rng("workload"), count=40, over_s=4.0)
+            for answer in await serve(program, cluster, asks):
+                assert answer.error is None, answer.error
+                assert answer.finish == "length"
+
+    run(main, seed=seed)
+
+
+@pytest.mark.parametrize("roles", [ONE_OF_EACH, MIXED], ids=["1P1D", "mixed"])
+@pytest.mark.parametrize("seed", range(4))
+def test_few_blocks_preempt_and_wait_but_lose_nothing(roles: dict[str, Role], seed: int) -> None:
+    async def main(program: Program) -> None:
+        spec = ClusterSpec(roles=roles, num_blocks=24)
+        async with SimulatedCluster(program, spec) as cluster:
+            asks = workload(program.rng("workload"), count=30, over_s=1.0)
+            for answer in await serve(program, cluster, asks):
+                assert answer.error is None, answer.error
+
+    run(main, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_cancels_at_any_moment_leave_nothing(seed: int) -> None:
+    async def main(program: Program) -> None:
+        async with SimulatedCluster(program, ClusterSpec(roles=TWO_OF_EACH, num_blocks=32)) as cluster:
+            asks = workload(program.rng("workload"), count=60, over_s=3.0, cancels=0.6)
+            for answer in await serve(program, cluster, asks):
+                assert answer.error is None, answer.error
+
+    run(main, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_killed_workers_fail_their_requests_clearly_and_the_rest_go_on(seed: int) -> None:
+    async def main(program: Program) -> None:
+        rng = program.rng("faults")
+        async with SimulatedCluster(program, ClusterSpec(roles=TWO_OF_EACH)) as cluster:
+
+            async def kill_and_restart() -> None:
+                for _ in range(4):
+                    await asyncio.sleep(rng.uniform(0.2, 1.5))
+                    victim = rng.choice(list(cluster.up()))
+                    cluster.crash(victim)
+                    await asyncio.sleep(rng.uniform(0.0, 4.0))
+                    await cluster.start(victim)
+
+            faults = asyncio.create_task(kill_and_restart())
+            asks = workload(program.rng("workload"), count=80, over_s=12.0, cancels=0.1)
+            answers = await serve(program, cluster, asks)
+            await faults
+            failed = [answer for answer in answers if answer.error is not None]
+            assert all(answer.error.retryable for answer in failed if answer.error), failed
+            assert len(failed) < len(answers)
+            late = workload(program.rng("after"), count=5, over_s=1.0)
+            assert all(answer.error is None for answer in await serve(program, cluster, late))
+
+    run(main, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slow_and_failing_pulls_end_in_an_answer_or_an_error(seed: int) -> None:
+    async def main(program: Program) -> None:
+        rng = program.rng("pulls")
+
+        def fate(info: PullInfo) -> PullFate:
+            if rng.random() < 0.15:
+                error = TandemError("the wire broke")
+                return PullFate(duration_s=rng.uniform(0, 0.5), error=error, heeds_stop=False)
+            return PullFate(duration_s=rng.expovariate(20.0), heeds_stop=rng.random() < 0.5)
+
+        async with SimulatedCluster(program, ClusterSpec(roles=ONE_OF_EACH, fate=fate)) as cluster:
+            asks = workload(program.rng("workload"), count=40, over_s=4.0, cancels=0.3)
+            answers = await serve(program, cluster, asks)
+            assert any(answer.finish == "length" for answer in answers)
+
+    run(main, seed=seed)
+
+
+@settings(max_examples=25)
+@given(
+    cancels=st.lists(st.none() | st.integers(0, 30), min_size=1, max_size=12),
+    kills=st.lists(st.tuples(st.sampled_from(sorted(TWO_OF_EACH)), st.floats(0, 2)), max_size=3),
+    num_blocks=st.integers(24, 64),
+    seed=st.integers(0, 2**32),
+)
+def test_whatever_is_cancelled_and_killed_the_books_are_clean(
+    cancels: list[int | None], kills: list[tuple[str, float]], num_blocks: int, seed: int
+) -> None:
+    async def main(program: Program) -> None:
+        async with SimulatedCluster(program, ClusterSpec(roles=TWO_OF_EACH, num_blocks=num_blocks)) as cluster:
+
+            async def kill(worker_id: str, at_s: float) -> None:
+                await asyncio.sleep(at_s)
+                if worker_id in cluster.up():
+                    cluster.crash(worker_id)
+
+            asks = workload(program.rng("workload"), count=len(cancels), over_s=1.5)
+            asks = [replace(ask, cancel_after=cancel) for ask, cancel in zip(asks, cancels, strict=True)]
+            async with asyncio.TaskGroup() as tasks:
+                for worker_id, at_s in kills:
+                    tasks.create_task(kill(worker_id, at_s))
+                answers = await serve(program, cluster, asks)
+            if not kills:
+                assert all(answer.error is None for answer in answers), answers
+
+    run(main, seed=seed)
+
+
+def test_a_seed_repeats_and_another_differs() -> None:
+    def digest(seed: int) -> str:
+        async def main(program: Program) -> str:
+            async with SimulatedCluster(program, ClusterSpec(roles=TWO_OF_EACH)) as cluster:
+                await serve(program, cluster, workload(program.rng("workload"), count=20, over_s=2.0, cancels=0.3))
+            return program.trace.digest()
+
+        return run(main, seed=seed)
+
+    assert digest(1) == digest(1)
+    assert digest(1) != digest(2)
