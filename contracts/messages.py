@@ -219,8 +219,8 @@ class BlockRef(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LeaseTerms(msgspec.Struct, frozen=True, kw_only=True):
-    """What a holder grants. `ttl_s` counts from the holder's sending; a reader counts from its receiving a
-    reply to its own question, so the reader's lease always ends first."""
+    """What a holder grants. The holder counts `ttl_s` from when it grants, the reader from when it asked (and
+    half of it for an offer, which nobody asked for), so the reader's lease always ends first."""
 
     lease_id: LeaseId
     holder: Peer

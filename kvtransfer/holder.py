@@ -93,7 +93,7 @@ class LeaseState(Enum):
 # --- the machine ----------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, repr=False)
 class _Lease:
     terms: LeaseTerms
     reader: Peer
@@ -120,6 +120,11 @@ class _Lease:
     failures: int = 0
     retry_at_s: float = 0.0
     last_error: str = ""
+
+    def __repr__(self) -> str:
+        # Not the terms: their endpoint is a secret.
+        blocks = f"{self.expected}/{self.num_final}/{len(self.blocks)}"
+        return f"<lease {self.terms.lease_id} {self.state.value} [{blocks} known/final/all]>"
 
     @property
     def state(self) -> LeaseState:

@@ -16,6 +16,7 @@ Two-sided term: an offer grants half of what it names (the other half may have p
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
@@ -107,7 +108,7 @@ class ReaderState(Enum):
 # --- the machine ----------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, repr=False)
 class _Lease:
     terms: LeaseTerms
     owner: str
@@ -128,6 +129,12 @@ class _Lease:
     calling: bool = False
     failures: int = 0
     retry_at_s: float = 0.0
+
+    def __repr__(self) -> str:
+        # Not the terms: their endpoint is a secret.
+        blocks = f"{self.num_pulled}/{self.num_pulling}/{len(self.announced)}/{self.terms.num_blocks}"
+        sealed = ", sealed" if self.seal is not None else ""
+        return f"<lease {self.lease_id} {self.state.value} [{blocks} pulled/pulling/known/all{sealed}]>"
 
     @property
     def lease_id(self) -> LeaseId:
@@ -640,15 +647,18 @@ class Reader:
         asked, holder.renewing, holder.renew_failures = holder.renewing or (), None, 0
         holder.renew_retry_at_s = now_s
         alive = frozenset(reply.alive)
+        leases = [holder.leases[each] for each in asked if each in holder.leases]
+        for lease in leases:
+            granted = lease.lease_id in alive
+            lease.renew_at_s = holder.renew_asked_s + reply.ttl_s / 3 if granted else math.inf
+            if granted:
+                lease.expires_s = max(lease.expires_s, holder.renew_asked_s + reply.ttl_s)
+                self._set_deadline(lease.lease_id, lease.next_due_s())
         instructions: list[ReaderInstruction] = []
-        for lease in [holder.leases[each] for each in asked if each in holder.leases]:
+        for lease in leases:
             if lease.lease_id not in alive:
                 error = TransferAborted(f"the holder let lease {lease.lease_id} go")
                 instructions += self._abort(lease, AbortReason.EXPIRED, error, now_s)
-                continue
-            lease.expires_s = max(lease.expires_s, holder.renew_asked_s + reply.ttl_s)
-            lease.renew_at_s = holder.renew_asked_s + reply.ttl_s / 3
-            self._set_deadline(lease.lease_id, lease.next_due_s())
         return instructions
 
     def _renew_failed(self, holder: _Holder, error: TandemError, now_s: float) -> list[ReaderInstruction]:

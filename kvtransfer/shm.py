@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from contracts.clock import Clock
-    from contracts.ids import Incarnation
+    from contracts.ids import BlockId, Incarnation
     from kvtransfer.transport import BlockPair
 
 #: Bytes copied between two looks at the stop flag.
@@ -49,17 +49,8 @@ MAX_LINKS = 64
 CONNECT_TIMEOUT_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """`num_blocks` neighbouring blocks that go to neighbouring blocks."""
-
-    source: int
-    target: int
-    num_blocks: int
-
-
-def runs(pairs: Sequence[BlockPair]) -> Iterator[_Run]:
-    """Joins pairs that continue each other on both sides; keeps the order."""
+def runs(pairs: Sequence[BlockPair]) -> Iterator[tuple[BlockId, BlockId, int]]:
+    """Joins pairs that continue each other on both sides, as (source, target, blocks); keeps the order."""
     if not pairs:
         return
     source, target = pairs[0]
@@ -68,9 +59,9 @@ def runs(pairs: Sequence[BlockPair]) -> Iterator[_Run]:
         if next_source == source + length and next_target == target + length:
             length += 1
             continue
-        yield _Run(source, target, length)
+        yield source, target, length
         source, target, length = next_source, next_target, 1
-    yield _Run(source, target, length)
+    yield source, target, length
 
 
 class ShmPull:
@@ -166,47 +157,48 @@ class TransferThread:
         self._loop.call_soon_threadsafe(self._ended.set_result, None)
 
     def _work(self, job: ShmPull | _Connect) -> None:
-        if isinstance(job, ShmPull):
-            job.finish(self._pull(job))
-            return
-        try:
-            self._link(job.endpoint, job.timeout_s)
-        except TandemError as error:
-            job.finish(error)
-        else:
-            job.finish(None)
-
-    def _pull(self, pull: ShmPull) -> PullResult:
         copied = _Copied()
         error: TandemError | None = None
-        started_s = self._clock.now_s()
         try:
-            self._heed_stop(pull)
-            link = self._link(pull.endpoint, CONNECT_TIMEOUT_S)
-            check_pairs(pull.pairs, link.endpoint.num_blocks, self._pool.num_blocks)
-            started_s = self._clock.now_s()
-            self._copy(link, pull, copied)
-            if not link.alive:
-                raise WorkerUnavailable(f"the holder at {link.endpoint!r} ended during the pull")
+            if isinstance(job, ShmPull):
+                self._pull(job, copied)
+            else:
+                self._link(job.endpoint, job.timeout_s)
         except TandemError as failure:
             error = failure
         except Exception as failure:
-            # Whatever went wrong, the copy is over, and who waits must know.
-            error = Internal(f"pull of {len(pull.pairs)} blocks: {type(failure).__name__}: {failure}")
-        wire_s = self._clock.now_s() - started_s
-        return PullResult(num_bytes=copied.num_bytes, wire_s=wire_s, error=error)
+            # Whatever went wrong, the work is over, and who waits must know.
+            error = Internal(f"shared-memory transfer: {type(failure).__name__}: {failure}")
+        if isinstance(job, ShmPull):
+            job.finish(PullResult(num_bytes=copied.num_bytes, wire_s=copied.wire_s, error=error))
+        else:
+            job.finish(error)
+
+    def _pull(self, pull: ShmPull, copied: _Copied) -> None:
+        self._heed_stop(pull)
+        link = self._link(pull.endpoint, CONNECT_TIMEOUT_S)
+        check_pairs(pull.pairs, link.endpoint.num_blocks, self._pool.num_blocks)
+        started_s = self._clock.now_s()
+        try:
+            self._copy(link, pull, copied)
+        finally:
+            copied.wire_s = self._clock.now_s() - started_s
+        if not link.alive:
+            raise WorkerUnavailable(f"the holder at {link.endpoint!r} ended during the pull")
 
     def _copy(self, link: Link, pull: ShmPull, copied: _Copied) -> None:
         block_bytes = self._pool.block_bytes
-        for run in runs(pull.pairs):
-            source = link.address + run.source * block_bytes
-            target = self._pool.address + run.target * block_bytes
-            num_bytes = run.num_blocks * block_bytes
-            for offset in range(0, num_bytes, PIECE_BYTES):
+        for first_source, first_target, num_blocks in runs(pull.pairs):
+            source = link.address + first_source * block_bytes
+            target = self._pool.address + first_target * block_bytes
+            end = target + num_blocks * block_bytes
+            while target < end:
                 self._heed_stop(pull)
-                size = min(PIECE_BYTES, num_bytes - offset)
-                ctypes.memmove(target + offset, source + offset, size)
+                size = min(PIECE_BYTES, end - target)
+                ctypes.memmove(target, source, size)
                 copied.num_bytes += size
+                source += size
+                target += size
 
     def _heed_stop(self, pull: ShmPull) -> None:
         if pull.stop_requested.is_set() or self._closing.is_set():
@@ -240,7 +232,10 @@ class TransferThread:
 
 @dataclass(slots=True)
 class _Copied:
+    """How far a pull got."""
+
     num_bytes: int = 0
+    wire_s: float = 0.0
 
 
 class ShmTransport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING
 from contracts.errors import (
     IncompatiblePeer,
     StaleIncarnation,
-    TandemError,
     Unauthorized,
     WorkerUnavailable,
 )
@@ -54,33 +54,34 @@ def attach(endpoint: Endpoint, timeout_s: float) -> Link:
     Raises WorkerUnavailable (nobody answers), Unauthorized (another user's process, or a wrong secret),
     StaleIncarnation, IncompatiblePeer (the memory is not what the endpoint says).
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.settimeout(timeout_s)
-        connection.connect("\0" + endpoint.socket_name)
-        if peer_uid(connection) != os.getuid():
-            raise Unauthorized(f"{endpoint!r} belongs to another user")
-        descriptor = _say_hello(endpoint, connection)
-        # With a timeout set, `alive` would wait for it before it looks.
-        connection.setblocking(False)
+    with contextlib.ExitStack() as undo:
+        connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         try:
-            mapping = _map(endpoint, descriptor)
-        finally:
-            os.close(descriptor)
-        connection.setblocking(False)
-        return Link(endpoint, connection, mapping)
-    except OSError as error:
-        connection.close()
-        raise WorkerUnavailable(f"cannot attach to {endpoint!r}: {error}") from error
-    except TandemError:
-        connection.close()
-        raise
+            mapping = _attach(endpoint, connection, timeout_s)
+        except OSError as error:
+            raise WorkerUnavailable(f"cannot attach to {endpoint!r}: {error}") from error
+        undo.pop_all()
+    # With a timeout set, `alive` would wait for it before it looks.
+    connection.setblocking(False)
+    return Link(endpoint, connection, mapping)
+
+
+def _attach(endpoint: Endpoint, connection: socket.socket, timeout_s: float) -> mmap.mmap:
+    connection.settimeout(timeout_s)
+    connection.connect("\0" + endpoint.socket_name)
+    if peer_uid(connection) != os.getuid():
+        raise Unauthorized(f"{endpoint!r} belongs to another user")
+    descriptor = _say_hello(endpoint, connection)
+    try:
+        return _map(endpoint, descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _say_hello(endpoint: Endpoint, connection: socket.socket) -> int:
     """Returns the pool's descriptor, which the caller closes."""
     connection.sendall(HELLO.pack(endpoint.secret, endpoint.incarnation))
-    answer, descriptors, _flags, _sender = socket.recv_fds(connection, 1, 1)
+    answer, descriptors, _flags, _sender = socket.recv_fds(connection, 1, 1, socket.MSG_CMSG_CLOEXEC)
     if answer == WELCOME and len(descriptors) == 1:
         return descriptors[0]
     for each in descriptors:

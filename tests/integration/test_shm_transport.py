@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import gc
+import mmap
 import os
 import random
 import socket
@@ -22,6 +23,7 @@ import torch
 from contracts.errors import (
     BadRequest,
     Cancelled,
+    ConfigError,
     IncompatiblePeer,
     InvariantBroken,
     StaleIncarnation,
@@ -106,19 +108,18 @@ def child() -> Generator[Child, None, None]:
 
 
 class HookedClock(LiveClock):
-    """Live time that calls a hook when the transfer thread looks at it for the n-th time.
+    """Live time that calls a hook when the transfer thread first looks at it.
 
-    It does so when a pull begins (0), when its first byte is about to be copied (1), and at its end (2).
+    It does so when a pull's first byte is about to be copied (0), and after the last (1).
     """
 
     def __init__(self) -> None:
         self.hook: Callable[[], None] | None = None
-        self.at = 1
         self._looks = 0
 
     def now_s(self) -> float:
         if threading.current_thread().name == "kv-transfer":
-            if self._looks == self.at and self.hook is not None:
+            if self._looks == 0 and self.hook is not None:
                 self.hook()
             self._looks += 1
         return super().now_s()
@@ -398,6 +399,29 @@ async def test_cancelled_wait_leaves_the_pull_alone(child: Child) -> None:
             await waiting
         assert (await running.wait()).error is None
         assert block(pool, 4) == pattern(4, BLOCK_BYTES)
+
+
+async def test_readers_cannot_write(child: Child) -> None:
+    endpoint = decode_endpoint(child.endpoint)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(CHILD_TIMEOUT_S)
+        connection.connect("\0" + endpoint.socket_name)
+        connection.sendall(HELLO.pack(endpoint.secret, endpoint.incarnation))
+        answer, (descriptor,), _, _ = socket.recv_fds(connection, 1, 1)
+    assert answer == WELCOME
+    with pytest.raises(PermissionError):
+        mmap.mmap(descriptor, endpoint.num_bytes)
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.ftruncate(descriptor, 0)
+    os.close(descriptor)
+
+
+async def test_pool_that_cannot_be_had_is_a_configuration_error() -> None:
+    for num_blocks in (0, 1 << 61):
+        transport = ShmTransport(clock=LiveClock(), incarnation=Incarnation(1))
+        with pytest.raises(ConfigError, match="cannot map a KV pool"):
+            transport.register(num_blocks, 4096)
+        await transport.close()
 
 
 async def test_door_drops_callers_that_say_nothing() -> None:
