@@ -167,8 +167,24 @@ class GatewayConfig(_Section):
     api_keys: tuple[SecretStr, ...] = ()
     """Clients must send one of these as a bearer token; none: everybody may ask."""
 
+    allow_unauthenticated: bool = False
+    """Needed to listen on an address that other machines can reach without `api_keys`."""
+
     strict_fields: bool = False
     """Refuse requests with unknown fields instead of ignoring and counting them."""
+
+    max_body: SizeBytes = 8 * 2**20
+    """Largest request body."""
+
+    request_timeout_s: DurationS = 600.0
+    """A request that is not finished by then fails."""
+
+    graceful_stop_s: DurationS = 5.0
+    """What open requests get to end when the gateway stops."""
+
+    @field_serializer("max_body", when_used="json")
+    def _size_with_unit(self, size_bytes: int) -> str:
+        return format_size(size_bytes)
 
 
 class CoordinatorConfig(_Section):

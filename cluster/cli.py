@@ -1,0 +1,185 @@
+"""The `tandem` command. Each command loads only what it needs: help is instant, torch never comes in here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from cluster.config_loader import file_schema
+from cluster.flags import ConfigFlags, load
+from contracts.errors import ConfigError, TandemError
+
+HELP = """Serves large language models from two pools of workers: prefill workers read prompts, decode workers
+write answers. Every key of the configuration is also a variable: TANDEM_GATEWAY__PORT=8080."""
+
+app = App(name="tandem", help=HELP, version=version("tandem-serve"), help_format="plaintext")
+config_app = App(name="config", help="Look at the configuration.")
+app.command(config_app)
+
+StateFile = Annotated[
+    Path | None,
+    Parameter(name="--state-file", help="Also tell addresses, pids and the token in this file (mode 0600)."),
+]
+Coordinator = Annotated[str, Parameter(name="--coordinator", help="Address of the coordinator, host:port.")]
+TokenFile = Annotated[
+    Path | None,
+    Parameter(name="--token-file", help="File with the cluster token; else TANDEM_CLUSTER_TOKEN is read."),
+]
+Bind = Annotated[str, Parameter(name="--bind", help="Address for rpc, host:port; port 0 takes a free one.")]
+
+
+@app.command
+def serve(
+    model: Annotated[str | None, Parameter(help="demo, a checkpoint folder, or a hub id.")] = None,
+    /,
+    *,
+    flags: ConfigFlags | None = None,
+    state_file: StateFile = None,
+) -> int:
+    """Serve a model on this machine until Ctrl-C."""
+    from cluster.serve import run_cluster, serve_until_stopped
+
+    config = load(flags, dict(os.environ), model=model).config
+    with_key = bool(config.gateway.api_keys)
+    return run_cluster(
+        config,
+        state_file=state_file,
+        body=lambda cluster, stop: serve_until_stopped(cluster, stop, with_key=with_key),
+    )
+
+
+@app.command
+def demo(*, flags: ConfigFlags | None = None) -> int:
+    """Start a small cluster, hold three chats with it, show where the time went, stop it."""
+    from cluster.demo import run_demo
+
+    return run_demo(load(flags, {"TANDEM_GATEWAY__PORT": "0", **os.environ}).config)
+
+
+@app.command
+def coordinator(
+    *, flags: ConfigFlags | None = None, bind: Bind = "127.0.0.1:0", token_file: TokenFile = None
+) -> int:
+    """Run a coordinator alone."""
+    from cluster.standalone import run_coordinator
+
+    return run_coordinator(load(flags, dict(os.environ)).config, bind, _token(token_file))
+
+
+@app.command
+def gateway(
+    *, coordinator: Coordinator, flags: ConfigFlags | None = None, token_file: TokenFile = None
+) -> int:
+    """Run a gateway alone."""
+    from cluster.standalone import run_gateway
+
+    return run_gateway(load(flags, dict(os.environ)).config, coordinator, _token(token_file))
+
+
+@app.command
+def worker(
+    *,
+    coordinator: Coordinator,
+    pool: Annotated[str, Parameter(name="--pool", help="Pool of the configuration that it belongs to.")],
+    index: Annotated[int, Parameter(name="--index", help="Its number in the pool.")] = 0,
+    runtime_dir: Annotated[
+        Path, Parameter(name="--runtime-dir", help="Private folder that all workers of this machine share.")
+    ],
+    flags: ConfigFlags | None = None,
+    bind: Bind = "127.0.0.1:0",
+    token_file: TokenFile = None,
+) -> int:
+    """Become one worker of a pool, without a supervisor."""
+    from cluster.standalone import become_worker
+
+    config = load(flags, dict(os.environ)).config
+    become_worker(config, coordinator, _token(token_file), f"{pool}-{index}", runtime_dir, bind)
+
+
+@app.command
+def doctor(
+    *,
+    state_file: Annotated[
+        Path | None, Parameter(name="--state-file", help="Audit the running cluster that wrote this file.")
+    ] = None,
+    coordinator: Annotated[
+        str | None, Parameter(name="--coordinator", help="Audit the running cluster of this coordinator.")
+    ] = None,
+    token_file: TokenFile = None,
+    flags: ConfigFlags | None = None,
+) -> int:
+    """Check this machine, or audit the books of a running cluster."""
+    from cluster import doctor as checks
+
+    if state_file is not None:
+        return checks.audit_from_state(state_file)
+    if coordinator is not None:
+        return checks.audit(coordinator, _token(token_file))
+    return checks.check_machine(load(flags, dict(os.environ)).config)
+
+
+@config_app.command
+def show(*, flags: ConfigFlags | None = None) -> int:
+    """Print every value and where it came from; secrets are redacted."""
+    rows = load(flags, dict(os.environ)).rows()
+    key_width = max(len(row.key) for row in rows)
+    value_width = max(len(row.value) for row in rows)
+    for row in rows:
+        print(f"{row.key:<{key_width}}  {row.value:<{value_width}}  {row.source}")
+    return 0
+
+
+@config_app.command
+def validate(*files: Path, flags: ConfigFlags | None = None) -> int:
+    """Check cluster files (or what flags and environment make of the default)."""
+    from dataclasses import replace
+
+    for file in files or (None,):
+        chosen = flags or ConfigFlags()
+        load(replace(chosen, config=file) if file is not None else chosen, dict(os.environ))
+        print(f"{file or chosen.config or 'the defaults'}: ok")
+    return 0
+
+
+@config_app.command
+def schema() -> int:
+    """Print the JSON schema of a cluster file."""
+    print(json.dumps(file_schema(), indent=2))
+    return 0
+
+
+def main() -> None:
+    """Entry point of the console script. Errors are one line each, without a traceback."""
+    try:
+        status = app(sys.argv[1:], exit_on_error=True, result_action="return_value")
+    except ConfigError as error:
+        for line in error.message.splitlines():
+            print(f"tandem: {line}", file=sys.stderr)
+        sys.exit(2)
+    except TandemError as error:
+        print(f"tandem: {error.code}: {error.message}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(status or 0)
+
+
+def _token(file: Path | None) -> str:
+    if file is None:
+        token = os.environ.get("TANDEM_CLUSTER_TOKEN", "")
+        if not token:
+            raise ConfigError("no cluster token: set TANDEM_CLUSTER_TOKEN or give --token-file")
+        return token
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"token file {file}: cannot be read: {error}") from error
+    if not token:
+        raise ConfigError(f"token file {file}: it is empty")
+    return token

@@ -1,0 +1,184 @@
+"""`tandem doctor`: can this machine serve, and are the books of a running cluster in order?
+
+Each check is a line with a verdict; the exit status is 1 when one of them failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import shutil
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Literal
+
+import uvloop
+
+from cluster.local import allowed_cores
+from cluster.model_source import resolve_model
+from cluster.serve import say
+from cluster.state_file import read_state
+from contracts.config import format_size
+from contracts.errors import ConfigError, TandemError
+from contracts.messages import AUDIT, MEMBERS, Empty
+from rpc import GrpcNetwork
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from contracts.config import ClusterConfig
+    from contracts.messages import AuditReply, Member
+    from rpc import Network
+
+#: Deadline of each question to a running cluster.
+ASK_TIMEOUT_S = 5.0
+
+Verdict = Literal["ok", "note", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    verdict: Verdict
+    what: str
+    detail: str
+
+
+def check_machine(config: ClusterConfig) -> int:
+    """Whether `tandem serve` with this configuration could start here."""
+    findings = [
+        _check_python(),
+        _check_torch(),
+        _check_compiler(),
+        _check_cores(config),
+        _check_shared_memory(),
+        _check_memory(config),
+        _check_model(config),
+        _check_port(config),
+        _check_folder("temporary folder", tempfile.gettempdir()),
+    ]
+    return _print(findings)
+
+
+def audit_from_state(path: Path) -> int:
+    state = read_state(path)
+    return audit(state.coordinator_address, state.cluster_token)
+
+
+def audit(coordinator_address: str, token: str) -> int:
+    """Asks every member for its books."""
+    return _print(uvloop.run(_audit(coordinator_address, token)))
+
+
+async def _audit(coordinator_address: str, token: str) -> list[Finding]:
+    network = GrpcNetwork(token=token)
+    try:
+        channel = network.channel(coordinator_address)
+        members = (await channel.call(MEMBERS, Empty(), timeout_s=ASK_TIMEOUT_S)).members
+        found = await asyncio.gather(*(_audit_member(network, member) for member in members))
+    except TandemError as error:
+        return [Finding("fail", f"coordinator {coordinator_address}", error.message)]
+    finally:
+        await network.close()
+    verdict: Verdict = "ok" if members else "fail"
+    return [Finding(verdict, f"coordinator {coordinator_address}", f"{len(members)} workers"), *found]
+
+
+async def _audit_member(network: Network, member: Member) -> Finding:
+    info = member.info
+    what = f"{info.worker_id} ({info.role}, pid {info.pid})"
+    try:
+        reply = await network.channel(info.address).call(AUDIT, Empty(), timeout_s=ASK_TIMEOUT_S)
+    except TandemError as error:
+        return Finding("fail", what, error.message)
+    return Finding("fail" if reply.problems else "ok", what, _books(reply))
+
+
+def _books(reply: AuditReply) -> str:
+    load = reply.load
+    classes = ("free", "owned", "offered", "reserved", "cached", "quarantined")
+    blocks = ", ".join(f"{getattr(load, f'{name}_blocks')} {name}" for name in classes)
+    leases = f"{reply.holder_leases} leases held, {reply.reader_leases} read"
+    problems = "".join(f"; {problem}" for problem in reply.problems)
+    return f"{reply.open_requests} requests open, {leases}, {reply.total_blocks} blocks: {blocks}{problems}"
+
+
+def _print(findings: Iterable[Finding]) -> int:
+    findings = list(findings)
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        say(f"{finding.verdict:<4}  {finding.what:<{width}}  {finding.detail}")
+    return int(any(finding.verdict == "fail" for finding in findings))
+
+
+# --- this machine -----------------------------------------------------------------------------------
+
+
+def _check_python() -> Finding:
+    return Finding("ok", "python", f"{platform.python_version()} at {sys.executable}")
+
+
+def _check_torch() -> Finding:
+    """By its metadata: importing it takes seconds."""
+    try:
+        return Finding("ok", "torch", version("torch"))
+    except PackageNotFoundError:
+        return Finding("fail", "torch", "not installed")
+
+
+def _check_compiler() -> Finding:
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        return Finding("note", "C++ compiler", "none found: the slower operators will be used")
+    return Finding("ok", "C++ compiler", compiler)
+
+
+def _check_cores(config: ClusterConfig) -> Finding:
+    cores, workers = allowed_cores(), sum(pool.workers for pool in config.pools)
+    detail = f"{len(cores)} for {workers} workers"
+    if workers > len(cores):
+        return Finding("note", "cores", f"{detail}: they share, each with one thread")
+    return Finding("ok", "cores", detail)
+
+
+def _check_shared_memory() -> Finding:
+    try:
+        os.close(os.memfd_create("tandem-doctor"))
+    except (AttributeError, OSError) as error:
+        return Finding("fail", "shared memory", f"memfd_create does not work here: {error}")
+    return Finding("ok", "shared memory", "memfd_create works")
+
+
+def _check_memory(config: ClusterConfig) -> Finding:
+    wanted = sum(pool.workers * pool.kv_memory for pool in config.pools)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    detail = f"KV pools want {wanted / 2**30:.1f} GiB of {total / 2**30:.1f} GiB"
+    return Finding("ok" if wanted < total else "fail", "memory", detail)
+
+
+def _check_model(config: ClusterConfig) -> Finding:
+    try:
+        folder = resolve_model(config.model, say).folder
+    except ConfigError as error:
+        return Finding("fail", "model", error.message)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return Finding("ok", "model", f"{config.model}: {folder}, weights {format_size(size)}")
+
+
+def _check_port(config: ClusterConfig) -> Finding:
+    host, port = config.gateway.host, config.gateway.port
+    try:
+        with socket.create_server((host, port)):
+            return Finding("ok", "port", f"{host}:{port} is free")
+    except OSError as error:
+        return Finding("fail", "port", f"{host}:{port}: {error.strerror}")
+
+
+def _check_folder(what: str, folder: str) -> Finding:
+    free = shutil.disk_usage(folder).free
+    usable = os.access(folder, os.W_OK) and free > 2**26
+    return Finding("ok" if usable else "fail", what, f"{folder}, {free / 2**30:.1f} GiB free")

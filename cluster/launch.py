@@ -1,0 +1,101 @@
+"""What a worker process is told at its start, and what it tells back: JSON lines on its stdin and stdout.
+
+The parent writes one `WorkerLaunch` line to the child's stdin and keeps the pipe open: its end of file is
+the sign that the parent is gone (a life-line that even `kill -9` of the parent cuts). The cluster token
+travels here and never on a command line or in the environment. The child answers with status lines on
+stdout; its log goes to stderr.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from contracts.errors import ConfigError
+from contracts.ids import Incarnation, WorkerId
+from contracts.messages import Role
+
+#: A launch line; also what a pipe takes without blocking on Linux.
+MAX_LAUNCH_BYTES = 64 * 1024
+
+
+class WorkerLaunch(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything one life of a worker needs to know."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+    role: Role
+    coordinator_address: str
+    cluster_token: str
+    #: Local folder of the checkpoint.
+    model_dir: str
+    #: The name clients use.
+    model_name: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    device: Literal["auto", "cpu", "cuda"]
+    #: None: the checkpoint's.
+    max_model_len: int | None
+    block_tokens: int
+    kv_memory_bytes: int
+    #: Exact size of the KV pool; None: as many as `kv_memory_bytes` holds.
+    num_blocks: int | None
+    threads: int
+    #: Cores to run on; empty: leave the affinity as it is.
+    cores: tuple[int, ...]
+    max_batch_tokens: int
+    max_sequences: int
+    #: Where its rpc server listens, "host:port"; port 0 takes a free one.
+    bind: str
+    transport: Literal["shm"]
+    #: Private folder (mode 0700) of this cluster for unix sockets.
+    runtime_dir: str
+    #: Process whose death ends this one at once; None: nobody's.
+    parent_pid: int | None
+
+
+class Loading(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="loading"):
+    """Start-up goes on. `what` is for people ("weights", "kernels")."""
+
+    what: str
+    #: 0 to 1; None where there is no telling.
+    fraction: float | None = None
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="ready"):
+    """Registered and serving on this rpc address."""
+
+    address: str
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="failed"):
+    """The last line of a worker that cannot go on. `error` is a code of contracts.errors."""
+
+    error: str
+    message: str
+
+
+Status = Loading | Ready | Failed
+
+_LAUNCH_DECODER = msgspec.json.Decoder(WorkerLaunch)
+_STATUS_DECODER: msgspec.json.Decoder[Status] = msgspec.json.Decoder(Status)
+
+
+def encode_line(message: WorkerLaunch | Status) -> bytes:
+    return msgspec.json.encode(message) + b"\n"
+
+
+def decode_launch(line: bytes) -> WorkerLaunch:
+    """Raises ConfigError, without the line's content: it holds the token."""
+    try:
+        return _LAUNCH_DECODER.decode(line)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"the launch document on stdin is not usable: {error}") from error
+
+
+def decode_status(line: bytes) -> Status | None:
+    """None for a line that is no status (a library that prints)."""
+    try:
+        return _STATUS_DECODER.decode(line)
+    except msgspec.MsgspecError:
+        return None

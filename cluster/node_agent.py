@@ -1,0 +1,247 @@
+"""The node agent: starts this machine's workers and keeps them running.
+
+One task and one `Supervision` machine for each worker; a worker's trouble is its own. Leaving the context
+stops every worker within `stop_timeout_s` and the time a kill takes, and leaves no process behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+
+from cluster.child import Child
+from cluster.process_log import ProcessLog
+from cluster.supervision import (
+    DeadlineReached,
+    Exited,
+    Instruction,
+    Kill,
+    Report,
+    Spawn,
+    Start,
+    State,
+    StopWanted,
+    Supervision,
+    SupervisionLimits,
+    Terminate,
+    Told,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    from cluster.launch import Loading, Status, WorkerLaunch
+    from cluster.supervision import Event
+    from contracts.clock import Clock
+    from contracts.ids import Incarnation, WorkerId
+    from contracts.messages import Role
+
+#: Events of one worker that wait to be handled; a child that floods its status pipe is held up by it.
+MAX_WAITING_EVENTS = 64
+
+#: Log lines shown with the report of a worker that was given up.
+REPORT_LOG_LINES = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """What the agent starts. `launch.incarnation` is replaced at each start."""
+
+    launch: WorkerLaunch
+    command: tuple[str, ...]
+    environ: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """One worker as the agent sees it now."""
+
+    worker_id: WorkerId
+    role: Role
+    state: State
+    incarnation: Incarnation
+    pid: int | None
+    address: str | None
+    loading: Loading | None
+    problem: str | None
+
+
+class NodeAgent:
+    """Use as an async context manager; `changed` is set whenever a worker's status may have changed."""
+
+    def __init__(
+        self,
+        plans: Sequence[WorkerPlan],
+        *,
+        limits: SupervisionLimits,
+        first_incarnation: Incarnation,
+        log_dir: Path,
+        clock: Clock,
+        say: Callable[[str], None],
+    ) -> None:
+        self.changed = asyncio.Event()
+        self._keepers = [
+            _Keeper(
+                plan,
+                Supervision(limits, first_incarnation),
+                ProcessLog(log_dir / f"{plan.launch.worker_id}.log", say),
+                clock,
+                self.changed,
+                say,
+            )
+            for plan in plans
+        ]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __repr__(self) -> str:
+        return f"<NodeAgent {', '.join(f'{s.worker_id} {s.state.value}' for s in self.workers())}>"
+
+    def workers(self) -> list[WorkerStatus]:
+        return [keeper.status() for keeper in self._keepers]
+
+    def log_tail(self, worker_id: WorkerId, num_lines: int = REPORT_LOG_LINES) -> list[str]:
+        keeper = next(keeper for keeper in self._keepers if keeper.worker_id == worker_id)
+        return keeper.log.tail(num_lines)
+
+    def kill_all(self) -> None:
+        """At once and without ceremony: for an impatient operator."""
+        for keeper in self._keepers:
+            keeper.kill()
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [
+            asyncio.create_task(keeper.run(), name=f"keep-{keeper.worker_id}") for keeper in self._keepers
+        ]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for keeper in self._keepers:
+            keeper.stop()
+        try:
+            await asyncio.gather(*self._tasks)
+        finally:
+            self.kill_all()
+
+
+class _Keeper:
+    """The shell around one `Supervision`."""
+
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        machine: Supervision,
+        log: ProcessLog,
+        clock: Clock,
+        changed: asyncio.Event,
+        say: Callable[[str], None],
+    ) -> None:
+        self._plan = plan
+        self._machine = machine
+        self._clock = clock
+        self._changed = changed
+        self._say = say
+        self.log = log
+        self._events: asyncio.Queue[Event] = asyncio.Queue(MAX_WAITING_EVENTS)
+        #: The present life; None exactly while no process of this worker runs.
+        self._child: Child | None = None
+        #: Reads the present life's pipes and waits for its end.
+        self._watch: asyncio.Task[None] | None = None
+        self._stop_wanted = asyncio.Event()
+
+    @property
+    def worker_id(self) -> WorkerId:
+        return self._plan.launch.worker_id
+
+    def status(self) -> WorkerStatus:
+        machine = self._machine
+        return WorkerStatus(
+            worker_id=self.worker_id,
+            role=self._plan.launch.role,
+            state=machine.state,
+            incarnation=machine.incarnation,
+            pid=None if self._child is None else self._child.pid,
+            address=machine.address,
+            loading=machine.loading,
+            problem=machine.problem,
+        )
+
+    def stop(self) -> None:
+        self._stop_wanted.set()
+
+    def kill(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+
+    async def run(self) -> None:
+        """Returns when the worker is stopped or given up."""
+        stopping = asyncio.create_task(self._pass_on_stop(), name=f"stop-{self.worker_id}")
+        event: Event = Start()
+        try:
+            while True:
+                for instruction in self._machine.handle(event, self._clock.now_s()):
+                    await self._carry_out(instruction)
+                self._changed.set()
+                if self._machine.ended:
+                    return
+                event = await self._next_event()
+        finally:
+            stopping.cancel()
+            self.kill()
+            await asyncio.wait([stopping, *([self._watch] if self._watch else [])])
+
+    async def _pass_on_stop(self) -> None:
+        await self._stop_wanted.wait()
+        await self._events.put(StopWanted())
+
+    async def _next_event(self) -> Event:
+        deadline_s = self._machine.deadline_s
+        if deadline_s is None:
+            return await self._events.get()
+        wait_s = max(0.0, deadline_s - self._clock.now_s())
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(self._events.get(), wait_s)
+        return DeadlineReached()
+
+    async def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case Spawn(incarnation):
+                await self._spawn(incarnation)
+            case Terminate():
+                if self._child is not None:
+                    self._child.terminate()
+            case Kill():
+                self.kill()
+            case Report(text, with_log):
+                self._say(f"{self.worker_id}: {text}")
+                for line in self.log.tail(REPORT_LOG_LINES) if with_log else ():
+                    self._say(f"{self.worker_id} | {line}")
+
+    async def _spawn(self, incarnation: Incarnation) -> None:
+        launch = msgspec.structs.replace(self._plan.launch, incarnation=incarnation)
+        try:
+            self._child = Child(self._plan.command, self._plan.environ, launch)
+        except OSError as error:
+            await self._events.put(Exited(f"{self._plan.command[0]} cannot be run: {error.strerror}"))
+            return
+        self._watch = asyncio.create_task(self._see_out(self._child), name=f"watch-{self.worker_id}")
+
+    async def _see_out(self, child: Child) -> None:
+        how = "its watcher was stopped"
+        try:
+            how = await child.ended(self._told, self.log)
+        except* OSError as error:
+            how = f"its output could not be read: {error.exceptions[0]}"
+        finally:
+            self._child = None
+        await self._events.put(Exited(how))
+
+    async def _told(self, status: Status) -> None:
+        await self._events.put(Told(status))

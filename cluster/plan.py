@@ -1,0 +1,99 @@
+"""From the configuration to the workers of this machine: ids, cores, threads, limits. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.cores import CoreDemand, CoreShare, assign_cores
+from cluster.launch import WorkerLaunch
+from contracts.errors import ConfigError
+from contracts.ids import Incarnation, WorkerId
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from contracts.config import ClusterConfig, PoolConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """What the workers of one start share beside the configuration."""
+
+    model_dir: str
+    model_name: str
+    coordinator_address: str
+    cluster_token: str
+    runtime_dir: str
+    #: Where rpc servers listen; port 0.
+    bind: str
+    #: None: the workers are nobody's children.
+    parent_pid: int | None
+    #: Cores this process may run on, ascending.
+    allowed_cores: tuple[int, ...]
+
+
+def plan_launches(config: ClusterConfig, site: Site) -> list[WorkerLaunch]:
+    """One launch for each worker of each pool, in the order of the pools. Raises ConfigError."""
+    pools = [(pool, index) for pool in config.pools for index in range(pool.workers)]
+    for pool in config.pools:
+        _check_cores(pool, site.allowed_cores)
+    demands = [CoreDemand(cores=pool.cores, threads=pool.threads) for pool, _ in pools]
+    shares = assign_cores(site.allowed_cores, demands)
+    return [
+        _launch(config, site, pool, WorkerId(f"{pool.name}-{index}"), share)
+        for (pool, index), share in zip(pools, shares, strict=True)
+    ]
+
+
+def worker_environ(environ: Mapping[str, str], threads: int) -> dict[str, str]:
+    """A worker's environment: OpenMP and MKL read these when they are loaded, before any code can say so."""
+    return {
+        **environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        # Waiting threads sleep instead of spinning on cores that other processes need.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _check_cores(pool: PoolConfig, allowed: Sequence[int]) -> None:
+    if pool.cores == "auto":
+        return
+    if not pool.cores:
+        raise ConfigError(f"pools.{pool.name}.cores: the list is empty; write auto or core numbers")
+    missing = sorted(set(pool.cores) - set(allowed))
+    if missing:
+        raise ConfigError(
+            f"pools.{pool.name}.cores: this process may not run on cores {missing}; it has {list(allowed)}"
+        )
+
+
+def _launch(
+    config: ClusterConfig, site: Site, pool: PoolConfig, worker_id: WorkerId, share: CoreShare
+) -> WorkerLaunch:
+    return WorkerLaunch(
+        worker_id=worker_id,
+        incarnation=Incarnation(0),
+        role=pool.role,
+        coordinator_address=site.coordinator_address,
+        cluster_token=site.cluster_token,
+        model_dir=site.model_dir,
+        model_name=site.model_name,
+        dtype=config.dtype,
+        device=pool.device,
+        max_model_len=config.max_model_len,
+        block_tokens=config.block_tokens,
+        kv_memory_bytes=pool.kv_memory,
+        num_blocks=pool.kv_blocks,
+        threads=share.threads,
+        cores=share.cores,
+        max_batch_tokens=pool.max_batch_tokens or config.engine.max_batch_tokens,
+        max_sequences=pool.max_sequences or config.engine.max_sequences,
+        bind=site.bind,
+        # The only transport so far; `auto` chooses it.
+        transport="shm",
+        runtime_dir=site.runtime_dir,
+        parent_pid=site.parent_pid,
+    )

@@ -1,0 +1,104 @@
+"""Each process of a cluster started alone: for several machines, and for tests that end just one of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import AsyncExitStack, closing
+from typing import TYPE_CHECKING, NoReturn
+
+import msgspec
+import uvloop
+
+from cluster.launch import MAX_LAUNCH_BYTES, encode_line
+from cluster.local import allowed_cores, first_incarnation
+from cluster.model_source import resolve_model
+from cluster.parent_log import structured
+from cluster.plan import Site, plan_launches, worker_environ
+from cluster.process_log import StreamLog
+from cluster.serve import EXIT_OK, StopSignals, say
+from cluster.services import base_url, coordinator_service, gateway_service, gateway_settings
+from contracts.errors import ConfigError
+from gateway.server import bind
+from rpc import GrpcNetwork, LiveClock
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from contracts.config import ClusterConfig
+
+
+def run_coordinator(config: ClusterConfig, bind: str, token: str) -> int:
+    """Serves until a signal. Raises ConfigError when it cannot listen."""
+
+    async def live() -> int:
+        with StopSignals() as signals:
+            network = GrpcNetwork(token=token, log=say)
+            async with coordinator_service(config, network, LiveClock(), bind, say) as address:
+                say(f"coordinator at {address}")
+                await signals.wanted.wait()
+            await network.close()
+        return EXIT_OK
+
+    return uvloop.run(live())
+
+
+def run_gateway(config: ClusterConfig, coordinator_address: str, token: str) -> int:
+    """Serves until a signal. Raises ConfigError when the port is taken or the model has no tokenizer."""
+    source = resolve_model(config.model, say)
+    settings = gateway_settings(config, source.folder, config.served_model_name or source.name)
+
+    async def live() -> int:
+        async with AsyncExitStack() as stack:
+            signals = stack.enter_context(StopSignals())
+            sock = stack.enter_context(closing(bind(settings)))
+            network = GrpcNetwork(token=token, log=say)
+            stack.push_async_callback(network.close)
+            logger = structured(StreamLog(sys.stderr), say)
+            await stack.enter_async_context(
+                gateway_service(
+                    settings, source.folder, network, LiveClock(), coordinator_address, sock, logger
+                )
+            )
+            say(f"gateway at {base_url(sock)}")
+            await signals.wanted.wait()
+        return EXIT_OK
+
+    return uvloop.run(live())
+
+
+def become_worker(
+    config: ClusterConfig, coordinator_address: str, token: str, worker_id: str, runtime_dir: Path, bind: str
+) -> NoReturn:
+    """Replaces this process by the worker. Raises ConfigError for an unknown worker id."""
+    source = resolve_model(config.model, say)
+    runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    site = Site(
+        model_dir=str(source.folder),
+        model_name=config.served_model_name or source.name,
+        coordinator_address=coordinator_address,
+        cluster_token=token,
+        runtime_dir=str(runtime_dir.resolve()),
+        bind=bind,
+        parent_pid=None,
+        allowed_cores=allowed_cores(),
+    )
+    launches = {launch.worker_id: launch for launch in plan_launches(config, site)}
+    launch = next((launch for name, launch in launches.items() if name == worker_id), None)
+    if launch is None:
+        raise ConfigError(f"there is no worker {worker_id!r}; the configuration has {', '.join(launches)}")
+    launch = msgspec.structs.replace(launch, incarnation=first_incarnation(LiveClock()))
+    _put_on_stdin(encode_line(launch))
+    environ = worker_environ(os.environ, launch.threads)
+    os.execve(sys.executable, [sys.executable, "-m", "cluster.worker_main"], environ)
+
+
+def _put_on_stdin(line: bytes) -> None:
+    """The write end stays open in this very process: without a parent, nobody cuts the life-line."""
+    if len(line) > MAX_LAUNCH_BYTES:
+        raise ConfigError(f"the launch document is {len(line)} bytes long; {MAX_LAUNCH_BYTES} fit")
+    read_end, write_end = os.pipe()
+    os.write(write_end, line)
+    os.set_inheritable(write_end, True)
+    os.dup2(read_end, 0)
+    os.close(read_end)

@@ -1,0 +1,185 @@
+"""The worker process: `python -m cluster.worker_main`, started by the node agent with its launch on stdin.
+
+Order matters here: the cores are taken before torch is imported (its threads inherit them), the engine is
+loaded before the worker registers (who is registered can be sent requests), and the life-line is watched from
+the first moment (a parent killed while weights load must leave nothing behind).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvloop
+
+from cluster.launch import (
+    MAX_LAUNCH_BYTES,
+    Failed,
+    Loading,
+    Ready,
+    Status,
+    WorkerLaunch,
+    decode_launch,
+    encode_line,
+)
+from cluster.lifeline import settle, wait_for_end_of_file
+from contracts.errors import ConfigError, TandemError
+from contracts.messages import WorkerInfo
+
+if TYPE_CHECKING:
+    from contracts.clock import Clock
+    from engine.executor import LiveEngine
+    from kvtransfer import ShmTransport
+
+#: Calls in flight when a worker is told to stop get this long to end.
+STOP_GRACE_S = 1.0
+
+
+def log(line: str) -> None:
+    """One line to stderr, which the node agent collects. A full disk or a gone reader must not end a worker."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def tell(status: Status) -> None:
+    """One status line to the node agent. When it does not read any more, the life-line says so too."""
+    with contextlib.suppress(OSError):
+        sys.stdout.buffer.write(encode_line(status))
+        sys.stdout.buffer.flush()
+
+
+def main() -> int:
+    launch: WorkerLaunch | None = None
+    try:
+        launch = decode_launch(sys.stdin.buffer.readline(MAX_LAUNCH_BYTES))
+        settle(launch)
+        uvloop.run(_live(launch))
+    except TandemError as error:
+        tell(Failed(error=error.code, message=error.message))
+        log(f"{launch.worker_id if launch else 'worker'}: {error.message}")
+        return 1
+    return 0
+
+
+async def _live(launch: WorkerLaunch) -> None:
+    """Serves until the parent goes away or asks it to stop."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, stop.set)
+    serving = asyncio.create_task(_serve(launch), name="serve")
+    enders = [
+        asyncio.create_task(stop.wait(), name="stop-signal"),
+        asyncio.create_task(wait_for_end_of_file(sys.stdin.fileno()), name="life-line"),
+    ]
+    await asyncio.wait([serving, *enders], return_when=asyncio.FIRST_COMPLETED)
+    for task in (serving, *enders):
+        task.cancel()
+    await asyncio.wait([serving, *enders])
+    if not serving.cancelled() and (error := serving.exception()) is not None:
+        raise _single(error)
+
+
+def _single(error: BaseException) -> BaseException:
+    """The first error of a group: a worker ends with one reason."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _serve(launch: WorkerLaunch) -> None:
+    # torch comes in with these: imported here, after the cores are taken.
+    from engine.compose import StepBudget
+    from kvtransfer import ShmTransport
+    from rpc import GrpcNetwork, LiveClock
+    from worker import WorkerLimits, WorkerShell
+
+    clock = LiveClock()
+    tell(Loading(what="torch"))
+    async with contextlib.AsyncExitStack() as stack:
+        transport = ShmTransport(clock=clock, incarnation=launch.incarnation)
+        stack.push_async_callback(transport.close)
+        engine = await _load(launch, transport, clock)
+        stack.push_async_callback(engine.close)
+        network = GrpcNetwork(token=launch.cluster_token, log=log)
+        stack.push_async_callback(network.close)
+        server = network.server(launch.bind)
+        stack.push_async_callback(server.stop, STOP_GRACE_S)
+        info = _info(launch, engine, await server.start())
+        shell = WorkerShell(
+            info=info,
+            engine=engine,
+            transport=transport,
+            network=network,
+            clock=clock,
+            coordinator_address=launch.coordinator_address,
+            limits=WorkerLimits(
+                budget=StepBudget(max_tokens=launch.max_batch_tokens, max_sequences=launch.max_sequences)
+            ),
+            log=log,
+        )
+        shell.register_on(server)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(shell.run(), name="shell")
+            await shell.registered.wait()
+            tell(Ready(address=info.address))
+            log(f"{info.worker_id}: ready at {info.address}, {info.total_blocks} blocks, {info.device}")
+
+
+def _info(launch: WorkerLaunch, engine: LiveEngine, address: str) -> WorkerInfo:
+    return WorkerInfo(
+        worker_id=launch.worker_id,
+        incarnation=launch.incarnation,
+        role=launch.role,
+        address=address,
+        model=launch.model_name,
+        identity=engine.identity,
+        total_blocks=engine.num_blocks,
+        max_context_tokens=engine.max_context_tokens,
+        pid=os.getpid(),
+        device=engine.description,
+    )
+
+
+async def _load(launch: WorkerLaunch, transport: ShmTransport, clock: Clock) -> LiveEngine:
+    """The model in memory, its KV pool in the transport's memory."""
+    from engine.executor import load_engine
+    from engine.runner import EngineOptions
+
+    device = _device(launch)
+    options = EngineOptions(
+        dtype=launch.dtype,
+        device=device,
+        block_tokens=launch.block_tokens,
+        kv_memory_bytes=launch.kv_memory_bytes if launch.num_blocks is None else None,
+        num_blocks=launch.num_blocks,
+        max_model_len=launch.max_model_len,
+    )
+    return await load_engine(
+        Path(launch.model_dir),
+        options,
+        clock=clock,
+        num_threads=launch.threads,
+        pool_buffer_factory=transport.register,
+        progress=lambda done, total: tell(Loading(what="weights", fraction=done / max(1, total))),
+        log=log,
+    )
+
+
+def _device(launch: WorkerLaunch) -> str:
+    """"auto" is the CPU as long as the only transport moves KV between pools in host memory."""
+    if launch.device == "cuda":
+        raise ConfigError(
+            f"{launch.worker_id}: transport {launch.transport} moves KV between pools in host memory; "
+            "device cuda needs a transport for device memory"
+        )
+    return "cpu"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""A worker process without a model: takes its launch and behaves as FAKE_BEHAVIOUR says.
+
+Behaviours: `ready` serves until stopped; `crash` is ready and then dies by its own hand; `start-crash` dies
+before it is ready; `bad-config` fails with a configuration error; `stuck` never gets ready and ignores
+SIGTERM; `stubborn` is ready and ignores SIGTERM and its life-line; `family` starts a child that outlives it
+and holds its pipes, then crashes; `noisy` writes a line of garbage to its status pipe and long log lines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+from cluster.launch import MAX_LAUNCH_BYTES, Failed, Loading, Ready, Status, decode_launch, encode_line
+from cluster.lifeline import settle, wait_for_end_of_file
+
+
+def tell(status: Status) -> None:
+    sys.stdout.buffer.write(encode_line(status))
+    sys.stdout.buffer.flush()
+
+
+def start_grandchild() -> int:
+    return subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]).pid
+
+
+async def live(behaviour: str) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    print(f"log line of {os.getpid()}", file=sys.stderr, flush=True)
+    tell(Loading(what="weights", fraction=0.5))
+    match behaviour:
+        case "start-crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "bad-config":
+            tell(Failed(error="config_error", message="architecture Unknown is not supported"))
+            return 1
+        case "stuck":
+            await asyncio.Event().wait()
+        case "noisy":
+            print("a library prints here", flush=True)
+            print("x" * 50_000, file=sys.stderr, flush=True)
+        case "family":
+            print(f"grandchild {start_grandchild()}", file=sys.stderr, flush=True)
+        case _:
+            pass
+    tell(Ready(address=f"fake:{os.getpid()}"))
+    if behaviour in ("crash", "family"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "stubborn":
+        await asyncio.Event().wait()
+    await asyncio.wait(
+        [asyncio.create_task(stop.wait()), asyncio.create_task(wait_for_end_of_file(0))],
+        return_when=asyncio.FIRST_COMPLETED,
+    )
+    return 0
+
+
+def main() -> int:
+    settle(decode_launch(sys.stdin.buffer.readline(MAX_LAUNCH_BYTES)))
+    with contextlib.suppress(KeyboardInterrupt):
+        return asyncio.run(live(os.environ["FAKE_BEHAVIOUR"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

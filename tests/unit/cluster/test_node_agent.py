@@ -1,0 +1,225 @@
+"""The node agent with real processes: start, crash, giving up, stop, and nobody left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+import uvloop
+
+from cluster.node_agent import NodeAgent, WorkerStatus
+from cluster.supervision import State, SupervisionLimits
+from contracts.ids import Incarnation
+from rpc import LiveClock
+from tests.support.fake_agent import fake_plan
+from tests.support.layout import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from pathlib import Path
+
+    from cluster.node_agent import WorkerPlan
+
+#: Long enough for a machine under load; nothing waits for it when all is well.
+PATIENCE_S = 60.0
+
+QUICK = SupervisionLimits(restart_delay_s=0.01, restart_delay_max_s=0.05, stop_timeout_s=10.0)
+
+
+class Watched:
+    """An agent and what it said."""
+
+    def __init__(self, plans: list[WorkerPlan], log_dir: Path, limits: SupervisionLimits) -> None:
+        self.said: list[str] = []
+        self.agent = NodeAgent(
+            plans,
+            limits=limits,
+            first_incarnation=Incarnation(100),
+            log_dir=log_dir,
+            clock=LiveClock(),
+            say=self.said.append,
+        )
+
+    async def until(self, condition: Callable[[list[WorkerStatus]], bool]) -> list[WorkerStatus]:
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition(self.agent.workers()):
+                await self.agent.changed.wait()
+                self.agent.changed.clear()
+        return self.agent.workers()
+
+
+def plans(folder: Path, *behaviours: str) -> list[WorkerPlan]:
+    return [
+        fake_plan(f"fake-{index}", behaviour, folder, parent_pid=psutil.Process().pid)
+        for index, behaviour in enumerate(behaviours)
+    ]
+
+
+def all_ready(workers: list[WorkerStatus]) -> bool:
+    return all(worker.state is State.READY for worker in workers)
+
+
+def gone(pid: int) -> bool:
+    """Ended, or a zombie that only its parent can bury."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_gone(*pids: int) -> None:
+    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    psutil.wait_procs(processes, timeout=PATIENCE_S)
+    assert all(gone(pid) for pid in pids)
+
+
+def pid_of(worker: WorkerStatus) -> int:
+    assert worker.pid is not None
+    return worker.pid
+
+
+def on_both_loops(test: Callable[[], Coroutine[None, None, None]]) -> None:
+    """The live processes run on uvloop; asyncio's own loop must do as well."""
+    asyncio.run(test())
+    uvloop.run(test())
+
+
+def test_workers_start_and_leave_when_the_agent_does(tmp_path: Path) -> None:
+    async def run() -> None:
+        watched = Watched(plans(tmp_path, "ready", "ready"), tmp_path, QUICK)
+        async with watched.agent:
+            workers = await watched.until(all_ready)
+            pids = [pid_of(worker) for worker in workers]
+            assert [worker.address for worker in workers] == [f"fake:{pid}" for pid in pids]
+            assert len(set(pids)) == 2
+        assert [worker.state for worker in watched.agent.workers()] == [State.STOPPED, State.STOPPED]
+        assert all(gone(pid) for pid in pids)
+
+    on_both_loops(run)
+
+
+async def test_the_token_is_neither_an_argument_nor_in_the_environment(tmp_path: Path) -> None:
+    watched = Watched(plans(tmp_path, "ready"), tmp_path, QUICK)
+    async with watched.agent:
+        (worker,) = await watched.until(all_ready)
+        process = psutil.Process(pid_of(worker))
+        assert "secret-token" not in " ".join(process.cmdline())
+        assert "secret-token" not in " ".join(process.environ().values())
+
+
+async def test_a_killed_worker_comes_back_with_a_larger_incarnation(tmp_path: Path) -> None:
+    watched = Watched(plans(tmp_path, "ready", "ready"), tmp_path, QUICK)
+    async with watched.agent:
+        first, other = await watched.until(all_ready)
+        psutil.Process(pid_of(first)).kill()
+        again, same = await watched.until(
+            lambda workers: all_ready(workers) and workers[0].incarnation > first.incarnation
+        )
+        assert again.pid != first.pid
+        assert (same.pid, same.incarnation) == (other.pid, other.incarnation)
+    assert any("fake-0: crashed: it was ended by SIGKILL; restarting" in line for line in watched.said)
+
+
+async def test_a_worker_that_crashes_when_ready_is_restarted_again_and_again(tmp_path: Path) -> None:
+    watched = Watched(plans(tmp_path, "crash"), tmp_path, QUICK)
+    async with watched.agent:
+        await watched.until(lambda workers: workers[0].incarnation >= 104)
+        assert watched.agent.workers()[0].state is not State.GIVEN_UP
+
+
+async def test_a_worker_that_dies_at_its_start_is_given_up_and_the_rest_serves(tmp_path: Path) -> None:
+    watched = Watched(plans(tmp_path, "start-crash", "ready"), tmp_path, QUICK)
+    async with watched.agent:
+        lost, other = await watched.until(
+            lambda workers: [w.state for w in workers] == [State.GIVEN_UP, State.READY]
+        )
+        assert lost.problem == "it was ended by SIGSEGV"
+        assert not gone(pid_of(other))
+    report = "\n".join(watched.said)
+    assert "fake-0: given up after 3 failed starts: it was ended by SIGSEGV" in report
+    assert "fake-0 | log line of " in report
+
+
+async def test_a_configuration_error_is_not_tried_again(tmp_path: Path) -> None:
+    watched = Watched(plans(tmp_path, "bad-config"), tmp_path, QUICK)
+    async with watched.agent:
+        (lost,) = await watched.until(lambda workers: workers[0].state is State.GIVEN_UP)
+    assert lost.incarnation == 100
+    assert lost.problem == "architecture Unknown is not supported"
+
+
+async def test_a_worker_without_progress_is_killed_and_counted(tmp_path: Path) -> None:
+    limits = SupervisionLimits(start_timeout_s=0.5, restart_delay_s=0.01, start_attempts=1)
+    watched = Watched(plans(tmp_path, "stuck"), tmp_path, limits)
+    async with watched.agent:
+        (lost,) = await watched.until(lambda workers: workers[0].state is State.GIVEN_UP)
+    assert lost.problem is not None
+    assert lost.problem.startswith("no progress for 0.5 s while ")
+
+
+async def test_a_worker_that_will_not_leave_is_killed(tmp_path: Path) -> None:
+    limits = SupervisionLimits(stop_timeout_s=0.2)
+    watched = Watched(plans(tmp_path, "stubborn"), tmp_path, limits)
+    async with watched.agent:
+        (worker,) = await watched.until(all_ready)
+    assert gone(pid_of(worker))
+
+
+def test_what_a_crashed_worker_started_goes_with_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        watched = Watched(plans(tmp_path, "family"), tmp_path, QUICK)
+        async with watched.agent:
+            await watched.until(lambda workers: workers[0].incarnation >= 102)
+        log = (tmp_path / "fake-0.log").read_text()
+        grandchildren = [int(line.split()[1]) for line in log.splitlines() if line.startswith("grandchild")]
+        assert len(grandchildren) >= 2
+        wait_gone(*grandchildren)
+
+    on_both_loops(run)
+
+
+async def test_output_that_is_no_status_goes_to_the_log(tmp_path: Path) -> None:
+    watched = Watched(plans(tmp_path, "noisy"), tmp_path, QUICK)
+    async with watched.agent:
+        await watched.until(all_ready)
+    log = (tmp_path / "fake-0.log").read_text()
+    assert "a library prints here\n" in log
+    assert log.count("x") == 50_000
+
+
+async def test_a_log_that_cannot_be_written_costs_lines_only(tmp_path: Path) -> None:
+    (tmp_path / "fake-0.log").mkdir()
+    watched = Watched(plans(tmp_path, "noisy"), tmp_path, QUICK)
+    async with watched.agent:
+        (worker,) = await watched.until(all_ready)
+    complaints = [line for line in watched.said if line.startswith("cannot write")]
+    assert len(complaints) == 1
+    assert "fake-0.log: Is a directory" in complaints[0]
+    assert any("log line of" in line for line in watched.agent.log_tail(worker.worker_id))
+
+
+async def test_a_program_that_does_not_exist_is_a_failed_start(tmp_path: Path) -> None:
+    (plan,) = plans(tmp_path, "ready")
+    missing = type(plan)(launch=plan.launch, command=("/no/such/program",), environ=plan.environ)
+    watched = Watched([missing], tmp_path, QUICK)
+    async with watched.agent:
+        (lost,) = await watched.until(lambda workers: workers[0].state is State.GIVEN_UP)
+    assert lost.problem == "/no/such/program cannot be run: No such file or directory"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_worker_outlives_a_killed_parent(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "tests.support.fake_agent", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout is not None
+        pids: list[int] = json.loads(parent.stdout.readline())
+        assert not any(gone(pid) for pid in pids)
+        parent.send_signal(number)
+        parent.wait(PATIENCE_S)
+    wait_gone(*pids)
