@@ -1,0 +1,38 @@
+"""Every bound of the gateway's core, by name. Reaching one is an error for somebody, never growth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayLimits:
+    #: Requests open at once; more are refused with NoCapacity.
+    max_open_requests: int = 4096
+    #: Requests waiting for the coordinator's answer.
+    max_waiting_dispatch: int = 2048
+    #: Requests in one Dispatch call.
+    max_dispatch_batch: int = 64
+    dispatch_timeout_s: float = 2.0
+    prefill_timeout_s: float = 5.0
+    #: Workers send a frame at least every second: silence this long means the worker is dead or hung.
+    frames_idle_timeout_s: float = 3.0
+    reopen_backoff_s: float = 0.1
+    max_reopen_backoff_s: float = 1.0
+    #: A stream that stayed closed so long is forgotten until a request needs it.
+    reopen_give_up_s: float = 30.0
+    #: Output tokens of one request that its client has not taken.
+    max_buffered_tokens: int = 2048
+    #: Output tokens that arrived ahead of a missing one.
+    max_early_tokens: int = 1024
+    #: How long a missing output token may take, once a later one is here.
+    gap_timeout_s: float = 3.0
+    #: Cancels waiting for one worker; beyond, they are dropped (the worker's own deadline remains).
+    max_waiting_cancels: int = 4096
+    max_cancel_batch: int = 512
+    cancel_timeout_s: float = 1.0
+    cancel_attempts: int = 3
+    cancel_backoff_s: float = 0.2
+    #: How long a stopping gateway waits for its last cancels to leave.
+    stop_grace_s: float = 1.0
+    members_timeout_s: float = 1.0

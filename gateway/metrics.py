@@ -1,0 +1,110 @@
+"""What the gateway measures, for Prometheus: names, units and buckets as dashboards of LLM servers expect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from prometheus_client.core import Metric
+
+    from gateway.core import GatewayCore
+    from gateway.timeline import Timeline
+
+_FAST_BUCKETS = (
+    *(0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0),
+)
+_SLOW_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+
+#: Fields of other servers that clients send; any other unknown field counts as "other".
+KNOWN_ELSEWHERE = frozenset(
+    {
+        "audio", "cache_salt", "chat_template", "continue_final_message", "documents", "guided_choice",
+        "guided_grammar", "guided_json", "guided_regex", "kv_transfer_params", "length_penalty", "metadata",
+        "min_new_tokens", "modalities", "prediction", "priority", "reasoning_effort", "regex", "request_id",
+        "rid", "service_tier", "session_id", "spaces_between_special_tokens", "store", "structured_outputs",
+        "truncate_prompt_tokens", "use_beam_search", "verbosity",
+    }
+)  # fmt: skip
+
+
+class Metrics:
+    """Owns its registry, so that several gateways may live in one process."""
+
+    def __init__(self, core: GatewayCore) -> None:
+        self.registry = CollectorRegistry()
+        running = self._gauge("num_requests_running", "Requests open at this gateway.")
+        running.set_function(lambda: core.num_open)
+        self.ttft = self._histogram("time_to_first_token_seconds", "Until the first token.", _SLOW_BUCKETS)
+        self.itl = self._histogram("inter_token_latency_seconds", "Between tokens.", _FAST_BUCKETS)
+        self.e2e = self._histogram("e2e_request_latency_seconds", "Until the last token.", _SLOW_BUCKETS)
+        self.phases = {
+            phase: self._histogram(f"request_{phase}_time_seconds", f"In phase {phase}.", _SLOW_BUCKETS)
+            for phase in ("gateway", "queue", "prefill", "handoff", "decode")
+        }
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that were answered.")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens written.")
+        self.success = self._counter("request_success", "Requests answered.", "finished_reason")
+        self.failures = self._counter("request_failures", "Requests that failed.", "code")
+        self.unknown_fields = self._counter("unknown_fields", "Fields ignored in requests.", "field")
+        self.registry.register(_CoreCollector(core))
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def count_unknown(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.unknown_fields.labels(name if name in KNOWN_ELSEWHERE else "other").inc()
+
+    def record(self, timeline: Timeline) -> None:
+        """Counts one ended request."""
+        self.generation_tokens.inc(timeline.num_output_tokens)
+        if timeline.ttft_us is not None:
+            self.ttft.observe(timeline.ttft_us / 1e6)
+        if timeline.outcome not in ("stop", "length"):
+            self.failures.labels(timeline.outcome).inc()
+            return
+        self.success.labels(timeline.outcome).inc()
+        self.prompt_tokens.inc(timeline.num_prompt_tokens)
+        self.e2e.observe(timeline.total_us / 1e6)
+        for phase, histogram in self.phases.items():
+            histogram.observe(getattr(timeline, f"{phase}_us") / 1e6)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"tandem_{name}", text, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"tandem_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"tandem_{name}", text, buckets=buckets, registry=self.registry)
+
+
+class _CoreCollector(Collector):
+    """The core's own counters, read when asked."""
+
+    def __init__(self, core: GatewayCore) -> None:
+        self._core = core
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._core.stats
+        dropped = CounterMetricFamily(
+            "tandem_dropped_deltas", "Token deltas that no client waited for.", labels=["reason"]
+        )
+        for reason, count in stats.dropped_deltas.items():
+            dropped.add_metric([reason], count)
+        yield dropped
+        yield CounterMetricFamily("tandem_lost_streams", "Worker streams lost.", value=stats.lost_streams)
+        yield CounterMetricFamily("tandem_frames", "Token frames received.", value=stats.num_frames)
+        yield CounterMetricFamily(
+            "tandem_dropped_cancels", "Cancels given up.", value=self._core.num_dropped_cancels
+        )

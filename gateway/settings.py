@@ -1,0 +1,73 @@
+"""What an operator decides about the HTTP side, checked when made."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+
+from contracts.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """Raises ConfigError for values that cannot work, naming the field."""
+
+    #: Names under which clients may ask for the model; answers to requests without one bear the first.
+    served_model_names: tuple[str, ...]
+    #: Prompt and answer together, in tokens.
+    max_model_len: int
+    host: str = "127.0.0.1"
+    #: 0 lets the system choose.
+    port: int = 8000
+    #: Clients must send one of these as a bearer token; none: everybody may ask.
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    #: Needed to listen beyond this machine without keys.
+    allow_unauthenticated: bool = False
+    #: Refuse unknown fields instead of ignoring and counting them.
+    strict_fields: bool = False
+    max_body_bytes: int = 8 * 1024 * 1024
+    #: How long a client may take to send its body.
+    body_timeout_s: float = 30.0
+    #: Answers that one request may ask for (prompts x n), and their tokens in all.
+    max_sequences: int = 128
+    max_total_tokens: int = 1024 * 1024
+    #: A request not finished by then fails with DeadlineExceeded.
+    request_timeout_s: float = 600.0
+    #: Silence on an event stream after which a comment is sent, so that proxies keep it open.
+    keep_alive_s: float = 15.0
+    #: A client that takes nothing for so long is cut off.
+    write_timeout_s: float = 30.0
+    #: Requests whose timelines are remembered.
+    max_timelines: int = 1000
+    health_cache_s: float = 0.5
+    #: Workers not heard of for longer do not count as there.
+    max_heartbeat_age_s: float = 5.0
+    tokenizer_threads: int = 2
+    #: What open requests get to end when the gateway stops.
+    graceful_stop_s: float = 5.0
+    version: str = "0.1.0"
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names or not all(self.served_model_names):
+            raise ConfigError(f"served_model_names: {self.served_model_names!r} holds no usable name")
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port: {self.port} is no TCP port")
+        if not all(self.api_keys):
+            raise ConfigError("api_keys: an empty key would let everybody in")
+        for name in ("max_model_len", "max_body_bytes", "max_sequences", "max_total_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1, not {getattr(self, name)}")
+        if not (self.api_keys or self.allow_unauthenticated or _is_loopback(self.host)):
+            raise ConfigError(
+                f"host: {self.host} can be reached from other machines; set api_keys, "
+                "or allow_unauthenticated to let everybody ask"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,139 @@
+"""Where one request's time went, in phases that sum exactly to what the gateway measured.
+
+The gateway's own clock gives the marks; workers report durations on theirs (`PhaseTimes`), which are clamped
+into the interval they must lie in, so that skew or transit time never makes the sum wrong:
+
+    received      sent       first token    first decode token      end
+       |--gateway--|--queue+prefill--|--handoff--|---------decode-----|
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from contracts.ids import RequestId, WorkerId
+    from contracts.requests import PhaseTimes, TokenDelta
+
+_US_PER_S = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """Phases in whole microseconds: `gateway + queue + prefill + handoff + decode == total`, exactly."""
+
+    request_id: RequestId
+    total_us: int
+    #: Received until Prefill was sent: validating, tokenising, dispatch.
+    gateway_us: int
+    #: Prefill sent until the prompt's first step, with the transit of both messages.
+    queue_us: int
+    prefill_us: int
+    #: The part of the handoff that the client waited for: first token until the decode worker went on.
+    handoff_us: int
+    decode_us: int
+    #: Received until the first token; None when none came.
+    ttft_us: int | None
+    num_prompt_tokens: int
+    num_output_tokens: int
+    #: "stop", "length", "cancelled", or the code of the error that ended the request.
+    outcome: str
+    prefill_worker: WorkerId | None
+    decode_worker: WorkerId | None
+
+    def as_json(self) -> dict[str, object]:
+        """Milliseconds, for people and clients."""
+        phases = ("total", "gateway", "queue", "prefill", "handoff", "decode")
+        return {
+            "request_id": self.request_id,
+            **{f"{phase}_ms": getattr(self, f"{phase}_us") / 1000 for phase in phases},
+            "ttft_ms": None if self.ttft_us is None else self.ttft_us / 1000,
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_output_tokens,
+            "outcome": self.outcome,
+            "prefill_worker": self.prefill_worker,
+            "decode_worker": self.decode_worker,
+        }
+
+
+@dataclass(slots=True, kw_only=True)
+class Marks:
+    """When one request passed which point, on the gateway's clock; what workers reported. Only grows."""
+
+    received_s: float
+    sent_s: float | None = None
+    first_token_s: float | None = None
+    #: Arrival of the first delta that came from decoding.
+    decoding_s: float | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    handoff_s: float | None = None
+    #: Adoption to sampling, of the first delta that came from decoding.
+    first_decode_s: float | None = None
+
+    def note(self, delta: TokenDelta, now_s: float) -> None:
+        """Takes the times of a delta that is being delivered (in order, once)."""
+        if self.first_token_s is None and delta.token_ids:
+            self.first_token_s = now_s
+        phases = delta.phases
+        if phases is not None:
+            self._note_phases(phases)
+        if self.decoding_s is None and delta.index + len(delta.token_ids) > 1:
+            self.decoding_s = now_s
+            self.first_decode_s = None if phases is None else phases.decode_s
+
+    def _note_phases(self, phases: PhaseTimes) -> None:
+        for name in ("queue_s", "prefill_s", "handoff_s"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(phases, name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phases:
+    gateway_us: int
+    queue_us: int
+    prefill_us: int
+    handoff_us: int
+    decode_us: int
+
+
+def split(marks: Marks, end_s: float) -> Phases:
+    """Divides `end_s - received_s` into phases; pure. Marks that were never reached end with the request."""
+    total_us = _us(end_s - marks.received_s)
+    sent_us = _mark_us(marks, marks.sent_s, total_us)
+    first_us = max(sent_us, _mark_us(marks, marks.first_token_s, total_us))
+    decoding_us = max(first_us, _mark_us(marks, marks.decoding_s, total_us))
+    prefill_us, queue_us = _split_prefill(marks, first_us - sent_us)
+    handoff_us = _visible_handoff_us(marks, decoding_us - first_us)
+    return Phases(
+        gateway_us=sent_us,
+        queue_us=queue_us,
+        prefill_us=prefill_us,
+        handoff_us=handoff_us,
+        decode_us=total_us - first_us - handoff_us,
+    )
+
+
+def _split_prefill(marks: Marks, window_us: int) -> tuple[int, int]:
+    """Prefill as the worker timed it, the rest of the window is waiting. Without a report: all waiting."""
+    if marks.prefill_s is None:
+        return (0, window_us)
+    prefill_us = min(_us(marks.prefill_s), window_us)
+    return (prefill_us, window_us - prefill_us)
+
+
+def _visible_handoff_us(marks: Marks, window_us: int) -> int:
+    """Pulling starts during prefill, so only what is left of it after the first token was waited for."""
+    if marks.handoff_s is None or marks.decoding_s is None:
+        return 0
+    decoded_us = _us(marks.first_decode_s or 0.0)
+    return max(0, min(_us(marks.handoff_s), window_us - decoded_us))
+
+
+def _mark_us(marks: Marks, at_s: float | None, total_us: int) -> int:
+    return total_us if at_s is None else min(total_us, _us(at_s - marks.received_s))
+
+
+def _us(duration_s: float) -> int:
+    return max(0, round(duration_s * _US_PER_S))
