@@ -55,6 +55,8 @@ def worker_environ(environ: Mapping[str, str], threads: int) -> dict[str, str]:
         # Waiting threads sleep instead of spinning on cores that other processes need.
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONUNBUFFERED": "1",
+        # gRPC tells of every connection that ends; errors it cannot report otherwise remain.
+        "GRPC_VERBOSITY": "ERROR",
     }
 
 

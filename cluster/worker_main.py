@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import uvloop
 
@@ -36,12 +36,15 @@ if TYPE_CHECKING:
     from engine.executor import LiveEngine
     from kvtransfer import ShmTransport
 
+#: How long a busy thread may keep the interpreter from one that wants it. Every kernel call lets it go, and the
+#: engine's thread would wait the default of 5 ms for it to come back whenever the loop is busy.
+SWITCH_INTERVAL_S = 0.0005
 #: Calls in flight when a worker is told to stop get this long to end.
 STOP_GRACE_S = 1.0
 
 
 def log(line: str) -> None:
-    """One line to stderr, which the node agent collects. A full disk or a gone reader must not end a worker."""
+    """One line to stderr, which the node agent collects. A full disk or a gone reader ends no worker."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
@@ -58,6 +61,7 @@ def main() -> int:
     try:
         launch = decode_launch(sys.stdin.buffer.readline(MAX_LAUNCH_BYTES))
         settle(launch)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         uvloop.run(_live(launch))
     except TandemError as error:
         tell(Failed(error=error.code, message=error.message))
@@ -87,8 +91,9 @@ async def _live(launch: WorkerLaunch) -> None:
 
 def _single(error: BaseException) -> BaseException:
     """The first error of a group: a worker ends with one reason."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return _single(group.exceptions[0])
     return error
 
 

@@ -48,7 +48,7 @@ class _Entry:
     load: WorkerLoad
     heartbeat_s: float
     #: Placements that no heartbeat contains yet, oldest first.
-    bookings: list[_Booking] = field(default_factory=list)
+    bookings: list[_Booking] = field(default_factory=list[_Booking])
     #: Whether the last `expire` found it alive; only for reporting changes.
     alive: bool = True
 

@@ -68,7 +68,7 @@ class Sampled:
 class StepResult:
     """By `sequence_id`, for every sequence of the plan that asked; `duration_s` is the engine's own time."""
 
-    sampled: dict[int, Sampled] = field(default_factory=dict)
+    sampled: dict[int, Sampled] = field(default_factory=dict[int, Sampled])
     duration_s: float = 0.0
 
 
@@ -86,6 +86,11 @@ class Engine(Protocol):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids from here on have no embedding: a step that holds one fails as a whole."""
+        ...
 
     @property
     def description(self) -> str:

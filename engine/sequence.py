@@ -42,7 +42,7 @@ class Sequence:
     #: Prompt and output. All but the last `len - num_computed` have their KV in `block_ids`.
     token_ids: list[int]
     #: Blocks in order of position; they cover at least `num_computed` tokens.
-    block_ids: list[BlockId] = field(default_factory=list)
+    block_ids: list[BlockId] = field(default_factory=list["BlockId"])
     num_computed: int = 0
 
     @property

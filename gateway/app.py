@@ -235,7 +235,13 @@ class _Api:
         return json_response({"version": self._settings.version})
 
     async def metrics(self) -> Response:
-        return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        """Answered without the workers' part while the coordinator does not answer."""
+        try:
+            members = await self._core.members()
+        except TandemError:
+            members = ()
+        text = self._metrics.exposition(members)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     # --- shared ---------------------------------------------------------------------------------
 

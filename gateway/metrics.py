@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from prometheus_client.core import Metric
 
+    from contracts.messages import Member
     from gateway.core import GatewayCore
     from gateway.timeline import Timeline
 
@@ -58,8 +59,11 @@ class Metrics:
         self.unknown_fields = self._counter("unknown_fields", "Fields ignored in requests.", "field")
         self.registry.register(_CoreCollector(core))
 
-    def exposition(self) -> bytes:
-        return generate_latest(self.registry)
+    def exposition(self, members: Sequence[Member]) -> bytes:
+        """The text for Prometheus; `members` are the workers as the coordinator last heard of them."""
+        workers = CollectorRegistry()
+        workers.register(_WorkerCollector(members))
+        return generate_latest(self.registry) + generate_latest(workers)
 
     def count_unknown(self, names: Iterable[str]) -> None:
         for name in names:
@@ -87,6 +91,31 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"tandem_{name}", text, buckets=buckets, registry=self.registry)
+
+
+class _WorkerCollector(Collector):
+    """What the workers' last heartbeats said."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._members = members
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ["worker_id", "role"]
+        waiting = GaugeMetricFamily("tandem_num_requests_waiting", "Not computing yet.", labels=labels)
+        running = GaugeMetricFamily("tandem_worker_num_requests_running", "In the batch.", labels=labels)
+        pending = GaugeMetricFamily("tandem_pending_prompt_tokens", "Not computed yet.", labels=labels)
+        usage = GaugeMetricFamily("tandem_kv_cache_usage_perc", "Blocks not available, 0 to 1.", labels=labels)
+        blocks = GaugeMetricFamily("tandem_kv_blocks", "KV blocks by class.", labels=[*labels, "class"])
+        for member in self._members:
+            load, total = member.load, member.info.total_blocks
+            own = [member.info.worker_id, member.info.role]
+            waiting.add_metric(own, load.waiting_requests)
+            running.add_metric(own, load.running_requests)
+            pending.add_metric(own, load.pending_prompt_tokens)
+            usage.add_metric(own, 1 - (load.free_blocks + load.cached_blocks) / total)
+            for name in ("free", "owned", "offered", "reserved", "cached", "quarantined"):
+                blocks.add_metric([*own, name], getattr(load, f"{name}_blocks"))
+        yield from (waiting, running, pending, usage, blocks)
 
 
 class _CoreCollector(Collector):

@@ -236,6 +236,9 @@ class PrefillQueue:
 
     def _check_fits(self, request: GenerateRequest) -> None:
         num_tokens = len(request.token_ids)
+        largest = max(request.token_ids)
+        if largest >= self._engine.vocab_size:
+            raise BadRequest(f"token id {largest} is outside the model's vocabulary of {self._engine.vocab_size}")
         if num_tokens >= self._engine.max_context_tokens:
             raise BadRequest(
                 f"{num_tokens} prompt tokens leave no room for an answer in a context of "

@@ -132,6 +132,10 @@ class ModelledEngine:
         return self._eos_token_ids
 
     @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
     def description(self) -> str:
         return f"modelled, {self._num_blocks} blocks of {self._identity.layout.block_tokens} tokens"
 

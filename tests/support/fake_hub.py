@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Mapping
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -85,7 +85,7 @@ class FakeHub:
         ]
 
     @contextmanager
-    def serving(self) -> Iterator[FakeHub]:
+    def serving(self) -> Generator[FakeHub]:
         thread = threading.Thread(target=self._server.serve_forever, name="fake-hub", daemon=True)
         thread.start()
         try:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from engine.plan import StepPlan, StepResult
     from kvtransfer import LeaseOutcome
 
+    EndedCallback = Callable[[LeaseId, LeaseOutcome, str], None]
     OnAdopted = Callable[[LeaseId, list[BlockId], Seal], None]
     OnAborted = Callable[[LeaseId, TandemError], None]
 
@@ -58,6 +59,7 @@ class Facts:
     max_context_tokens: int = 64
     identity: KvIdentity = IDENTITY
     eos_token_ids: tuple[int, ...] = (EOS,)
+    vocab_size: int = 1000
     description: str = "facts"
 
     async def step(self, plan: StepPlan) -> StepResult:
@@ -74,11 +76,11 @@ class Facts:
 class RecordingHolder:
     """The lease calls of a prefill queue, as sentences."""
 
-    calls: list[tuple[object, ...]] = field(default_factory=list)
+    calls: list[tuple[object, ...]] = field(default_factory=list[tuple[object, ...]])
     opened: int = 0
 
     #: The callback of each open lease, for tests that end it.
-    on_ended: dict[LeaseId, Callable[[LeaseId, LeaseOutcome, str], None]] = field(default_factory=dict)
+    on_ended: dict[LeaseId, EndedCallback] = field(default_factory=dict[LeaseId, "EndedCallback"])
 
     def open(
         self,
@@ -86,7 +88,7 @@ class RecordingHolder:
         reader: Peer,
         *,
         send_offer: Callable[[LeaseTerms, float], Awaitable[HandoffReply]],
-        on_ended: Callable[[LeaseId, LeaseOutcome, str], None],
+        on_ended: EndedCallback,
     ) -> LeaseId:
         self.opened += 1
         self.calls.append(("open", len(blocks), reader.worker_id))
@@ -111,8 +113,10 @@ class RecordingHolder:
 class RecordingReader:
     """The lease calls of a decode batch."""
 
-    callbacks: dict[LeaseId, tuple[OnAdopted, OnAborted]] = field(default_factory=dict)
-    cancelled: list[LeaseId] = field(default_factory=list)
+    callbacks: dict[LeaseId, tuple[OnAdopted, OnAborted]] = field(
+        default_factory=dict[LeaseId, "tuple[OnAdopted, OnAborted]"]
+    )
+    cancelled: list[LeaseId] = field(default_factory=list[LeaseId])
     freed: int = 0
 
     def offer(
@@ -138,7 +142,7 @@ class RecordingReader:
 class Deltas:
     """What was emitted, in order."""
 
-    seen: list[TokenDelta] = field(default_factory=list)
+    seen: list[TokenDelta] = field(default_factory=list["TokenDelta"])
 
     def __call__(self, request: GenerateRequest, delta: TokenDelta) -> None:
         assert request.request_id == delta.request_id

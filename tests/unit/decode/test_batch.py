@@ -248,7 +248,7 @@ def test_whatever_is_preempted_or_cancelled_indices_are_gapless_and_no_block_is_
     prompts: list[tuple[int, int]], num_blocks: int, cancels: set[int]
 ) -> None:
     side = Side(num_blocks=num_blocks)
-    names = []
+    names: list[str] = []
     for number, (prompt, max_tokens) in enumerate(prompts):
         request = generate(f"r{number}", prompt=prompt, max_tokens=max_tokens + 1)
         if side.ledger.available_blocks >= IDENTITY.layout.blocks_for(prompt):

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
 import pytest
 
 from contracts.errors import BadRequest, Internal, NoCapacity
@@ -28,7 +29,7 @@ class Side:
     num_blocks: int = 16
     max_waiting: int = 8
     may_admit: bool = True
-    handed_over: list[Sequence] = field(default_factory=list)
+    handed_over: list[Sequence] = field(default_factory=list["Sequence"])
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.num_blocks)
@@ -152,6 +153,13 @@ def test_what_never_fits_is_refused_with_numbers() -> None:
         side.submit(generate(prompt=9))
     with pytest.raises(BadRequest, match="64 prompt tokens leave no room"):
         side.submit(generate(prompt=64))
+
+
+def test_an_unknown_token_fails_its_request_and_not_the_step_of_others() -> None:
+    side = Side()
+    with pytest.raises(BadRequest, match="token id 1000 is outside the model's vocabulary of 1000"):
+        side.submit(msgspec.structs.replace(generate(), token_ids=(1, 1000)))
+    side.assert_clean()
 
 
 def test_a_repeat_changes_nothing() -> None:

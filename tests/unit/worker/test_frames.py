@@ -22,7 +22,7 @@ class Post:
     """An outbox and who was given up."""
 
     max_pending_deltas: int = 100
-    given_up: list[tuple[str, str]] = field(default_factory=list)
+    given_up: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     clock: HandClock = field(default_factory=HandClock)
 
     def __post_init__(self) -> None:
