@@ -1,8 +1,7 @@
 # Every target works from a bare clone with Python >= 3.11; a C++ compiler makes it fast. `make venv` first runs by itself.
 
 PYTHON ?= python3
-# Where torch comes from, when the default index would bring a build for other hardware, e.g.
-#   make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# A further package index for torch, where the default one would bring a build for other hardware.
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin

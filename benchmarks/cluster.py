@@ -34,7 +34,7 @@ async def running(config: Mapping[str, Any]) -> AsyncIterator[str]:
         output = folder / "output.txt"
         with output.open("wb") as sink:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "cluster.cli", "serve",
+                sys.executable, "-m", "cluster", "serve",
                 "--config", str(folder / "cluster.yaml"), "--state-file", str(state),
                 stdout=sink, stderr=asyncio.subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip

@@ -85,7 +85,6 @@ async def complete(client: httpx.AsyncClient, rng: random.Random, prompt_tokens:
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
-        "return_token_ids": True,
     }
     stream = Stream(time.perf_counter())
     async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -95,8 +94,8 @@ async def complete(client: httpx.AsyncClient, rng: random.Random, prompt_tokens:
             if line.startswith('data: {"error"'):
                 raise RuntimeError(line)
             if line.startswith("data: {"):
+                # The gateway sends one line for each token, also where its text is held back.
                 stream.stamps_s.append(time.perf_counter())
-    # The last data line carries the finish reason; the token lines before it are one each.
     return stream
 
 
@@ -166,18 +165,20 @@ def split(prefill_cores: list[int], decode_cores: list[int]) -> list[dict[str, A
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
+    #: Rounds over both sides on the idle cluster, and requests of each side in a round.
+    rounds: int
     repeats: int
     seconds: float
     every_s: float
 
 
 async def idle_figures(model: Path, cores: list[int], effort: Effort) -> dict[str, float]:
-    """TTFT of P/D over mixed, and when the second token comes. The two sides run one after the other twice,
-    so that a slow drift of the machine meets both."""
+    """TTFT of P/D over mixed, and when the second token comes. The sides take turns, so that a slow drift of the
+    machine meets both."""
     ttfts_s: dict[str, list[float]] = {"mixed": [], "pd": []}
     second_steps: list[float] = []
     pools = {"mixed": [mixed(512, cores)], "pd": split(cores, cores)}
-    for round_number in range(2):
+    for round_number in range(effort.rounds):
         for side, members in pools.items():
             async with running(cluster(model, members)) as base_url:
                 streams = await idle_latency(base_url, effort.repeats, random.Random(round_number))
@@ -228,7 +229,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint folder; default: random weights, 88 M")
     parser.add_argument("--quick", action="store_true", help="within 60 s; figures are rougher")
     arguments = parser.parse_args()
-    effort = Effort(repeats=3, seconds=6, every_s=3) if arguments.quick else Effort(repeats=10, seconds=45, every_s=3)
+    effort = (
+        Effort(rounds=1, repeats=4, seconds=7, every_s=3)
+        if arguments.quick
+        else Effort(rounds=3, repeats=8, seconds=45, every_s=3)
+    )
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as scratch:
         model = arguments.model or random_88m(Path(scratch) / "88m")
         figures = asyncio.run(measure(model, effort))

@@ -32,6 +32,8 @@ def recipe(target: str, *variables: str) -> list[str]:
 
 def container_steps() -> list[str]:
     text = (ROOT / "Containerfile").read_text().replace("\\\n", " ")
+    # As with make, the index is only named when one was given.
+    text = text.replace("${TORCH_INDEX:+--extra-index-url $TORCH_INDEX}", "--extra-index-url $TORCH_INDEX")
     return [" ".join(line.split()[1:]) for line in text.splitlines() if line.startswith("RUN ")]
 
 
