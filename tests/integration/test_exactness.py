@@ -16,8 +16,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.support.cluster import running_cluster
+from tests.support.oracle import NUM_NEW, Oracle, make_oracle
 from tests.support.tiny_models import VOCAB_SIZE
-from tests.unit.engine.reference import NUM_NEW, Oracle, make_oracle
 
 if TYPE_CHECKING:
     from pathlib import Path

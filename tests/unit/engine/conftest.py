@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.ops import TorchOps, select_ops
-from tests.unit.engine.reference import Oracle, TieCount, make_oracle
+from tests.support.oracle import Oracle, TieCount, make_oracle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,15 +18,15 @@ from engine.compose import StepBudget
 from engine.ops import TorchOps
 from engine.plan import SequenceStep, StepPlan
 from engine.runner import EngineOptions, Runner, load_runner
+from tests.support.oracle import NUM_NEW
 from tests.support.tiny_models import TINY_MODELS
 from tests.unit.engine.driver import Driver, greedy_sample
-from tests.unit.engine.reference import NUM_NEW
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from engine.ops.api import Ops
-    from tests.unit.engine.reference import Oracle
+    from tests.support.oracle import Oracle
 
 #: Tokens of all prompts and outputs of an oracle, with room for partly filled blocks.
 _POOL_TOKENS = 2600

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
-    from tests.unit.engine.reference import Oracle
+    from tests.support.oracle import Oracle
 
 
 class _CountingClock:
