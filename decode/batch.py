@@ -145,6 +145,15 @@ class DecodeBatch:
         requests += [answer.sequence.request for answer in self._answers.values()]
         return [request_key(request) for request in requests if request.gateway_id == gateway_id]
 
+    def fail_all(self, code: str, message: str) -> None:
+        """Ends every try on this side: the worker stops."""
+        for incoming in list(self._incoming.values()):
+            self.cancel(request_key(incoming.request), message)
+            self._fail_incoming(incoming, code, message)
+        for answer in list(self._answers.values()):
+            if not answer.doomed:
+                self._fail(answer, code, message)
+
     # --- requests ---------------------------------------------------------------------------------
 
     def offer(self, ask: HandoffRequest, now_s: float) -> HandoffReply:
@@ -339,6 +348,9 @@ class DecodeBatch:
             assert blocks is not None, (self._ledger, needed)
             sequence.block_ids = blocks
             self._running[sequence.sequence_id] = self._preempted.popleft()
+            if not self._preempted:
+                # Offers waited for this as much as for blocks.
+                self._reader.blocks_freed()
 
     def _fail(self, answer: _Answer, code: str, message: str) -> None:
         sequence = answer.sequence

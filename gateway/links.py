@@ -40,9 +40,12 @@ class WorkerLink:
         peer: Peer,
         on_frame: OnFrame,
         on_lost: OnLost,
+        release: Callable[[str], Coroutine[Any, Any, None]],
     ) -> None:
+        """`release(address)` is called when this link needs its connection no more."""
         self._network = network
         self._clock = clock
+        self._release = release
         self._request = FramesRequest(gateway_id=gateway_id, target=peer.incarnation)
         self._limits = limits
         self._on_frame = on_frame
@@ -74,7 +77,7 @@ class WorkerLink:
             give_up = self._clock.now_s() - silent_since_s >= self._limits.reopen_give_up_s
             self._fail(error, for_good=give_up or isinstance(error, StaleIncarnation))
             if self.closed:
-                await self._network.drop(self.peer.address)
+                await self._release(self.peer.address)
                 return
             await self._clock.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, self._limits.max_reopen_backoff_s)
@@ -164,7 +167,7 @@ class WorkerLinks:
             task.cancel()
             link.close(StaleIncarnation(f"worker {peer.worker_id} has restarted"))
             if link.peer.address != peer.address:
-                self._spawn(self._network.drop(link.peer.address))
+                self._spawn(self._release(link.peer.address))
         return self._start(peer)
 
     def close(self) -> None:
@@ -173,9 +176,21 @@ class WorkerLinks:
             link.close(WorkerUnavailable("the gateway stopped"))
         self._links.clear()
 
+    async def _release(self, address: str) -> None:
+        """Lets a connection go, unless another worker lives at its address now."""
+        if all(link.closed or link.peer.address != address for link, _ in self._links.values()):
+            await self._network.drop(address)
+
     def _start(self, peer: Peer) -> WorkerLink:
         link = WorkerLink(
-            self._network, self._clock, self._gateway_id, self._limits, peer, self._on_frame, self._on_lost
+            self._network,
+            self._clock,
+            self._gateway_id,
+            self._limits,
+            peer,
+            self._on_frame,
+            self._on_lost,
+            self._release,
         )
         self._links[peer.worker_id] = (link, self._spawn(link.run()))
         return link

@@ -78,6 +78,8 @@ from kvtransfer.reader_events import (
 from kvtransfer.timers import Deadlines, retry_delay_s
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from contracts.ids import Incarnation, WorkerId
     from contracts.layout import KvIdentity
     from contracts.messages import Seal
@@ -227,7 +229,10 @@ class Reader:
         *,
         max_waiting: int = 256,
         max_pull_bytes: int = MAX_PULL_BYTES,
+        may_reserve: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`may_reserve` says whether offers may take blocks now; while it says no they wait."""
+        self._may_reserve = may_reserve
         self._ledger = ledger
         self._identity = identity
         self._transport_name = transport_name
@@ -403,7 +408,8 @@ class Reader:
         return self._no_room(terms)
 
     def _no_room(self, terms: LeaseTerms) -> NoCapacity | None:
-        fits_now = not self._waiting and terms.num_blocks <= self._ledger.available_blocks
+        room = terms.num_blocks <= self._ledger.available_blocks and self._may_reserve()
+        fits_now = room and not self._waiting
         if fits_now or len(self._waiting) < self._max_waiting:
             return None
         return NoCapacity(
@@ -426,7 +432,7 @@ class Reader:
     def _reserve_waiting(self, now_s: float) -> list[ReaderInstruction]:
         """Gives blocks to waiting offers in the order of arrival; a large one is not overtaken."""
         instructions: list[ReaderInstruction] = []
-        while self._waiting:
+        while self._waiting and self._may_reserve():
             lease = next(iter(self._waiting.values()))
             blocks = self._ledger.reserve(lease.lease_id, lease.terms.num_blocks)
             if blocks is None:

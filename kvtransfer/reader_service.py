@@ -93,12 +93,19 @@ class ReaderService:
         transport: Transport,
         identity: KvIdentity,
         max_waiting: int = 256,
+        may_reserve: Callable[[], bool] = lambda: True,
+        on_settled: Callable[[], None] = lambda: None,
         log: Callable[[str], None],
     ) -> None:
+        """`may_reserve`: whether offers may take blocks now (not while something admitted starves).
+        `on_settled` is called when a pull became terminal: blocks may have left the quarantine."""
         self._network = network
         self._transport = transport
         self._log = log
-        self._machine = Reader(ledger, identity, transport.name, max_waiting=max_waiting)
+        self._on_settled = on_settled
+        self._machine = Reader(
+            ledger, identity, transport.name, max_waiting=max_waiting, may_reserve=may_reserve
+        )
         #: One per lease that has not ended.
         self._callers: dict[LeaseId, _Caller] = {}
         #: Pulls that are not terminal.
@@ -231,6 +238,7 @@ class ReaderService:
         result = await pull.wait()
         del self._pulls[lease_id]
         self._shell.feed(PullEnded(lease_id, result))
+        self._on_settled()
 
     async def _ask_confirm(self, order: AskConfirm) -> None:
         try:

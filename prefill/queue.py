@@ -145,6 +145,12 @@ class PrefillQueue:
             key for key, prompt in self._prompts.items() if prompt.sequence.request.gateway_id == gateway_id
         ]
 
+    def fail_all(self, code: str, message: str) -> None:
+        """Ends every try on this side: the worker stops."""
+        for prompt in list(self._prompts.values()):
+            if not prompt.doomed:
+                self._fail(prompt, code, message)
+
     # --- requests ---------------------------------------------------------------------------------
 
     def submit(self, ask: PrefillRequest, now_s: float) -> None:

@@ -33,11 +33,14 @@ if TYPE_CHECKING:
 
     from contracts.messages import AuditReply, Role
     from kvtransfer import MemoryTransport
+    from rpc import Server
     from rpc.memory import MemoryProcess
     from simulator.program import Program
 
 COORDINATOR = "coordinator:1"
 GATEWAY = GatewayId("gateway")
+#: As in a live worker.
+STOP_GRACE_S = 1.0
 #: How long a cluster may take until all its workers are registered.
 START_LIMIT_S = 10.0
 
@@ -66,6 +69,7 @@ class _Life:
     engine: ModelledEngine
     transport: MemoryTransport
     shell: WorkerShell
+    server: Server
     task: asyncio.Task[None]
 
 
@@ -150,7 +154,7 @@ class SimulatedCluster:
         )
         shell.register_on(server)
         task = asyncio.create_task(shell.run(), name=name)
-        self._lives[worker_id] = _Life(program, engine, transport, shell, task)
+        self._lives[worker_id] = _Life(program, engine, transport, shell, server, task)
         async with asyncio.timeout(START_LIMIT_S):
             await shell.registered.wait()
 
@@ -167,6 +171,8 @@ class SimulatedCluster:
         life = self._lives.pop(worker_id)
         life.task.cancel()
         await asyncio.wait([life.task])
+        await life.server.stop(STOP_GRACE_S)
+        life.program.kill()
         await life.engine.close()
         await life.transport.close()
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from contracts.errors import StaleIncarnation, TandemError
+from contracts.errors import InvariantBroken, NotReady, StaleIncarnation, TandemError
 from contracts.messages import (
     AUDIT,
     CANCEL,
@@ -37,10 +37,10 @@ from worker.frames import FrameOutbox
 from worker.step_loop import StepLoop
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
     from contracts.clock import Clock
-    from contracts.ids import GatewayId, Incarnation
+    from contracts.ids import GatewayId, Incarnation, WorkerId
     from contracts.messages import (
         CancelRequest,
         FramesRequest,
@@ -54,6 +54,9 @@ if TYPE_CHECKING:
     from engine.plan import Engine
     from kvtransfer import Transport
     from rpc import CallContext, Network, Server
+
+AskT = TypeVar("AskT")
+ReplyT = TypeVar("ReplyT")
 
 #: How often deadlines of requests are looked at.
 SWEEP_INTERVAL_S = 0.5
@@ -94,6 +97,13 @@ class WorkerShell:
         self._engine = engine
         #: Set once the coordinator has taken this life up.
         self.registered = asyncio.Event()
+        #: No new request is taken any more.
+        self._stopping = False
+        #: Found by an rpc handler; ends `run`.
+        self._bug: InvariantBroken | None = None
+        self._bug_found = asyncio.Event()
+        #: Where each peer was last heard to be.
+        self._peer_addresses: dict[WorkerId, str] = {}
         self.ledger = Ledger(engine.num_blocks)
         self.holder = HolderService(
             ledger=self.ledger,
@@ -112,6 +122,8 @@ class WorkerShell:
             transport=transport,
             identity=info.identity,
             max_waiting=limits.max_waiting_offers,
+            may_reserve=lambda: not self.decode.starving,
+            on_settled=self._blocks_may_be_free,
             log=log,
         )
         self.outbox = FrameOutbox(
@@ -156,28 +168,31 @@ class WorkerShell:
         )
 
     def register_on(self, server: Server) -> None:
-        server.register(PREFILL, self._on_prefill)
-        server.register(CANCEL, self._on_cancel)
-        server.register(HANDOFF, self._on_handoff)
+        server.register(PREFILL, self._fatal_if_broken(self._on_prefill))
+        server.register(CANCEL, self._fatal_if_broken(self._on_cancel))
+        server.register(HANDOFF, self._fatal_if_broken(self._on_handoff))
         server.register(AUDIT, self._on_audit)
         server.register_stream(FRAMES, self._on_frames)
         self.holder.register(server)
         self.reader.register(server)
 
     async def run(self) -> None:
-        """Serves until cancelled; then says goodbye to the coordinator."""
-        try:
-            async with self.holder, self.reader, asyncio.TaskGroup() as tasks:
-                tasks.create_task(self.loop.run(), name="step-loop")
-                tasks.create_task(self._sweep(), name="sweep")
-                tasks.create_task(self._keep_registered(), name="heartbeat")
-        finally:
-            await self._deregister()
+        """Serves until cancelled, or until something cannot be; then ends what is open and says goodbye."""
+        async with self.holder, self.reader:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self.loop.run(), name="step-loop")
+                    tasks.create_task(self._sweep(), name="sweep")
+                    tasks.create_task(self._keep_registered(), name="heartbeat")
+                    tasks.create_task(self._end_on_a_bug(), name="bugs")
+            finally:
+                await self._leave()
 
     # --- rpc handlers -----------------------------------------------------------------------------
 
     async def _on_prefill(self, ask: PrefillRequest, context: CallContext) -> Empty:
         self._require(ask.target, "Prefill")
+        await self._note_peer(ask.decode)
         self.prefill.submit(ask, self._clock.now_s())
         self.loop.wake()
         return Empty()
@@ -188,6 +203,7 @@ class WorkerShell:
 
     async def _on_handoff(self, ask: HandoffRequest, context: CallContext) -> HandoffReply:
         self._require(ask.target, "Handoff")
+        await self._note_peer(ask.terms.holder)
         return self.decode.offer(ask, self._clock.now_s())
 
     async def _on_frames(self, ask: FramesRequest, context: CallContext) -> AsyncIterator[Frame]:
@@ -211,6 +227,35 @@ class WorkerShell:
                 f"{what} is meant for {self._info.worker_id} incarnation {target}, "
                 f"this is {self._info.incarnation}"
             )
+        if self._stopping:
+            raise NotReady(f"{self._info.worker_id} is stopping", retry_after_s=1.0)
+
+    def _fatal_if_broken(
+        self, handler: Callable[[AskT, CallContext], Awaitable[ReplyT]]
+    ) -> Callable[[AskT, CallContext], Awaitable[ReplyT]]:
+        """A handler that finds state which cannot be ends the worker: it must not go on to lie."""
+
+        async def guarded(ask: AskT, context: CallContext) -> ReplyT:
+            try:
+                return await handler(ask, context)
+            except InvariantBroken as error:
+                self._bug = error
+                self._bug_found.set()
+                raise
+
+        return guarded
+
+    async def _end_on_a_bug(self) -> None:
+        await self._bug_found.wait()
+        assert self._bug is not None, "set together"
+        raise self._bug
+
+    async def _note_peer(self, peer: Peer) -> None:
+        """Lets the connection to an earlier life of this peer go, unless another worker has its address now."""
+        old = self._peer_addresses.get(peer.worker_id)
+        self._peer_addresses[peer.worker_id] = peer.address
+        if old not in (None, peer.address) and old not in self._peer_addresses.values():
+            await self._network.drop(old)
 
     # --- between the sides ------------------------------------------------------------------------
 
@@ -246,6 +291,8 @@ class WorkerShell:
             self.decode.expire(now_s)
             self.outbox.expire(now_s)
             self.outbox.flush()
+            # What ended may have stood in the way of something that fits.
+            self.loop.wake()
 
     async def _keep_registered(self) -> None:
         """Registers, then beats; registers again whenever the coordinator does not know this life."""
@@ -268,6 +315,15 @@ class WorkerShell:
             except TandemError as error:
                 self._log(f"coordinator at {self._coordinator_address}: {error.message}")
             await self._clock.sleep(interval_s)
+
+    async def _leave(self) -> None:
+        """Nothing new from here on, and no request left to wait for its deadline."""
+        self._stopping = True
+        message = f"{self._info.worker_id} is stopping"
+        self.decode.fail_all("worker_unavailable", message)
+        self.prefill.fail_all("worker_unavailable", message)
+        self.outbox.flush()
+        await self._deregister()
 
     async def _deregister(self) -> None:
         leave = DeregisterRequest(

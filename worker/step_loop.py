@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from contracts.errors import Internal, TandemError
+from contracts.errors import Internal, InvariantBroken, TandemError
 from engine.compose import compose
 from engine.plan import StepPlan
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class StepLoop:
     """Runs at its own pace: whatever arrives while a step computes is seen by the next one.
 
-    A step that raises ends the sequences it held with an error; the loop goes on with the others.
+    A step that raises ends the sequences it held with an error; the loop goes on with the others. Only a state
+    that cannot be (InvariantBroken) ends the loop too, and with it the worker.
     """
 
     def __init__(
@@ -87,6 +88,10 @@ class StepLoop:
         )
         try:
             result = await self._engine.step(plan)
+        except InvariantBroken as error:
+            await self._fail(grants, owners, error)
+            self._after_step()
+            raise
         except Exception as error:
             await self._fail(grants, owners, error)
         else:

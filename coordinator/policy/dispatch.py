@@ -46,6 +46,11 @@ class WorkerView:
             worker_id=self.info.worker_id, incarnation=self.info.incarnation, address=self.info.address
         )
 
+    def can_hold(self, prompt_tokens: int) -> bool:
+        """Whether the prompt and one token of an answer fit into all its blocks and into its context."""
+        needed = self.info.identity.layout.blocks_for(prompt_tokens + 1)
+        return prompt_tokens < self.info.max_context_tokens and needed <= self.info.total_blocks
+
     @property
     def prefill_load_tokens(self) -> int:
         return self.load.pending_prompt_tokens + self.booked_prompt_tokens
@@ -84,7 +89,10 @@ def dispatch(
 
 
 def _place(item: DispatchItem, views: list[WorkerView], limits: DispatchLimits) -> Placement | Rejection:
-    usable = [view for view in views if view.info.worker_id not in item.avoid]
+    allowed = [view for view in views if view.info.worker_id not in item.avoid]
+    usable = [view for view in allowed if view.can_hold(item.prompt_tokens)]
+    if allowed and not usable:
+        return _too_long(item, allowed)
     readers = sorted(
         (view for view in usable if view.info.role != "decode"),
         key=lambda view: (view.prefill_load_tokens, view.info.worker_id),
@@ -95,7 +103,7 @@ def _place(item: DispatchItem, views: list[WorkerView], limits: DispatchLimits) 
     if not open_readers:
         return _full(item, readers)
     for reader in open_readers:
-        writer = _writer_for(reader, usable)
+        writer = _writer_for(item, reader, usable)
         if writer is not None:
             reason = (
                 f"least loaded: prefill {reader.prefill_load_tokens} tokens pending of {len(readers)} workers, "
@@ -107,9 +115,10 @@ def _place(item: DispatchItem, views: list[WorkerView], limits: DispatchLimits) 
     return _not_ready(item, "decode", views, limits)
 
 
-def _writer_for(reader: WorkerView, usable: list[WorkerView]) -> WorkerView | None:
+def _writer_for(item: DispatchItem, reader: WorkerView, usable: list[WorkerView]) -> WorkerView | None:
     """The decode worker for a prompt read by `reader`: itself when mixed, else the least loaded whose KV
-    means the same. None when there is no such worker."""
+    means the same, one that can hold the whole answer before one that cannot. None when there is none."""
+    whole_tokens = item.prompt_tokens + item.max_tokens
     if reader.info.role == "mixed":
         return reader
     writers = [
@@ -117,7 +126,12 @@ def _writer_for(reader: WorkerView, usable: list[WorkerView]) -> WorkerView | No
         for view in usable
         if view.info.role == "decode" and reader.info.identity.mismatch(view.info.identity) is None
     ]
-    return min(writers, key=lambda view: (view.decode_load_tokens, view.info.worker_id), default=None)
+
+    def preference(view: WorkerView) -> tuple[bool, int, str]:
+        too_small = view.info.max_context_tokens < whole_tokens
+        return (too_small, view.decode_load_tokens, view.info.worker_id)
+
+    return min(writers, key=preference, default=None)
 
 
 def _not_ready(
@@ -130,6 +144,22 @@ def _not_ready(
         code="not_ready",
         message=f"no {role} worker can take the request (workers up: {present}{avoided})",
         retry_after_s=limits.not_ready_retry_after_s,
+    )
+
+
+def _too_long(item: DispatchItem, views: list[WorkerView]) -> Rejection:
+    layout = views[0].info.identity.layout
+    largest = max(
+        min(view.info.max_context_tokens, view.info.total_blocks * layout.block_tokens) for view in views
+    )
+    return Rejection(
+        request_id=item.request_id,
+        code="context_length_exceeded",
+        message=(
+            f"a prompt of {item.prompt_tokens} tokens and an answer fit into no worker; "
+            f"the largest holds {largest} tokens"
+        ),
+        retry_after_s=0.0,
     )
 
 

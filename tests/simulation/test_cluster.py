@@ -80,6 +80,10 @@ def workload(
     return sorted(asks, key=lambda ask: ask.at_s)
 
 
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens)
+
+
 async def ask_for(cluster: SimulatedCluster, ask: Ask) -> Answer:
     await asyncio.sleep(ask.at_s)
     answer = Answer(ask=ask, token_ids=[])
@@ -200,6 +204,79 @@ def test_slow_and_failing_pulls_end_in_an_answer_or_an_error(seed: int) -> None:
             assert any(answer.finish == "length" for answer in answers)
 
     run(main, seed=seed)
+
+
+def test_blocks_that_leave_the_quarantine_wake_a_preempted_answer() -> None:
+    """Nothing else happens on the worker that could wake its step loop."""
+
+    def fate(info: PullInfo) -> PullFate:
+        slow = info.holder.startswith("p1")
+        return PullFate(duration_s=5.0 if slow else 0.001, heeds_stop=False)
+
+    async def main(program: Program) -> None:
+        roles: dict[str, Role] = {"p0": "prefill", "p1": "prefill", "d0": "decode"}
+        async with SimulatedCluster(program, ClusterSpec(roles=roles, num_blocks=16, fate=fate)) as cluster:
+            long = Ask(at_s=0.0, token_ids=tuple(range(60)), sampling=greedy(40))
+            gone = Ask(at_s=0.01, token_ids=tuple(range(64)), sampling=greedy(10), cancel_after=1)
+            answers = await serve(program, cluster, [long, gone])
+            assert answers[0].finish == "length"
+            assert asyncio.get_running_loop().time() < 10.0 + SETTLE_S
+
+    run(main, seed=1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_preempted_answer_does_not_starve_behind_new_ones(seed: int) -> None:
+    async def main(program: Program) -> None:
+        rng = program.rng("clients")
+        roles: dict[str, Role] = {"p0": "prefill", "p1": "prefill", "d0": "decode"}
+        spec = ClusterSpec(roles=roles, num_blocks=32, max_batch_tokens=128)
+        async with SimulatedCluster(program, spec) as cluster:
+            over = asyncio.Event()
+
+            async def keep_asking() -> None:
+                while not over.is_set():
+                    prompt = tuple(rng.randrange(1000) for _ in range(30))
+                    answer = await ask_for(cluster, Ask(at_s=0, token_ids=prompt, sampling=greedy(rng.randint(20, 34))))
+                    answer.check()
+
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(6):
+                    tasks.create_task(keep_asking())
+                await asyncio.sleep(1)
+                for _ in range(4):
+                    start_s = asyncio.get_running_loop().time()
+                    long = await ask_for(cluster, Ask(at_s=0, token_ids=tuple(range(160)), sampling=greedy(40)))
+                    long.check()
+                    assert long.finish == "length", long.error
+                    assert asyncio.get_running_loop().time() - start_s < 8.0
+                over.set()
+
+    run(main, seed=seed)
+
+
+@pytest.mark.parametrize("victim", ["p0", "d0"])
+def test_a_stopping_worker_ends_what_it_has_and_takes_nothing_new(victim: str) -> None:
+    async def main(program: Program) -> None:
+        async with SimulatedCluster(program, ClusterSpec(roles=TWO_OF_EACH)) as cluster:
+            asks = workload(program.rng("workload"), count=40, over_s=6.0)
+
+            async def stop_and_start() -> None:
+                await asyncio.sleep(1.0)
+                start_s = asyncio.get_running_loop().time()
+                await cluster.stop(victim)
+                assert asyncio.get_running_loop().time() - start_s < 3.0
+                await asyncio.sleep(1.0)
+                await cluster.start(victim)
+
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(stop_and_start())
+                answers = await serve(program, cluster, asks)
+            failed = [answer for answer in answers if answer.error is not None]
+            late = [answer for answer in failed if answer.ask.at_s > 1.2]
+            assert late == [], late
+
+    run(main, seed=3)
 
 
 @settings(max_examples=25)

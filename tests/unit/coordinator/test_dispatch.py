@@ -20,7 +20,14 @@ def identity(fingerprint: str = "m") -> KvIdentity:
 
 
 def view(
-    name: str, role: Role, *, pending: int = 0, context: int = 0, waiting: int = 0, fingerprint: str = "m"
+    name: str,
+    role: Role,
+    *,
+    pending: int = 0,
+    context: int = 0,
+    waiting: int = 0,
+    fingerprint: str = "m",
+    blocks: int = 1000,
 ) -> WorkerView:
     info = WorkerInfo(
         worker_id=WorkerId(name),
@@ -29,8 +36,8 @@ def view(
         address=f"{name}:1",
         model="m",
         identity=identity(fingerprint),
-        total_blocks=100,
-        max_context_tokens=2048,
+        total_blocks=blocks,
+        max_context_tokens=min(8192, blocks * LAYOUT.block_tokens),
     )
     load = WorkerLoad(pending_prompt_tokens=pending, context_tokens=context, waiting_requests=waiting)
     return WorkerView(info=info, load=load)
@@ -111,6 +118,27 @@ def test_avoided_workers_are_not_chosen() -> None:
     verdict = place(item(avoid=("d0",)), *views)
     assert isinstance(verdict, Placement)
     assert verdict.decode.worker_id == "d1"
+
+
+def test_a_prompt_goes_where_it_fits() -> None:
+    views = (view("p0", "prefill"), view("d0", "decode", blocks=4), view("d1", "decode", context=999))
+    verdict = place(item(tokens=100), *views)
+    assert isinstance(verdict, Placement)
+    assert verdict.decode.worker_id == "d1", "d0 is idle and too small"
+
+
+def test_a_worker_for_the_whole_answer_comes_first() -> None:
+    views = (view("p0", "prefill"), view("d0", "decode", blocks=7), view("d1", "decode", context=999))
+    verdict = place(item(tokens=100), *views)
+    assert isinstance(verdict, Placement)
+    assert verdict.decode.worker_id == "d1", "d0 holds 112 tokens, prompt and answer are 116"
+
+
+def test_what_fits_nowhere_is_not_worth_repeating() -> None:
+    verdict = place(item(tokens=200), view("p0", "prefill", blocks=4), view("d0", "decode", blocks=8))
+    assert isinstance(verdict, Rejection)
+    assert verdict.code == "context_length_exceeded"
+    assert verdict.message.endswith("fit into no worker; the largest holds 128 tokens")
 
 
 def test_a_burst_in_one_call_is_spread() -> None:
