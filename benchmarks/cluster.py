@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncGenerator, Mapping
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
 
 
 @contextlib.asynccontextmanager
-async def running(config: Mapping[str, Any]) -> AsyncIterator[str]:
+async def running(config: Mapping[str, Any]) -> AsyncGenerator[str]:
     """Serves `config` (a cluster file as a mapping) and yields the gateway's base URL.
 
     Raises RuntimeError with the end of the cluster's output when it does not come up.

@@ -45,7 +45,7 @@ class Stream:
     """One request as the client saw it, on the client's clock."""
 
     sent_s: float
-    stamps_s: list[float] = field(default_factory=list)
+    stamps_s: list[float] = field(default_factory=list[float])
 
     @property
     def ttft_s(self) -> float:
