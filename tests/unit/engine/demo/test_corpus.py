@@ -1,9 +1,11 @@
 """The text of the demo model: seeded, split from its probes, and encoded without loss."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
+import minijinja
 import pytest
 from tokenizers import Tokenizer
 
@@ -114,3 +116,21 @@ def test_names_and_values_are_single_tokens(tokenizer: Tokenizer) -> None:
 def test_control_tokens_are_single_tokens(tokenizer: Tokenizer) -> None:
     for token in (corpus.BOS, corpus.END, corpus.SYSTEM, corpus.USER, corpus.ASSISTANT):
         assert _encode(tokenizer, token) == [tokenizer.token_to_id(token)]
+
+
+def test_chat_template_renders_what_the_model_was_trained_on() -> None:
+    settings = json.loads(Path(corpus.__file__).with_name("tokenizer_config.json").read_text())
+    turns = (
+        corpus.plain_turn("system", "You are a helpful assistant."),
+        corpus.plain_turn("user", "Hello!"),
+        corpus.plain_turn("assistant", "Hello! How can I help you today?"),
+        corpus.plain_turn("user", "Who are you?"),
+    )
+    rendered = minijinja.Environment().render_str(
+        settings["chat_template"],
+        messages=[{"role": turn.role, "content": turn.text} for turn in turns],
+        add_generation_prompt=True,
+        bos_token=settings["bos_token"],
+        eos_token=settings["eos_token"],
+    )
+    assert rendered == corpus.render_prompt(turns)

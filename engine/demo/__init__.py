@@ -1,0 +1,1 @@
+"""The built-in demo model: its text, tokenizer, network, training and evaluation."""
