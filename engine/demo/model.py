@@ -200,8 +200,13 @@ class LlamaForCausalLM(nn.Module):
 
 
 def save_weights(network: LlamaForCausalLM, folder: Path) -> None:
-    """Store the weights, rounded to bfloat16 and written as float32: served in float32, an answer is the reference's."""
-    tensors = {name: tensor.detach().to(torch.bfloat16).float().contiguous() for name, tensor in network.state_dict().items()}
+    """Store the weights, rounded to bfloat16 and written as float32.
+
+    Served in float32, an answer is then token for token the reference's.
+    """
+    tensors = {
+        name: tensor.detach().to(torch.bfloat16).float().contiguous() for name, tensor in network.state_dict().items()
+    }
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
