@@ -108,9 +108,7 @@ class OurSide:
             token_ids=token_ids,
             start=start,
             block_ids=[BlockId(block) for block in range(first, first + self._per_sequence)],
-            sample=SampleSpec(
-                params=GREEDY, output_index=0, history=token_ids, num_prompt_tokens=PROMPT_TOKENS
-            ),
+            sample=SampleSpec(params=GREEDY, output_index=0, history=token_ids, num_prompt_tokens=PROMPT_TOKENS),
         )
 
 
@@ -290,9 +288,7 @@ def figures_of(samples: Samples, shares: dict[str, float], settings: Settings) -
         / samples.median(f"ours_decode_{batch_size}")
         for batch_size in settings.batch_sizes
     }
-    figures["prefill_over_transformers"] = samples.median("theirs_prefill_1") / samples.median(
-        "ours_prefill_1"
-    )
+    figures["prefill_over_transformers"] = samples.median("theirs_prefill_1") / samples.median("ours_prefill_1")
     return figures | {name: share for name, share in shares.items() if not name.startswith("theirs")}
 
 
@@ -310,9 +306,7 @@ def run(model_dir: Path, settings: Settings) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
-    parser.add_argument(
-        "--model", type=Path, help="checkpoint folder; default: random weights, 88 M parameters"
-    )
+    parser.add_argument("--model", type=Path, help="checkpoint folder; default: random weights, 88 M parameters")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="within 60 s: fewer repetitions, no batch of 32")
     arguments = parser.parse_args()

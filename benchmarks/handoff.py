@@ -130,9 +130,7 @@ async def under_load(name: str, base_url: str, seconds: float, every_s: float, s
             writers = [tasks.create_task(write()) for _ in range(STREAMS)]
             arrivals = tasks.create_task(arrive())
         assert all(writer.done() for writer in writers)
-        return Load(
-            name=name, gaps_s=gaps_s, ttfts_s=arrivals.result(), seconds=time.perf_counter() - start_s
-        )
+        return Load(name=name, gaps_s=gaps_s, ttfts_s=arrivals.result(), seconds=time.perf_counter() - start_s)
 
 
 def cluster(model: Path, pools: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 VOCAB = 8192
 HIDDEN, LAYERS, HEADS, KV_HEADS, FFN = 768, 12, 12, 4, 2048
 SPECIAL = ["<s>", "</s>", "<pad>"]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-)
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
 
 def random_88m(folder: Path) -> Path:

@@ -63,9 +63,7 @@ def demo(*, flags: ConfigFlags | None = None) -> int:
 
 
 @app.command
-def coordinator(
-    *, flags: ConfigFlags | None = None, bind: Bind = "127.0.0.1:0", token_file: TokenFile = None
-) -> int:
+def coordinator(*, flags: ConfigFlags | None = None, bind: Bind = "127.0.0.1:0", token_file: TokenFile = None) -> int:
     """Run a coordinator alone."""
     from cluster.standalone import run_coordinator
 
@@ -73,9 +71,7 @@ def coordinator(
 
 
 @app.command
-def gateway(
-    *, coordinator: Coordinator, flags: ConfigFlags | None = None, token_file: TokenFile = None
-) -> int:
+def gateway(*, coordinator: Coordinator, flags: ConfigFlags | None = None, token_file: TokenFile = None) -> int:
     """Run a gateway alone."""
     from cluster.standalone import run_gateway
 

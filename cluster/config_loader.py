@@ -74,7 +74,6 @@ class LoadedConfig:
         ]
 
 
-
 def load_config(
     path: Path | None,
     environ: Mapping[str, str],
@@ -157,6 +156,7 @@ class _Layers:
                 raise ConfigError(f"{source}: cannot set {path[-1]!r}: {key} is a value, not a section")
         target[path[-1]] = value
         self.sources[path] = source
+
     def _expand_pools(self, folder: Path) -> None:
         """Reads the pool files, unless the defaults still stand."""
         pools = self._pools() if ("pools",) in self.sources else []

@@ -79,17 +79,13 @@ def run_demo(config: ClusterConfig) -> int:
     headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
 
     async def body(cluster: LocalCluster, stop_wanted: asyncio.Event) -> int:
-        async with httpx.AsyncClient(
-            base_url=cluster.base_url, headers=headers, timeout=ANSWER_TIMEOUT_S
-        ) as client:
+        async with httpx.AsyncClient(base_url=cluster.base_url, headers=headers, timeout=ANSWER_TIMEOUT_S) as client:
             return await _chats_unless_stopped(client, cluster, stop_wanted)
 
     return run_cluster(config, state_file=None, body=body)
 
 
-async def _chats_unless_stopped(
-    client: httpx.AsyncClient, cluster: LocalCluster, stop_wanted: asyncio.Event
-) -> int:
+async def _chats_unless_stopped(client: httpx.AsyncClient, cluster: LocalCluster, stop_wanted: asyncio.Event) -> int:
     chatting = asyncio.create_task(_hold_chats(client, cluster.model_name))
     done = asyncio.Event()
     chatting.add_done_callback(lambda _: done.set())

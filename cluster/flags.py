@@ -77,9 +77,7 @@ class ConfigFlags:
     kv_cache_memory_bytes: Annotated[
         str | None,
         Key("pools.*.kv_memory"),
-        Parameter(
-            name="--kv-cache-memory-bytes", group=ENGINE_GROUP, help="KV pool of each worker, such as 2GiB."
-        ),
+        Parameter(name="--kv-cache-memory-bytes", group=ENGINE_GROUP, help="KV pool of each worker, such as 2GiB."),
     ] = None
 
     max_num_batched_tokens: Annotated[

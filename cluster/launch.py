@@ -20,6 +20,19 @@ from contracts.messages import Role
 MAX_LAUNCH_BYTES = 64 * 1024
 
 
+class TransferOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The `transfer` section of the configuration."""
+
+    #: None: loopback.
+    interface: str | None = None
+    checksum: bool = False
+    lease_ttl_s: float = 10.0
+    probe: bool = True
+    #: None: what the transport's class ordinarily does.
+    expect_bytes_per_s: int | None = None
+    allow_slow: bool = False
+
+
 class WorkerLaunch(msgspec.Struct, frozen=True, kw_only=True):
     """Everything one life of a worker needs to know."""
 
@@ -47,7 +60,8 @@ class WorkerLaunch(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int
     #: Where its rpc server listens, "host:port"; port 0 takes a free one.
     bind: str
-    transport: Literal["shm"]
+    transport: Literal["auto", "shm", "ucx", "collective"]
+    transfer: TransferOptions
     #: Private folder (mode 0700) of this cluster for unix sockets.
     runtime_dir: str
     #: Process whose death ends this one at once; None: nobody's.

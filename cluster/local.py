@@ -174,9 +174,7 @@ async def local_cluster(
         say(starting_line(model_name, [worker.role for worker in agent.workers()]))
         await stack.enter_async_context(agent)
         logger = structured(log, say)
-        await stack.enter_async_context(
-            gateway_service(settings, source.folder, network, clock, address, sock, logger)
-        )
+        await stack.enter_async_context(gateway_service(settings, source.folder, network, clock, address, sock, logger))
         files = [runtime_dir / STATE_FILE, *([state_file] if state_file else [])]
         cluster = LocalCluster(agent, state, files, clock, say)
         watch = asyncio.create_task(cluster.watch(), name="watch-workers")

@@ -115,9 +115,7 @@ class NodeAgent:
             keeper.kill()
 
     async def __aenter__(self) -> Self:
-        self._tasks = [
-            asyncio.create_task(keeper.run(), name=f"keep-{keeper.worker_id}") for keeper in self._keepers
-        ]
+        self._tasks = [asyncio.create_task(keeper.run(), name=f"keep-{keeper.worker_id}") for keeper in self._keepers]
         return self
 
     async def __aexit__(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.cores import CoreDemand, CoreShare, assign_cores
-from cluster.launch import WorkerLaunch
+from cluster.launch import TransferOptions, WorkerLaunch
 from contracts.errors import ConfigError
 from contracts.ids import Incarnation, WorkerId
 
@@ -72,9 +72,7 @@ def _check_cores(pool: PoolConfig, allowed: Sequence[int]) -> None:
         )
 
 
-def _launch(
-    config: ClusterConfig, site: Site, pool: PoolConfig, worker_id: WorkerId, share: CoreShare
-) -> WorkerLaunch:
+def _launch(config: ClusterConfig, site: Site, pool: PoolConfig, worker_id: WorkerId, share: CoreShare) -> WorkerLaunch:
     return WorkerLaunch(
         worker_id=worker_id,
         incarnation=Incarnation(0),
@@ -94,8 +92,15 @@ def _launch(
         max_batch_tokens=pool.max_batch_tokens or config.engine.max_batch_tokens,
         max_sequences=pool.max_sequences or config.engine.max_sequences,
         bind=site.bind,
-        # The only transport so far; `auto` chooses it.
-        transport="shm",
+        transport=config.transport,
+        transfer=TransferOptions(
+            interface=config.transfer.interface,
+            checksum=config.transfer.checksum,
+            lease_ttl_s=config.transfer.lease_ttl_s,
+            probe=config.transfer.probe,
+            expect_bytes_per_s=config.transfer.expect_bandwidth,
+            allow_slow=config.transfer.allow_slow,
+        ),
         runtime_dir=site.runtime_dir,
         parent_pid=site.parent_pid,
     )

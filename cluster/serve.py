@@ -105,9 +105,7 @@ async def _until_ready(cluster: LocalCluster, stop_wanted: asyncio.Event) -> int
     return None
 
 
-async def serve_until_stopped(
-    cluster: LocalCluster, stop_wanted: asyncio.Event, *, with_key: bool
-) -> int:
+async def serve_until_stopped(cluster: LocalCluster, stop_wanted: asyncio.Event, *, with_key: bool) -> int:
     say("")
     say("  " + curl_line(cluster.base_url, cluster.model_name, with_key=with_key))
     say("")

@@ -56,9 +56,7 @@ def run_gateway(config: ClusterConfig, coordinator_address: str, token: str) -> 
             stack.push_async_callback(network.close)
             logger = structured(StreamLog(sys.stderr), say)
             await stack.enter_async_context(
-                gateway_service(
-                    settings, source.folder, network, LiveClock(), coordinator_address, sock, logger
-                )
+                gateway_service(settings, source.folder, network, LiveClock(), coordinator_address, sock, logger)
             )
             say(f"gateway at {base_url(sock)}")
             await signals.wanted.wait()

@@ -32,9 +32,10 @@ from contracts.errors import ConfigError, TandemError
 from contracts.messages import WorkerInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from contracts.clock import Clock
     from engine.executor import LiveEngine
-    from kvtransfer import ShmTransport
 
 #: How long a busy thread may keep the interpreter from one that wants it. Every kernel call lets it go, and the
 #: engine's thread would wait the default of 5 ms for it to come back whenever the loop is busy.
@@ -100,17 +101,25 @@ def _single(error: BaseException) -> BaseException:
 async def _serve(launch: WorkerLaunch) -> None:
     # torch comes in with these: imported here, after the cores are taken.
     from engine.compose import StepBudget
-    from kvtransfer import ShmTransport
+    from kvtransfer import HostPool, ShmTransport, TransportSet
     from rpc import GrpcNetwork, LiveClock
     from worker import WorkerLimits, WorkerShell
 
     clock = LiveClock()
     tell(Loading(what="torch"))
     async with contextlib.AsyncExitStack() as stack:
-        transport = ShmTransport(clock=clock, incarnation=launch.incarnation)
-        stack.push_async_callback(transport.close)
-        engine = await _load(launch, transport, clock)
+        pools: list[HostPool] = []
+
+        def make_pool(num_blocks: int, block_bytes: int) -> memoryview:
+            pools.append(HostPool(num_blocks, block_bytes))
+            return pools[0].view()
+
+        engine = await _load(launch, make_pool, clock)
+        stack.callback(pools[0].close)
         stack.push_async_callback(engine.close)
+        transports = TransportSet((ShmTransport(clock=clock, incarnation=launch.incarnation),))
+        stack.push_async_callback(transports.close)
+        transports.register(pools[0])
         network = GrpcNetwork(token=launch.cluster_token, log=log)
         stack.push_async_callback(network.close)
         server = network.server(launch.bind)
@@ -119,12 +128,13 @@ async def _serve(launch: WorkerLaunch) -> None:
         shell = WorkerShell(
             info=info,
             engine=engine,
-            transport=transport,
+            transports=transports,
             network=network,
             clock=clock,
             coordinator_address=launch.coordinator_address,
             limits=WorkerLimits(
-                budget=StepBudget(max_tokens=launch.max_batch_tokens, max_sequences=launch.max_sequences)
+                budget=StepBudget(max_tokens=launch.max_batch_tokens, max_sequences=launch.max_sequences),
+                lease_ttl_s=launch.transfer.lease_ttl_s,
             ),
             log=log,
         )
@@ -151,8 +161,8 @@ def _info(launch: WorkerLaunch, engine: LiveEngine, address: str) -> WorkerInfo:
     )
 
 
-async def _load(launch: WorkerLaunch, transport: ShmTransport, clock: Clock) -> LiveEngine:
-    """The model in memory, its KV pool in the transport's memory."""
+async def _load(launch: WorkerLaunch, make_pool: Callable[[int, int], memoryview], clock: Clock) -> LiveEngine:
+    """The model in memory, its KV pool in memory that `make_pool` provides."""
     from engine.executor import load_engine
     from engine.runner import EngineOptions
 
@@ -170,14 +180,14 @@ async def _load(launch: WorkerLaunch, transport: ShmTransport, clock: Clock) -> 
         options,
         clock=clock,
         num_threads=launch.threads,
-        pool_buffer_factory=transport.register,
+        pool_buffer_factory=make_pool,
         progress=lambda done, total: tell(Loading(what="weights", fraction=done / max(1, total))),
         log=log,
     )
 
 
 def _device(launch: WorkerLaunch) -> str:
-    """"auto" is the CPU as long as the only transport moves KV between pools in host memory."""
+    """ "auto" is the CPU as long as the only transport moves KV between pools in host memory."""
     if launch.device == "cuda":
         raise ConfigError(
             f"{launch.worker_id}: transport {launch.transport} moves KV between pools in host memory; "

@@ -179,12 +179,46 @@ class GatewayConfig(_Section):
     request_timeout_s: DurationS = 600.0
     """A request that is not finished by then fails."""
 
+    max_replays: Annotated[int, Field(ge=0, le=16)] = 3
+    """How often one request is taken up again on other workers after its worker died or hung."""
+
     graceful_stop_s: DurationS = 5.0
     """What open requests get to end when the gateway stops."""
 
     @field_serializer("max_body", when_used="json")
     def _size_with_unit(self, size_bytes: int) -> str:
         return format_size(size_bytes)
+
+
+TransportName = Literal["shm", "ucx", "collective"]
+
+
+class TransferConfig(_Section):
+    """How KV blocks move between workers."""
+
+    interface: str | None = None
+    """Network interface that KV travels on between machines, for example eth1; ucx and collective listen on
+    no other. Their ports know no authentication: this network must be private. Default: loopback."""
+
+    checksum: bool = False
+    """Send an XXH3 checksum with every block and compare it before the block is used."""
+
+    lease_ttl_s: DurationS = 10.0
+    """Term of a lease; renewed while its reader lives."""
+
+    probe: bool = True
+    """Measure every transport to every peer at start."""
+
+    expect_bandwidth: SizeBytes | None = None
+    """Bytes a second that the transport should reach, for example 10GiB; the default is its class: what shared
+    memory, RDMA or TCP ordinarily does."""
+
+    allow_slow: bool = False
+    """Serve on a transport five times slower than expected instead of refusing it."""
+
+    @field_serializer("expect_bandwidth", when_used="json")
+    def _size_with_unit(self, size_bytes: int | None) -> str | None:
+        return None if size_bytes is None else format_size(size_bytes)
 
 
 class CoordinatorConfig(_Section):
@@ -225,6 +259,9 @@ class SupervisorConfig(_Section):
     stop_timeout_s: DurationS = 5.0
     """Time a worker gets to leave before it is killed."""
 
+    hang_timeout_s: DurationS = 3.0
+    """Silence after which a worker that was ready is killed and started anew."""
+
     restart_delay_s: DurationS = 0.25
     """Wait before the first restart of a crashed worker; doubles with each further crash."""
 
@@ -259,8 +296,10 @@ class ClusterConfig(_Section):
     pools: Annotated[tuple[PoolConfig, ...], Field(min_length=1)] = DEFAULT_POOLS
     """The pools; in a file each may also be the path of a pool file, relative to the cluster file."""
 
-    transport: Literal["auto", "shm"] = "auto"
-    """How KV blocks move between workers; auto: shared memory on one machine."""
+    transport: Literal["auto"] | TransportName = "auto"
+    """How KV blocks move between workers; auto: whatever measures fastest between two of them."""
+
+    transfer: TransferConfig = TransferConfig()
 
     gateway: GatewayConfig = GatewayConfig()
     coordinator: CoordinatorConfig = CoordinatorConfig()

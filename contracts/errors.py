@@ -123,6 +123,12 @@ class TransferAborted(TandemError):
     retryable = True
 
 
+class CorruptKv(TransferAborted):
+    """Bytes arrived that are not those that were sent."""
+
+    code = "corrupt_kv"
+
+
 class IncompatiblePeer(TandemError):
     """Two workers whose KV bytes do not mean the same thing. Both values stand in the message."""
 

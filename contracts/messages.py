@@ -102,15 +102,66 @@ class RegisterReply(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_interval_s: float
 
 
-class HeartbeatRequest(msgspec.Struct, frozen=True, kw_only=True):
+class PullTally(msgspec.Struct, frozen=True, array_like=True):
+    """Pulls of one kind and end, since the worker's start."""
+
+    transport: str
+    #: "ok", or the code of a `contracts.errors` class.
+    outcome: str
+    count: int
+    num_bytes: int
+    #: From first to last byte, summed.
+    wire_s: float
+    #: Asked to first byte, summed.
+    wait_s: float
+
+
+class LinkReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a worker measured of one transport to one peer, and what it makes of it."""
+
+    peer: WorkerId
+    transport: str
+    #: None: not measured, see `note`.
+    bandwidth_bytes_per_s: float | None = None
+    #: Of one block, asked to landed, median.
+    latency_s: float | None = None
+    #: Whether pulls from this peer go this way.
+    chosen: bool = False
+    #: Why it was chosen, or not.
+    note: str = ""
+
+
+class TransferReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A worker's KV transfers since its start, for metrics and `tandem doctor`."""
+
+    pulls: tuple[PullTally, ...] = ()
+    #: Open leases by side and state, e.g. "holder.sealed", "reader.pulling".
+    leases: dict[str, int] = {}
+    #: Ended leases by side, outcome and reason, e.g. "holder.released", "reader.aborted.cancelled".
+    ended: dict[str, int] = {}
+    links: tuple[LinkReport, ...] = ()
+
+
+class HeartbeatRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     worker_id: WorkerId
     incarnation: Incarnation
     load: WorkerLoad
+    #: None: as last time.
+    transfers: TransferReport | None = None
 
 
-class HeartbeatReply(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerLife(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """One life of one worker."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+
+
+class HeartbeatReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: False: the coordinator does not know this life of this worker; register (again).
     known: bool
+    #: Lives that ended within the last while: their leases are void. Repeats are harmless.
+    gone: tuple[WorkerLife, ...] = ()
 
 
 class DeregisterRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,6 +219,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     info: WorkerInfo
     load: WorkerLoad
     heartbeat_age_s: float
+    transfers: TransferReport | None = None
 
 
 class MembersReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,9 +277,8 @@ class LeaseTerms(msgspec.Struct, frozen=True, kw_only=True):
     lease_id: LeaseId
     holder: Peer
     identity: KvIdentity
-    #: How to reach the bytes; opaque to everything but the transport of this name.
-    transport: str
-    endpoint: bytes
+    #: How to reach the bytes, by the name of the transport; opaque to everything else.
+    endpoints: dict[str, bytes]
     #: Blocks the lease will hold when sealed.
     num_blocks: int
     ttl_s: float
@@ -243,6 +294,18 @@ class HandoffRequest(msgspec.Struct, frozen=True, kw_only=True):
     target: Incarnation
     terms: LeaseTerms
     request: GenerateRequest
+
+
+class DescribeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks a worker how its pool is reached, to measure the way there before it is needed."""
+
+    target: Incarnation
+
+
+class DescribeReply(msgspec.Struct, frozen=True, kw_only=True):
+    identity: KvIdentity
+    num_blocks: int
+    endpoints: dict[str, bytes]
 
 
 class HandoffReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -268,6 +331,8 @@ class ProgressRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     holder_incarnation: Incarnation
     start: int = 0
     blocks: tuple[BlockRef, ...] = ()
+    #: XXH3-64 of each block's bytes, parallel to `blocks`; empty where checksums are off.
+    checksums: tuple[int, ...] = ()
     seal: Seal | None = None
     withdrawn: str | None = None
 
@@ -342,3 +407,4 @@ PROGRESS = Method("lease/Progress", ProgressRequest, ProgressReply)
 CONFIRM = Method("lease/Confirm", ConfirmRequest, ConfirmReply)
 RENEW = Method("lease/Renew", RenewRequest, RenewReply)
 ACK = Method("lease/Ack", AckRequest, Empty)
+DESCRIBE = Method("lease/Describe", DescribeRequest, DescribeReply)

@@ -67,8 +67,7 @@ class Membership:
         known = self._entries.get(info.worker_id)
         if known is not None and known.info.incarnation > info.incarnation:
             raise StaleIncarnation(
-                f"{info.worker_id} registers as incarnation {info.incarnation}, "
-                f"but {known.info.incarnation} is known"
+                f"{info.worker_id} registers as incarnation {info.incarnation}, but {known.info.incarnation} is known"
             )
         if known is not None and known.info == info:
             known.heartbeat_s = now_s
@@ -76,9 +75,7 @@ class Membership:
         load = WorkerLoad(free_blocks=info.total_blocks)
         self._entries[info.worker_id] = _Entry(info=info, load=load, heartbeat_s=now_s)
 
-    def heartbeat(
-        self, worker_id: WorkerId, incarnation: Incarnation, load: WorkerLoad, now_s: float
-    ) -> bool:
+    def heartbeat(self, worker_id: WorkerId, incarnation: Incarnation, load: WorkerLoad, now_s: float) -> bool:
         """False when this life is not known: the worker must register."""
         entry = self._entries.get(worker_id)
         if entry is None or entry.info.incarnation != incarnation:

@@ -166,9 +166,7 @@ class DecodeBatch:
             raise Cancelled(f"request {key.request_id} attempt {key.attempt} is over at {self._own_worker_id}")
         self._check_fits(ask)
         lease_id = ask.terms.lease_id
-        reply = self._reader.offer(
-            ask.terms, owner=owner_name(key), on_adopted=self._adopted, on_aborted=self._aborted
-        )
+        reply = self._reader.offer(ask.terms, owner=owner_name(key), on_adopted=self._adopted, on_aborted=self._aborted)
         if lease_id not in self._incoming:
             self._incoming[lease_id] = _Incoming(request=ask.request, received_s=now_s)
             self._lease_of[key] = lease_id
@@ -212,11 +210,7 @@ class DecodeBatch:
         for sequence_id, answer in self._running.items():
             remaining = answer.sequence.num_remaining
             target = decodes if remaining == 1 else chunks
-            target.append(
-                Candidate(
-                    sequence_id=sequence_id, num_tokens=remaining, arrival=sequence_id, started=True
-                )
-            )
+            target.append(Candidate(sequence_id=sequence_id, num_tokens=remaining, arrival=sequence_id, started=True))
         return decodes, chunks
 
     def build(self, sequence_id: int, num_tokens: int, now_s: float) -> SequenceStep:

@@ -87,9 +87,7 @@ def _sample_rows(starts: list[int], sampling: list[int], device: torch.device) -
     return torch.tensor([starts[index + 1] - 1 for index in sampling], dtype=torch.int64, device=device)
 
 
-def _block_tables(
-    steps: tuple[SequenceStep, ...], contexts: list[int], limits: BatchLimits
-) -> NDArray[np.int32]:
+def _block_tables(steps: tuple[SequenceStep, ...], contexts: list[int], limits: BatchLimits) -> NDArray[np.int32]:
     """int32 `[S, M]`, zero beyond each context. Raises InvariantBroken."""
     used = [-(-context // limits.block_tokens) for context in contexts]
     tables = np.zeros((len(steps), max(used)), dtype=np.int32)
@@ -97,9 +95,7 @@ def _block_tables(
         _check_step(step, contexts[index], used[index], limits)
         tables[index, : used[index]] = step.block_ids[: used[index]]
     if tables.min() < 0 or tables.max() >= limits.num_blocks:
-        raise InvariantBroken(
-            f"a step names blocks {tables.min()} to {tables.max()} of a pool of {limits.num_blocks}"
-        )
+        raise InvariantBroken(f"a step names blocks {tables.min()} to {tables.max()} of a pool of {limits.num_blocks}")
     return tables
 
 
@@ -115,9 +111,7 @@ def _check_step(step: SequenceStep, context: int, used_blocks: int, limits: Batc
         )
 
 
-def _fill_rows(
-    rows_3T: NDArray[np.int64], step: SequenceStep, table: NDArray[np.int32], block_tokens: int
-) -> None:
+def _fill_rows(rows_3T: NDArray[np.int64], step: SequenceStep, table: NDArray[np.int32], block_tokens: int) -> None:
     """Token ids, positions and slots of one sequence's new tokens."""
     length = rows_3T.shape[1]
     if length == 1:

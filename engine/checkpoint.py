@@ -127,9 +127,7 @@ class Checkpoint:
         except OSError as error:
             raise ConfigError(f"{tensor.file}: cannot read tensor {name}: {error}") from error
         if done != len(view):
-            raise ConfigError(
-                f"{tensor.file}: truncated: tensor {name} needs {len(view)} bytes, {done} are left"
-            )
+            raise ConfigError(f"{tensor.file}: truncated: tensor {name} needs {len(view)} bytes, {done} are left")
         self._read_bytes += done
         if self._progress is not None:
             self._progress(self._read_bytes, self._total_bytes)
@@ -257,9 +255,7 @@ def _parse_header(path: Path, text: bytes) -> dict[str, _HeaderEntry]:
     try:
         raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         return {
-            name: msgspec.json.decode(value, type=_HeaderEntry)
-            for name, value in raw.items()
-            if name != "__metadata__"
+            name: msgspec.json.decode(value, type=_HeaderEntry) for name, value in raw.items() if name != "__metadata__"
         }
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: damaged header: {error}") from error
@@ -268,9 +264,7 @@ def _parse_header(path: Path, text: bytes) -> dict[str, _HeaderEntry]:
 def _stored(path: Path, name: str, entry: _HeaderEntry, data_start: int) -> StoredTensor:
     dtype = _FLOAT_DTYPES.get(entry.dtype)
     if dtype is None:
-        raise ConfigError(
-            f"{path}: tensor {name} is of dtype {entry.dtype}; supported are {', '.join(_FLOAT_DTYPES)}"
-        )
+        raise ConfigError(f"{path}: tensor {name} is of dtype {entry.dtype}; supported are {', '.join(_FLOAT_DTYPES)}")
     start, stop = entry.data_offsets
     num_bytes = prod(entry.shape) * dtype.itemsize
     if start < 0 or min(entry.shape, default=0) < 0 or stop - start != num_bytes:
@@ -278,9 +272,7 @@ def _stored(path: Path, name: str, entry: _HeaderEntry, data_start: int) -> Stor
             f"{path}: damaged header: tensor {name} of shape {entry.shape} lies in bytes [{start}, {stop}), "
             f"but needs {num_bytes}"
         )
-    return StoredTensor(
-        file=path, dtype=dtype, shape=tuple(entry.shape), start=data_start + start, num_bytes=num_bytes
-    )
+    return StoredTensor(file=path, dtype=dtype, shape=tuple(entry.shape), start=data_start + start, num_bytes=num_bytes)
 
 
 def _check_names(
@@ -302,9 +294,7 @@ def _check_names(
     surplus = [name for name in stored if name not in expected and name not in optional]
     surplus = [name for name in surplus if not name.endswith("rotary_emb.inv_freq")]
     if surplus:
-        raise ConfigError(
-            f"{stored[surplus[0]].file}: holds {_some(surplus)}, which the config does not have"
-        )
+        raise ConfigError(f"{stored[surplus[0]].file}: holds {_some(surplus)}, which the config does not have")
 
 
 def _no_weights(model_dir: Path) -> str:

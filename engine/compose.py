@@ -56,9 +56,7 @@ class Grant:
     reason: GrantReason
 
 
-def compose(
-    decodes: Sequence[Candidate], chunks: Sequence[Candidate], budget: StepBudget
-) -> tuple[Grant, ...]:
+def compose(decodes: Sequence[Candidate], chunks: Sequence[Candidate], budget: StepBudget) -> tuple[Grant, ...]:
     """The next step, in order of service: decodes, begun chunks, new chunks, each by arrival.
 
     A decode runs whole or not at all; a chunk gets `min(remaining, budget left)`. Nobody is passed by a

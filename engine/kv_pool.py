@@ -84,9 +84,7 @@ def make_pool(
     raw = torch.frombuffer(buffer_factory(num_blocks, layout.block_bytes), dtype=torch.uint8)
     num_bytes = num_blocks * layout.block_bytes
     if raw.numel() < num_bytes:
-        raise ConfigError(
-            f"KV memory of {raw.numel()} bytes is less than the {num_bytes} of {num_blocks} blocks"
-        )
+        raise ConfigError(f"KV memory of {raw.numel()} bytes is less than the {num_bytes} of {num_blocks} blocks")
     return KvPool(layout, raw[:num_bytes].view(dtype).view(shape))
 
 

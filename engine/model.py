@@ -36,9 +36,7 @@ class Decoder:
         self._eps = config.rms_norm_eps
         self._scale = config.head_dim**-0.5
 
-    def forward(
-        self, token_ids_T: Tensor, batch: AttentionBatch, sample_rows_S: Tensor | None
-    ) -> Tensor | None:
+    def forward(self, token_ids_T: Tensor, batch: AttentionBatch, sample_rows_S: Tensor | None) -> Tensor | None:
         """Writes the KV of the new tokens into their slots; returns fp32 logits `[S, V]` of the rows asked.
 
         sample_rows_S: int64 indices into the step's rows; None when nothing is to be sampled (the pass then

@@ -260,8 +260,7 @@ def _refuse_unsupported(raw: _Config, where: str) -> None:
     if raw.quantization_config is not None:
         method = raw.quantization_config.get("quant_method", "unknown method")
         raise ConfigError(
-            f"{where}: quantized weights ({method}) are not supported; supported are "
-            f"{', '.join(_SUPPORTED_DTYPES)}"
+            f"{where}: quantized weights ({method}) are not supported; supported are {', '.join(_SUPPORTED_DTYPES)}"
         )
     if raw.hidden_act != "silu":
         raise ConfigError(f"{where}: hidden_act {raw.hidden_act!r} is not supported; supported is 'silu'")
@@ -331,9 +330,7 @@ def _dtype(raw: _Config, where: str) -> KvDtype | None:
     if name is None or name == "auto":
         return None
     if name not in _SUPPORTED_DTYPES:
-        raise ConfigError(
-            f"{where}: dtype {name!r} is not supported; supported are {', '.join(_SUPPORTED_DTYPES)}"
-        )
+        raise ConfigError(f"{where}: dtype {name!r} is not supported; supported are {', '.join(_SUPPORTED_DTYPES)}")
     return cast("KvDtype", name)
 
 
@@ -349,9 +346,7 @@ def _check_sizes(config: ModelConfig, where: str) -> None:
         if getattr(config, name) < 1:
             raise ConfigError(f"{where}: {name} is {getattr(config, name)}, must be at least 1")
     if config.num_heads % config.num_kv_heads:
-        raise ConfigError(
-            f"{where}: {config.num_heads} heads do not divide into {config.num_kv_heads} key/value heads"
-        )
+        raise ConfigError(f"{where}: {config.num_heads} heads do not divide into {config.num_kv_heads} key/value heads")
     if config.head_dim < 2 or config.head_dim % 2:
         raise ConfigError(f"{where}: head size {config.head_dim} is not an even number of at least 2")
     for window in config.windows:

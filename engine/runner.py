@@ -160,9 +160,7 @@ def _weight_source(
 ) -> AbstractContextManager[WeightSource]:
     if options.load_format == "dummy":
         return nullcontext(DummyWeights())
-    return Checkpoint(
-        model_dir, expected_tensors(config), optional=optional_tensors(config), progress=progress
-    )
+    return Checkpoint(model_dir, expected_tensors(config), optional=optional_tensors(config), progress=progress)
 
 
 def _compute_dtype(model_dir: Path, config: ModelConfig, options: EngineOptions) -> KvDtype:

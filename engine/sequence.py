@@ -82,9 +82,7 @@ class Sequence:
             sample=sample,
         )
 
-    def append(
-        self, sampled: Sampled, finish: FinishReason | None, phases: PhaseTimes | None
-    ) -> TokenDelta:
+    def append(self, sampled: Sampled, finish: FinishReason | None, phases: PhaseTimes | None) -> TokenDelta:
         """Takes the sampled token as the next of the sequence; returns the delta that tells the client."""
         delta = TokenDelta(
             request_id=self.request.request_id,

@@ -50,14 +50,10 @@ class Piece:
 class Answer:
     """Feed it deltas in order, until a piece has `finish`; later tokens are not part of the answer."""
 
-    def __init__(
-        self, tokenizer: TextTokenizer, options: AnswerOptions, *, after: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: TextTokenizer, options: AnswerOptions, *, after: Sequence[int] = ()) -> None:
         """`after`: the prompt, where the answer continues its text (completions)."""
         self._options = options
-        self._detokenizer = tokenizer.detokenizer(
-            skip_special_tokens=options.skip_special_tokens, after=after
-        )
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens, after=after)
         self._matcher = StopMatcher(options.stops, include_match=options.include_stop)
         self.num_tokens = 0
 

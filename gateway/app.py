@@ -75,9 +75,7 @@ def create_app(
         with pool:
             yield
 
-    app = FastAPI(
-        title="Tandem", version=settings.version, docs_url=None, redoc_url=None, lifespan=lifespan
-    )
+    app = FastAPI(title="Tandem", version=settings.version, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Gate, settings=settings, new_request_id=api.new_request_id, log=core.log)
     app.add_exception_handler(TandemError, _on_tandem_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -106,9 +104,7 @@ def _add_routes(app: FastAPI, api: _Api) -> None:
         app.add_api_route(path, handler, methods=["GET"], response_model=None)
     for path, (handler, kind) in posts.items():
         body = {"required": True, "content": {"application/json": {"schema": msgspec.json.schema(kind)}}}
-        app.add_api_route(
-            path, handler, methods=["POST"], response_model=None, openapi_extra={"requestBody": body}
-        )
+        app.add_api_route(path, handler, methods=["POST"], response_model=None, openapi_extra={"requestBody": body})
 
 
 async def _on_tandem_error(request: Request, error: Exception) -> Response:
@@ -217,8 +213,7 @@ class _Api:
         timelines = self._timelines.get(bare)
         if timelines is None:
             raise NotFound(
-                f"no timeline of request {request_id[:64]!r}; "
-                f"the last {self._settings.max_timelines} are kept"
+                f"no timeline of request {request_id[:64]!r}; the last {self._settings.max_timelines} are kept"
             )
         return json_response({"id": bare, "object": "timeline", **timeline_json(timelines)})
 
@@ -273,9 +268,7 @@ async def _whole(generation: Generation, form: Format, created: int) -> Response
         "object": form.whole_name,
         "created": created,
         "model": generation.plan.model,
-        "choices": [
-            form.whole(choice, piece) for choice, piece in zip(generation.choices, pieces, strict=True)
-        ],
+        "choices": [form.whole(choice, piece) for choice, piece in zip(generation.choices, pieces, strict=True)],
         "usage": generation.usage(),
     }
     if generation.plan.include_timeline:

@@ -34,9 +34,7 @@ RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"}
 class ChatTemplate:
     """A compiled template. `render` is pure but for `strftime_now`, which asks `wall_s`."""
 
-    def __init__(
-        self, source: str, *, special_tokens: Mapping[str, str], wall_s: Callable[[], float]
-    ) -> None:
+    def __init__(self, source: str, *, special_tokens: Mapping[str, str], wall_s: Callable[[], float]) -> None:
         """`special_tokens`: "bos_token" and the like. Raises ConfigError for a syntax error."""
         self._special_tokens = dict(special_tokens)
         self._environment = minijinja.Environment(

@@ -200,9 +200,7 @@ class GatewayCore:
         self._running: dict[asyncio.Task[None], None] = {}
         self._dispatcher = Dispatcher(network, coordinator_address, gateway_id, limits, self._on_answer)
         self._cancels = CancelQueue(network, clock, limits, self._spawn)
-        self._links = WorkerLinks(
-            network, clock, gateway_id, limits, self._spawn, self._on_frame, self._on_lost
-        )
+        self._links = WorkerLinks(network, clock, gateway_id, limits, self._spawn, self._on_frame, self._on_lost)
         #: Requests whose machine is not over.
         self._open: dict[RequestId, _Open] = {}
         #: When Cancel was last sent for a request, oldest first.
@@ -277,9 +275,7 @@ class GatewayCore:
         entry = self._open[request_id] = _Open(machine, stream)
         self._idle.clear()
         remaining_s = max(0.0, received_s + submission.deadline_s - self.clock.now_s())
-        entry.deadline = self._feed_later(
-            remaining_s, request_id, own.DeadlinePassed(submission.deadline_s)
-        )
+        entry.deadline = self._feed_later(remaining_s, request_id, own.DeadlinePassed(submission.deadline_s))
         return stream
 
     async def wait_idle(self) -> None:
@@ -309,9 +305,7 @@ class GatewayCore:
         if self._stopping:
             raise NotReady("the gateway is stopping", retry_after_s=1.0)
         if len(self._open) >= self.limits.max_open_requests:
-            raise NoCapacity(
-                f"{len(self._open)} requests are open at this gateway, the limit", retry_after_s=1.0
-            )
+            raise NoCapacity(f"{len(self._open)} requests are open at this gateway, the limit", retry_after_s=1.0)
 
     def _request(self, request_id: RequestId, submission: Submission) -> GenerateRequest:
         if not submission.token_ids:

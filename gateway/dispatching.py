@@ -74,14 +74,10 @@ class Dispatcher:
             reply = await channel.call(DISPATCH, request, timeout_s=self._limits.dispatch_timeout_s)
         except TandemError as error:
             return [
-                NotReady(f"the coordinator did not answer ({error.code})", retry_after_s=_RETRY_AFTER_S)
-                for _ in batch
+                NotReady(f"the coordinator did not answer ({error.code})", retry_after_s=_RETRY_AFTER_S) for _ in batch
             ]
         if len(reply.verdicts) != len(batch):
-            return [
-                Internal(f"the coordinator answered {len(reply.verdicts)} of {len(batch)} requests")
-                for _ in batch
-            ]
+            return [Internal(f"the coordinator answered {len(reply.verdicts)} of {len(batch)} requests") for _ in batch]
         return [_answer(verdict) for verdict in reply.verdicts]
 
 

@@ -120,13 +120,10 @@ class WorkerLink:
         peer = self.peer
         if (frame.worker_id, frame.incarnation) != (peer.worker_id, peer.incarnation):
             raise StaleIncarnation(
-                f"{peer.worker_id}/{peer.incarnation} was expected, "
-                f"{frame.worker_id}/{frame.incarnation} answered"
+                f"{peer.worker_id}/{peer.incarnation} was expected, {frame.worker_id}/{frame.incarnation} answered"
             )
         if frame.sequence_number != expected:
-            raise Internal(
-                f"worker {peer.worker_id} sent frame {frame.sequence_number}, {expected} was expected"
-            )
+            raise Internal(f"worker {peer.worker_id} sent frame {frame.sequence_number}, {expected} was expected")
 
 
 class WorkerLinks:

@@ -134,6 +134,4 @@ class _CoreCollector(Collector):
         yield dropped
         yield CounterMetricFamily("tandem_lost_streams", "Worker streams lost.", value=stats.lost_streams)
         yield CounterMetricFamily("tandem_frames", "Token frames received.", value=stats.num_frames)
-        yield CounterMetricFamily(
-            "tandem_dropped_cancels", "Cancels given up.", value=self._core.num_dropped_cancels
-        )
+        yield CounterMetricFamily("tandem_dropped_cancels", "Cancels given up.", value=self._core.num_dropped_cancels)

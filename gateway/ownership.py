@@ -199,9 +199,7 @@ class End:
     timeline: Timeline
 
 
-Instruction = (
-    OpenStreams | SendPrefill | Accept | Deliver | StartGapTimer | StopGapTimer | SendCancel | End
-)
+Instruction = OpenStreams | SendPrefill | Accept | Deliver | StartGapTimer | StopGapTimer | SendCancel | End
 
 
 class RequestMachine:
@@ -415,9 +413,7 @@ class RequestMachine:
         """Where every failure passes: the place from which a request can be replayed instead."""
         return self._end(now_s, reason=error.message, outcome=error.code, error=error)
 
-    def _end(
-        self, now_s: float, *, reason: str, outcome: str, error: TandemError | None = None
-    ) -> list[Instruction]:
+    def _end(self, now_s: float, *, reason: str, outcome: str, error: TandemError | None = None) -> list[Instruction]:
         end: list[Instruction] = [StopGapTimer(), End(error, self._timeline(now_s, outcome))]
         before, self.phase = self.phase, Phase.ENDED
         if before is Phase.SENDING:
@@ -454,9 +450,7 @@ def _from_index(delta: TokenDelta, index: int) -> TokenDelta:
     if skip <= 0:
         return delta
     logprobs = None if delta.logprobs is None else delta.logprobs[skip:]
-    return msgspec.structs.replace(
-        delta, index=index, token_ids=delta.token_ids[skip:], logprobs=logprobs
-    )
+    return msgspec.structs.replace(delta, index=index, token_ids=delta.token_ids[skip:], logprobs=logprobs)
 
 
 def _may_hold_it(error: TandemError) -> bool:

@@ -158,9 +158,7 @@ class Planner:
             raise BadRequest("this model has no chat template; use /v1/completions", param="messages")
         reserved = RESERVED & set(variables or {})
         if reserved:
-            raise BadRequest(
-                f"chat_template_kwargs: {min(reserved)!r} cannot be set", param="chat_template_kwargs"
-            )
+            raise BadRequest(f"chat_template_kwargs: {min(reserved)!r} cannot be set", param="chat_template_kwargs")
         return template.render(
             [_message(message, f"messages[{index}]") for index, message in enumerate(messages)],
             add_generation_prompt=_or(add_generation_prompt, True),
@@ -228,8 +226,7 @@ class Planner:
         total = n * sum(budgets)
         if total > self._settings.max_total_tokens:
             raise BadRequest(
-                f"max_tokens: {total} output tokens in one request, "
-                f"the limit is {self._settings.max_total_tokens}",
+                f"max_tokens: {total} output tokens in one request, the limit is {self._settings.max_total_tokens}",
                 param="max_tokens",
             )
         stop_token_ids = tuple(dict.fromkeys(body.stop_token_ids or ()))
@@ -253,9 +250,7 @@ class Planner:
     ) -> SamplingParams:
         min_tokens = _or(body.min_tokens, 0)
         if min_tokens > budget:
-            raise BadRequest(
-                f"min_tokens: {min_tokens} is more than max_tokens, {budget}", param="min_tokens"
-            )
+            raise BadRequest(f"min_tokens: {min_tokens} is more than max_tokens, {budget}", param="min_tokens")
         temperature = _or(body.temperature, 1.0)
         return SamplingParams(
             temperature=temperature and max(temperature, _MIN_TEMPERATURE),
@@ -276,9 +271,7 @@ class Planner:
 
     def _logit_bias(self, biases: dict[str, float]) -> tuple[tuple[int, float], ...]:
         if len(biases) > MAX_LOGIT_BIAS:
-            raise BadRequest(
-                f"logit_bias: {len(biases)} entries, the limit is {MAX_LOGIT_BIAS}", param="logit_bias"
-            )
+            raise BadRequest(f"logit_bias: {len(biases)} entries, the limit is {MAX_LOGIT_BIAS}", param="logit_bias")
         for text in biases:
             if not (text.isascii() and text.isdecimal() and len(text) <= 10):
                 raise BadRequest(f"logit_bias: {text[:32]!r} is no token id", param="logit_bias")

@@ -175,9 +175,7 @@ class TextTokenizer:
             return self.decode([token_id], skip_special_tokens=False).encode()
         return self._scheme.to_bytes(token)
 
-    def detokenizer(
-        self, *, skip_special_tokens: bool = True, after: Sequence[int] = ()
-    ) -> Detokenizer:
+    def detokenizer(self, *, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> Detokenizer:
         """`after`: the tokens whose text this text continues. Without any it stands alone: then the space
         that SentencePiece vocabularies put before a first word is left out."""
         if self._scheme is None:
@@ -229,9 +227,7 @@ class TokenizingPool:
 
     async def _in_thread(self, work: Callable[[], ResultT]) -> ResultT:
         if self._num_waiting >= self._max_waiting:
-            raise NoCapacity(
-                f"{self._num_waiting} long texts already wait to be tokenised", retry_after_s=1.0
-            )
+            raise NoCapacity(f"{self._num_waiting} long texts already wait to be tokenised", retry_after_s=1.0)
         self._num_waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, work)
@@ -330,9 +326,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is no JSON object: {error}") from error
 
 
-def _load_template(
-    folder: Path, config: dict[str, Any], wall_s: Callable[[], float]
-) -> ChatTemplate | None:
+def _load_template(folder: Path, config: dict[str, Any], wall_s: Callable[[], float]) -> ChatTemplate | None:
     path = folder / "chat_template.jinja"
     try:
         source = path.read_text() if path.is_file() else _template_in(config.get("chat_template"))

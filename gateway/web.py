@@ -103,9 +103,7 @@ async def read_body(request: Request, settings: GatewaySettings) -> bytes:
     """
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise UnsupportedMediaType(
-            f"the content type must be application/json, not {content_type[:64] or 'missing'}"
-        )
+        raise UnsupportedMediaType(f"the content type must be application/json, not {content_type[:64] or 'missing'}")
     _check_length(request.headers.get("content-length"), settings.max_body_bytes)
     try:
         async with asyncio.timeout(settings.body_timeout_s):

@@ -6,24 +6,29 @@ adopts them. This room knows blocks and leases; what the bytes mean, and whom th
 
 from kvtransfer.holder_events import LeaseOutcome
 from kvtransfer.holder_service import HolderService
+from kvtransfer.host_pool import HostPool
 from kvtransfer.ledger import BlockClass, BlockCounts, Ledger
 from kvtransfer.memory import MemoryFabric, MemoryTransport
 from kvtransfer.reader_service import ReaderService
 from kvtransfer.shm import ShmTransport
-from kvtransfer.transport import BlockPair, Pull, PullResult, Transport
+from kvtransfer.transport import BlockPair, Pool, Pull, PullResult, Transport
+from kvtransfer.transport_set import TransportSet
 
 __all__ = [
     "BlockClass",
     "BlockCounts",
     "BlockPair",
     "HolderService",
+    "HostPool",
     "LeaseOutcome",
     "Ledger",
     "MemoryFabric",
     "MemoryTransport",
+    "Pool",
     "Pull",
     "PullResult",
     "ReaderService",
     "ShmTransport",
     "Transport",
+    "TransportSet",
 ]

@@ -241,13 +241,7 @@ class Holder:
 
     def _handle_lease_event(
         self,
-        event: OfferAnswered
-        | OfferFailed
-        | Advanced
-        | Sealed
-        | ProgressAnswered
-        | ProgressFailed
-        | Withdrawn,
+        event: OfferAnswered | OfferFailed | Advanced | Sealed | ProgressAnswered | ProgressFailed | Withdrawn,
         now_s: float,
     ) -> list[HolderInstruction]:
         lease = self._leases.get(event.lease_id)
@@ -311,9 +305,7 @@ class Holder:
         self._call_failed(lease, error, now_s)
         return self._drive(lease, now_s)
 
-    def _advance(
-        self, lease: _Lease, num_final: int, seal: Seal | None, now_s: float
-    ) -> list[HolderInstruction]:
+    def _advance(self, lease: _Lease, num_final: int, seal: Seal | None, now_s: float) -> list[HolderInstruction]:
         lease_id = lease.terms.lease_id
         if lease.seal is not None or not lease.num_final <= num_final <= len(lease.blocks):
             raise InvariantBroken(f"lease {lease_id} advances to block {num_final}: {lease}; {self!r}")
@@ -323,9 +315,7 @@ class Holder:
         lease.seal = seal
         return self._drive(lease, now_s)
 
-    def _progress_answered(
-        self, lease: _Lease, reply: ProgressReply, now_s: float
-    ) -> list[HolderInstruction]:
+    def _progress_answered(self, lease: _Lease, reply: ProgressReply, now_s: float) -> list[HolderInstruction]:
         if not reply.known:
             return self._lose(lease, "the reader does not hold it any more")
         if lease.confirmed:

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from contracts.messages import Peer, Seal
     from kvtransfer.holder import HolderCounters
     from kvtransfer.ledger import Ledger
-    from kvtransfer.transport import Transport
+    from kvtransfer.transport_set import TransportSet
     from rpc import CallContext, Network, Server
 
 #: Puts the terms into a Handoff and calls the reader, within so many seconds.
@@ -99,7 +99,7 @@ class HolderService:
         clock: Clock,
         worker: Peer,
         identity: KvIdentity,
-        transport: Transport,
+        transports: TransportSet,
         ttl_s: float = DEFAULT_TTL_S,
         max_age_s: float = 600.0,
         log: Callable[[str], None],
@@ -107,7 +107,7 @@ class HolderService:
         self._network = network
         self._worker = worker
         self._identity = identity
-        self._transport = transport
+        self._transports = transports
         self._ttl_s = ttl_s
         self._log = log
         self._numbers = itertools.count(1)
@@ -167,8 +167,7 @@ class HolderService:
             lease_id=lease_id,
             holder=worker,
             identity=self._identity,
-            transport=self._transport.name,
-            endpoint=self._transport.endpoint(),
+            endpoints=self._transports.endpoints(),
             num_blocks=len(blocks),
             ttl_s=self._ttl_s,
         )

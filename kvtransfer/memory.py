@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from contracts.ids import BlockId
-    from kvtransfer.transport import BlockPair
+    from kvtransfer.transport import BlockPair, Pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,20 +62,20 @@ class BlockStore(Protocol):
     def write_block(self, block_id: BlockId, content: Any) -> None: ...
 
 
-class BytesStore:
-    """Blocks of bytes in one buffer."""
+class PoolStore:
+    """Blocks of bytes in a registered pool."""
 
-    def __init__(self, num_blocks: int, block_bytes: int) -> None:
-        self.pool = bytearray(num_blocks * block_bytes)
-        self._block_bytes = block_bytes
+    def __init__(self, pool: Pool) -> None:
+        self._bytes = pool.view()
+        self._block_bytes = pool.block_bytes
 
     def read_block(self, block_id: BlockId) -> bytes:
         start = block_id * self._block_bytes
-        return bytes(self.pool[start : start + self._block_bytes])
+        return bytes(self._bytes[start : start + self._block_bytes])
 
     def write_block(self, block_id: BlockId, content: bytes) -> None:
         start = block_id * self._block_bytes
-        self.pool[start : start + self._block_bytes] = content
+        self._bytes[start : start + self._block_bytes] = content
 
 
 class MemoryFabric:
@@ -151,10 +151,8 @@ class MemoryTransport:
     def __repr__(self) -> str:
         return f"<MemoryTransport {self._endpoint.decode()} [{self._num_blocks} x {self._block_bytes} bytes]>"
 
-    def register(self, num_blocks: int, block_bytes: int) -> memoryview:
-        store = BytesStore(num_blocks, block_bytes)
-        self.attach(store, num_blocks, block_bytes)
-        return memoryview(store.pool)
+    def register(self, pool: Pool) -> None:
+        self.attach(PoolStore(pool), pool.num_blocks, pool.block_bytes)
 
     def attach(self, store: BlockStore, num_blocks: int, block_bytes: int) -> None:
         if self._store is not None:
@@ -179,6 +177,9 @@ class MemoryTransport:
         pull = MemoryPull(fate, lambda: self._land(endpoint, tuple(pairs), fate))
         self._pulls = [*(each for each in self._pulls if not each.terminal), pull]
         return pull
+
+    def forget(self, endpoint: bytes) -> None:
+        """Nothing is kept for a holder."""
 
     def crash(self) -> None:
         """The process is gone: nobody reaches its pool any more, and its own pulls never land."""

@@ -78,7 +78,7 @@ from kvtransfer.reader_events import (
 from kvtransfer.timers import Deadlines, retry_delay_s
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from contracts.ids import Incarnation, WorkerId
     from contracts.layout import KvIdentity
@@ -225,7 +225,7 @@ class Reader:
         self,
         ledger: Ledger,
         identity: KvIdentity,
-        transport_name: str,
+        transports: Collection[str],
         *,
         max_waiting: int = 256,
         max_pull_bytes: int = MAX_PULL_BYTES,
@@ -235,7 +235,7 @@ class Reader:
         self._may_reserve = may_reserve
         self._ledger = ledger
         self._identity = identity
-        self._transport_name = transport_name
+        self._transports = tuple(transports)
         self._max_waiting = max_waiting
         self._max_pull_blocks = max(1, max_pull_bytes // identity.layout.block_bytes)
         #: All leases that have not ended, and aborted ones whose pull is in flight (QUARANTINED). Each one
@@ -396,12 +396,12 @@ class Reader:
             )
         if (mismatch := self._identity.mismatch(terms.identity)) is not None:
             return IncompatiblePeer(f"KV of {terms.holder.worker_id}: {mismatch}")
-        if terms.transport != self._transport_name:
-            return IncompatiblePeer(f"transport: {self._transport_name!r} here, {terms.transport!r} there")
+        if terms.endpoints.keys().isdisjoint(self._transports):
+            ours, theirs = ", ".join(self._transports), ", ".join(terms.endpoints)
+            return IncompatiblePeer(f"transports: {ours} here, {theirs} there")
         if not 0 < terms.num_blocks <= self._ledger.num_blocks:
             return BadRequest(
-                f"lease {lease_id} of {terms.num_blocks} blocks can never fit: this pool has "
-                f"{self._ledger.num_blocks}"
+                f"lease {lease_id} of {terms.num_blocks} blocks can never fit: this pool has {self._ledger.num_blocks}"
             )
         if not terms.ttl_s > 0:
             return BadRequest(f"lease {lease_id}: ttl_s must be positive, not {terms.ttl_s}")
@@ -547,7 +547,12 @@ class Reader:
         lease.num_pulling = stop
         sources = [ref.block_id for ref in lease.announced[start:stop]]
         pairs = tuple(zip(sources, lease.blocks[start:stop], strict=True))
-        return StartPull(lease_id=lease.lease_id, endpoint=lease.terms.endpoint, pairs=pairs)
+        return StartPull(
+            lease_id=lease.lease_id,
+            holder=lease.terms.holder,
+            endpoints=lease.terms.endpoints,
+            pairs=pairs,
+        )
 
     def _ask_confirm(self, lease: _Lease, now_s: float) -> AskConfirm:
         lease.calling = True
@@ -560,9 +565,7 @@ class Reader:
 
     # --- ends -------------------------------------------------------------------------------------------
 
-    def _abort(
-        self, lease: _Lease, reason: AbortReason, error: TandemError, now_s: float
-    ) -> list[ReaderInstruction]:
+    def _abort(self, lease: _Lease, reason: AbortReason, error: TandemError, now_s: float) -> list[ReaderInstruction]:
         """Ends the lease without adoption. Blocks that a pull may still write go into quarantine."""
         lease_id = lease.lease_id
         instructions: list[ReaderInstruction] = []
@@ -628,9 +631,7 @@ class Reader:
 
     # --- renewals and acknowledgements, batched by holder -----------------------------------------------
 
-    def _holder_event(
-        self, event: RenewAnswered | RenewFailed | AckEnded, now_s: float
-    ) -> list[ReaderInstruction]:
+    def _holder_event(self, event: RenewAnswered | RenewFailed | AckEnded, now_s: float) -> list[ReaderInstruction]:
         holder = self._holders.get(event.holder)
         if holder is None:
             return self._ignore(event, "unknown holder")

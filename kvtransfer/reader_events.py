@@ -7,6 +7,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from contracts.errors import TandemError
     from contracts.ids import BlockId, Incarnation, LeaseId, WorkerId
     from contracts.messages import (
@@ -167,7 +169,8 @@ class StartPull:
     """Start it at once; answer with PullEnded when it is terminal."""
 
     lease_id: LeaseId
-    endpoint: bytes
+    holder: Peer
+    endpoints: Mapping[str, bytes]
     pairs: tuple[BlockPair, ...]
 
 

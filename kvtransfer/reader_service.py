@@ -62,7 +62,8 @@ if TYPE_CHECKING:
     from kvtransfer.ledger import Ledger
     from kvtransfer.reader import ReaderCounters
     from kvtransfer.reader_events import HolderKey
-    from kvtransfer.transport import Pull, Transport
+    from kvtransfer.transport import Pull
+    from kvtransfer.transport_set import TransportSet
     from rpc import CallContext, Network, Server
 
 AdoptedCallback = Callable[[LeaseId, list[BlockId], Seal], None]
@@ -81,7 +82,7 @@ class _Caller:
 class ReaderService:
     """Takes leases. An async context manager; leaving it cancels every lease that was not adopted.
 
-    One per worker life. `transport` has this worker's pool registered, the one that `ledger` keeps.
+    One per worker life. `transports` have this worker's pool registered, the one that `ledger` keeps.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class ReaderService:
         ledger: Ledger,
         network: Network,
         clock: Clock,
-        transport: Transport,
+        transports: TransportSet,
         identity: KvIdentity,
         max_waiting: int = 256,
         may_reserve: Callable[[], bool] = lambda: True,
@@ -100,12 +101,10 @@ class ReaderService:
         """`may_reserve`: whether offers may take blocks now (not while something admitted starves).
         `on_settled` is called when a pull became terminal: blocks may have left the quarantine."""
         self._network = network
-        self._transport = transport
+        self._transports = transports
         self._log = log
         self._on_settled = on_settled
-        self._machine = Reader(
-            ledger, identity, transport.name, max_waiting=max_waiting, may_reserve=may_reserve
-        )
+        self._machine = Reader(ledger, identity, transports.names, max_waiting=max_waiting, may_reserve=may_reserve)
         #: One per lease that has not ended.
         self._callers: dict[LeaseId, _Caller] = {}
         #: Pulls that are not terminal.
@@ -181,6 +180,7 @@ class ReaderService:
     def holder_gone(self, worker_id: WorkerId, incarnation: Incarnation) -> None:
         """That life of that worker is known to be over: its leases are aborted."""
         self._shell.feed(HolderGone(worker_id, incarnation))
+        self._transports.forget(worker_id, incarnation)
 
     # --- for metrics and audits -------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ class ReaderService:
                 pass  # the question's asker takes it
 
     def _start_pull(self, order: StartPull) -> None:
-        pull = self._transport.pull(order.endpoint, order.pairs)
+        pull = self._transports.pull(order.holder, order.endpoints, order.pairs)
         self._pulls[order.lease_id] = pull
         self._shell.spawn(self._await_pull(order.lease_id, pull), f"pull {order.lease_id}")
 

@@ -4,7 +4,7 @@ A pull is a memory copy by one thread per process, which lets go of the GIL whil
 loop nor the engine waits. Neighbouring blocks are copied together, in pieces small enough that a stop is soon
 heard. Once the thread has reported a pull, nothing of it can land: that is all that "terminal" takes here.
 
-No port is opened. See `kvtransfer.shm_pool` for who may read.
+No port is opened. See `kvtransfer.shm_door` for who may read.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from contracts.errors import (
     Cancelled,
+    ConfigError,
     DeadlineExceeded,
     IncompatiblePeer,
     Internal,
@@ -28,16 +29,17 @@ from contracts.errors import (
     TandemError,
     WorkerUnavailable,
 )
+from kvtransfer.host_pool import HostPool
+from kvtransfer.shm_door import Door, decode_endpoint, encode_endpoint
 from kvtransfer.shm_link import Link, attach
-from kvtransfer.shm_pool import Door, SharedPool, decode_endpoint, encode_endpoint
-from kvtransfer.transport import PullResult, check_pairs
+from kvtransfer.transport import PullResult, check_pairs, runs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from contracts.clock import Clock
-    from contracts.ids import BlockId, Incarnation
-    from kvtransfer.transport import BlockPair
+    from contracts.ids import Incarnation
+    from kvtransfer.transport import BlockPair, Pool
 
 #: Bytes copied between two looks at the stop flag.
 PIECE_BYTES = 4 << 20
@@ -49,27 +51,13 @@ MAX_LINKS = 64
 CONNECT_TIMEOUT_S = 1.0
 
 
-def runs(pairs: Sequence[BlockPair]) -> Iterator[tuple[BlockId, BlockId, int]]:
-    """Joins pairs that continue each other on both sides, as (source, target, blocks); keeps the order."""
-    if not pairs:
-        return
-    source, target = pairs[0]
-    length = 1
-    for next_source, next_target in pairs[1:]:
-        if next_source == source + length and next_target == target + length:
-            length += 1
-            continue
-        yield source, target, length
-        source, target, length = next_source, next_target, 1
-    yield source, target, length
-
-
 class ShmPull:
     """`kvtransfer.transport.Pull` of the transfer thread."""
 
-    def __init__(self, endpoint: bytes, pairs: Sequence[BlockPair]) -> None:
+    def __init__(self, endpoint: bytes, pairs: Sequence[BlockPair], asked_s: float) -> None:
         self.endpoint = endpoint
         self.pairs = tuple(pairs)
+        self.asked_s = asked_s
         self.stop_requested = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._result: asyncio.Future[PullResult] = self._loop.create_future()
@@ -105,7 +93,7 @@ class _Connect:
 class TransferThread:
     """Copies, one pull after the other, from other processes' pools into this one's."""
 
-    def __init__(self, pool: SharedPool, clock: Clock) -> None:
+    def __init__(self, pool: HostPool, clock: Clock) -> None:
         self._pool = pool
         self._clock = clock
         #: Work not begun, oldest first. Appended by the loop, taken by the thread.
@@ -170,7 +158,7 @@ class TransferThread:
             # Whatever went wrong, the work is over, and who waits must know.
             error = Internal(f"shared-memory transfer: {type(failure).__name__}: {failure}")
         if isinstance(job, ShmPull):
-            job.finish(PullResult(num_bytes=copied.num_bytes, wire_s=copied.wire_s, error=error))
+            job.finish(PullResult(num_bytes=copied.num_bytes, wire_s=copied.wire_s, wait_s=copied.wait_s, error=error))
         else:
             job.finish(error)
 
@@ -179,6 +167,7 @@ class TransferThread:
         link = self._link(pull.endpoint, CONNECT_TIMEOUT_S)
         check_pairs(pull.pairs, link.endpoint.num_blocks, self._pool.num_blocks)
         started_s = self._clock.now_s()
+        copied.wait_s = started_s - pull.asked_s
         try:
             self._copy(link, pull, copied)
         finally:
@@ -236,6 +225,7 @@ class _Copied:
 
     num_bytes: int = 0
     wire_s: float = 0.0
+    wait_s: float = 0.0
 
 
 class ShmTransport:
@@ -247,17 +237,17 @@ class ShmTransport:
         self._clock = clock
         self._incarnation = incarnation
         #: All three from `register` on, the thread from the first pull on; None again after `close`.
-        self._pool: SharedPool | None = None
+        self._pool: HostPool | None = None
         self._door: Door | None = None
         self._thread: TransferThread | None = None
 
-    def register(self, num_blocks: int, block_bytes: int) -> memoryview:
-        """Raises ConfigError when the memory cannot be had. `torch.frombuffer` may wrap the result."""
+    def register(self, pool: Pool) -> None:
         if self._pool is not None:
             raise InvariantBroken("a second pool is registered with the shared-memory transport")
-        self._pool = SharedPool(num_blocks, block_bytes)
-        self._door = Door(self._pool, self._incarnation, self._clock)
-        return self._pool.view()
+        if not isinstance(pool, HostPool):
+            raise ConfigError(f"the shared-memory transport serves host memory, not {pool!r}")
+        self._pool = pool
+        self._door = Door(pool, self._incarnation, self._clock)
 
     def endpoint(self) -> bytes:
         if self._door is None:
@@ -276,20 +266,21 @@ class ShmTransport:
             raise error
 
     def pull(self, endpoint: bytes, pairs: Sequence[BlockPair]) -> ShmPull:
-        pull = ShmPull(endpoint, pairs)
+        pull = ShmPull(endpoint, pairs, self._clock.now_s())
         self._transfers().submit(pull)
         return pull
+
+    def forget(self, endpoint: bytes) -> None:
+        """Nothing to do: the end of the holder's connection is seen by itself, and a mapping harms nobody."""
 
     async def close(self) -> None:
         thread, self._thread = self._thread, None
         door, self._door = self._door, None
-        pool, self._pool = self._pool, None
+        self._pool = None
         if thread is not None:
             await thread.close()
         if door is not None:
             door.close()
-        if pool is not None:
-            pool.close()
 
     def _transfers(self) -> TransferThread:
         if self._pool is None:

@@ -15,10 +15,11 @@ from contracts.errors import (
     Unauthorized,
     WorkerUnavailable,
 )
-from kvtransfer.shm_pool import HELLO, WELCOME, WRONG_LIFE, address_of, peer_uid
+from kvtransfer.host_pool import address_of
+from kvtransfer.shm_door import HELLO, WELCOME, WRONG_LIFE, peer_uid
 
 if TYPE_CHECKING:
-    from kvtransfer.shm_pool import Endpoint
+    from kvtransfer.shm_door import Endpoint
 
 
 class Link:

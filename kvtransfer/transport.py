@@ -12,13 +12,32 @@ from typing import TYPE_CHECKING, Protocol
 from contracts.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from contracts.errors import TandemError
     from contracts.ids import BlockId
 
 #: (the holder's block, the reader's own block)
 BlockPair = tuple["BlockId", "BlockId"]
+
+
+class Pool(Protocol):
+    """A worker's KV blocks, as equal pieces of one stretch of memory."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
+    def address(self) -> int:
+        """Where block 0 begins, in this process."""
+        ...
+
+    def view(self) -> memoryview:
+        """All of it, writable, one byte an item."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +47,8 @@ class PullResult:
     num_bytes: int
     #: Time from the first to the last byte, without waiting for other pulls.
     wire_s: float
+    #: Time from the asking to the first byte: for other pulls, connecting, or the holder's own queue.
+    wait_s: float = 0.0
     error: TandemError | None = None
 
 
@@ -45,15 +66,17 @@ class Pull(Protocol):
 
 
 class Transport(Protocol):
+    """One way to move blocks, for one pool. Its methods are called on the event loop and do not block it."""
+
     @property
     def name(self) -> str:
-        """Names the kind in `LeaseTerms.transport`: both sides need the same one."""
+        """Names the kind in `LeaseTerms.endpoints`: both sides need the same one."""
         ...
 
-    def register(self, num_blocks: int, block_bytes: int) -> memoryview:
-        """Allocates this process's pool, once: `num_blocks * block_bytes` writable, zeroed bytes.
+    def register(self, pool: Pool) -> None:
+        """Serves this pool, and pulls into it; called once, before all else. The pool outlives `close`.
 
-        Page-aligned where another process can map it. Valid until `close`.
+        Raises ConfigError where this kind of transport cannot work on this machine.
         """
         ...
 
@@ -74,6 +97,11 @@ class Transport(Protocol):
         that is the result's `error`."""
         ...
 
+    def forget(self, endpoint: bytes) -> None:
+        """The holder's life behind `endpoint` is over: lets go what is kept for it, once its pulls are
+        terminal, and stops those. Unknown endpoints are no error."""
+        ...
+
     async def close(self) -> None:
         """Stops pulls, waits until they are terminal and lets all memory and descriptors go."""
         ...
@@ -86,3 +114,18 @@ def check_pairs(pairs: Sequence[BlockPair], num_source_blocks: int, num_own_bloc
             raise BadRequest(f"block {source} of a holder that has {num_source_blocks}")
         if not 0 <= target < num_own_blocks:
             raise BadRequest(f"pull into block {target} of {num_own_blocks}")
+
+
+def runs(pairs: Sequence[BlockPair]) -> Iterator[tuple[BlockId, BlockId, int]]:
+    """Joins pairs that continue each other on both sides, as (source, target, blocks); keeps the order."""
+    if not pairs:
+        return
+    source, target = pairs[0]
+    length = 1
+    for next_source, next_target in pairs[1:]:
+        if next_source == source + length and next_target == target + length:
+            length += 1
+            continue
+        yield source, target, length
+        source, target, length = next_source, next_target, 1
+    yield source, target, length

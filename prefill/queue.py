@@ -141,9 +141,7 @@ class PrefillQueue:
 
     def keys_of(self, gateway_id: GatewayId) -> list[RequestKey]:
         """The tries whose tokens go to this gateway."""
-        return [
-            key for key, prompt in self._prompts.items() if prompt.sequence.request.gateway_id == gateway_id
-        ]
+        return [key for key, prompt in self._prompts.items() if prompt.sequence.request.gateway_id == gateway_id]
 
     def fail_all(self, code: str, message: str) -> None:
         """Ends every try on this side: the worker stops."""
@@ -275,9 +273,7 @@ class PrefillQueue:
         async def send(terms: LeaseTerms, timeout_s: float) -> HandoffReply:
             return await self._send_offer(reader, terms, request, timeout_s)
 
-        lease_id = self._holder.open(
-            prompt.sequence.block_ids, reader, send_offer=send, on_ended=self._lease_ended
-        )
+        lease_id = self._holder.open(prompt.sequence.block_ids, reader, send_offer=send, on_ended=self._lease_ended)
         prompt.lease_id = lease_id
         self._leased[lease_id] = prompt
 

@@ -75,9 +75,7 @@ class Server(Protocol):
 class Channel(Protocol):
     """Calls to one address. Connects when first used and reconnects by itself."""
 
-    async def call(
-        self, method: Method[RequestT, ReplyT], request: RequestT, *, timeout_s: float
-    ) -> ReplyT: ...
+    async def call(self, method: Method[RequestT, ReplyT], request: RequestT, *, timeout_s: float) -> ReplyT: ...
 
     def stream(
         self, method: StreamMethod[RequestT, ReplyT], request: RequestT, *, idle_timeout_s: float

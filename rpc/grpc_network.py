@@ -164,9 +164,7 @@ class _Handlers(grpc.GenericRpcHandler):
         self._routes = routes
         self._authorization = None if authorization is None else authorization.encode()
 
-    def service(
-        self, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[bytes, bytes] | None:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         name = handler_call_details.method.removeprefix(PATH_PREFIX)
         try:
             self._check_token(name, handler_call_details.invocation_metadata)
@@ -271,9 +269,7 @@ class GrpcChannel:
         what = f"{method.name} at {self._address}"
         raw = self._codec.encode(request, f"request of {what}")
         try:
-            callee: aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(
-                PATH_PREFIX + method.name
-            )
+            callee: aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(PATH_PREFIX + method.name)
             call = callee(raw, metadata=self._metadata, wait_for_ready=False)
         except aio.UsageError as error:
             raise WorkerUnavailable(f"{what}: the channel is closed") from error

@@ -268,9 +268,7 @@ class _Call:
         self._cancel_handler()
 
     def _message(self, source: str, target: str, packet: _Packet) -> Message:
-        return Message(
-            source=source, target=target, method=self.method, kind=packet.kind, num_bytes=len(packet.raw)
-        )
+        return Message(source=source, target=target, method=self.method, kind=packet.kind, num_bytes=len(packet.raw))
 
 
 def host_of(address: str) -> str:

@@ -20,7 +20,7 @@ from coordinator import CoordinatorShell
 from engine.compose import StepBudget
 from gateway.core import GatewayCore
 from gateway.limits import GatewayLimits
-from kvtransfer import MemoryFabric
+from kvtransfer import MemoryFabric, TransportSet
 from kvtransfer.memory import FateModel, steady_link
 from rpc import MemoryNetwork
 from simulator.clock import VirtualClock
@@ -142,7 +142,7 @@ class SimulatedCluster:
         shell = WorkerShell(
             info=info,
             engine=engine,
-            transport=transport,
+            transports=TransportSet((transport,)),
             network=program,
             clock=clock,
             coordinator_address=COORDINATOR,

@@ -81,9 +81,7 @@ def modelled_identity(*, block_tokens: int = 16) -> KvIdentity:
     """An identity for modelled engines that may exchange blocks."""
     return KvIdentity(
         model_fingerprint="modelled",
-        layout=BlockLayout(
-            num_layers=1, num_kv_heads=1, head_dim=2, block_tokens=block_tokens, dtype="float32"
-        ),
+        layout=BlockLayout(num_layers=1, num_kv_heads=1, head_dim=2, block_tokens=block_tokens, dtype="float32"),
         rope_base=10_000.0,
         protocol_version=PROTOCOL_VERSION,
     )
@@ -143,9 +141,7 @@ class ModelledEngine:
         """Raises InvariantBroken for a plan that no caller may make: overlapping steps, blocks that are too
         few, unknown or written by two sequences, positions past the context."""
         if self._closed or self._running is not None:
-            raise InvariantBroken(
-                f"a step was asked for while {'closed' if self._closed else 'another runs'}"
-            )
+            raise InvariantBroken(f"a step was asked for while {'closed' if self._closed else 'another runs'}")
         self._check(plan)
         prefixes = self._prefix_hashes(plan)
         for step in plan.sequences:
@@ -362,9 +358,7 @@ def _logprobs(token_id: int, num_top: int | None, vocab_size: int) -> TokenLogpr
     """Made up, but the same for the same token: each next token id is e times less likely."""
     if num_top is None:
         return None
-    top = tuple(
-        TopLogprob(token_id=(token_id + rank) % vocab_size, logprob=-0.5 - rank) for rank in range(num_top)
-    )
+    top = tuple(TopLogprob(token_id=(token_id + rank) % vocab_size, logprob=-0.5 - rank) for rank in range(num_top))
     return TokenLogprobs(logprob=-0.5, top=top)
 
 

@@ -118,9 +118,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             self._now_s += wait_s
             self._turns_at_jump = self._turns
         if self._now_s > self._limit_s:
-            self._give_up(
-                LimitReached, f"the program runs past its limit of {self._limit_s:g} virtual seconds"
-            )
+            self._give_up(LimitReached, f"the program runs past its limit of {self._limit_s:g} virtual seconds")
         if self._turns > self._limit_turns:
             self._give_up(LimitReached, f"the program took more than {self._limit_turns} turns of the loop")
         if self._turns - self._turns_at_jump > SPIN_TURNS:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     )
     from contracts.requests import Frame, GenerateRequest
     from engine.plan import Engine
-    from kvtransfer import Transport
+    from kvtransfer import TransportSet
     from rpc import CallContext, Network, Server
 
 AskT = TypeVar("AskT")
@@ -82,7 +82,7 @@ class WorkerShell:
         *,
         info: WorkerInfo,
         engine: Engine,
-        transport: Transport,
+        transports: TransportSet,
         network: Network,
         clock: Clock,
         coordinator_address: str,
@@ -111,7 +111,7 @@ class WorkerShell:
             clock=clock,
             worker=Peer(worker_id=info.worker_id, incarnation=info.incarnation, address=info.address),
             identity=info.identity,
-            transport=transport,
+            transports=transports,
             ttl_s=limits.lease_ttl_s,
             log=log,
         )
@@ -119,7 +119,7 @@ class WorkerShell:
             ledger=self.ledger,
             network=network,
             clock=clock,
-            transport=transport,
+            transports=transports,
             identity=info.identity,
             max_waiting=limits.max_waiting_offers,
             may_reserve=lambda: not self.decode.starving,
@@ -224,8 +224,7 @@ class WorkerShell:
     def _require(self, target: Incarnation, what: str) -> None:
         if target != self._info.incarnation:
             raise StaleIncarnation(
-                f"{what} is meant for {self._info.worker_id} incarnation {target}, "
-                f"this is {self._info.incarnation}"
+                f"{what} is meant for {self._info.worker_id} incarnation {target}, this is {self._info.incarnation}"
             )
         if self._stopping:
             raise NotReady(f"{self._info.worker_id} is stopping", retry_after_s=1.0)
@@ -326,9 +325,7 @@ class WorkerShell:
         await self._deregister()
 
     async def _deregister(self) -> None:
-        leave = DeregisterRequest(
-            worker_id=self._info.worker_id, incarnation=self._info.incarnation, reason="stopped"
-        )
+        leave = DeregisterRequest(worker_id=self._info.worker_id, incarnation=self._info.incarnation, reason="stopped")
         channel = self._network.channel(self._coordinator_address)
         try:
             await channel.call(DEREGISTER, leave, timeout_s=COORDINATOR_TIMEOUT_S)

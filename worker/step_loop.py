@@ -81,10 +81,7 @@ class StepLoop:
     async def _step(self, grants: Sequence[Grant], owners: dict[int, StepSource]) -> None:
         started_s = self._step_started_s = self._clock.now_s()
         plan = StepPlan(
-            tuple(
-                owners[grant.sequence_id].build(grant.sequence_id, grant.num_tokens, started_s)
-                for grant in grants
-            )
+            tuple(owners[grant.sequence_id].build(grant.sequence_id, grant.num_tokens, started_s) for grant in grants)
         )
         try:
             result = await self._engine.step(plan)
@@ -101,17 +98,13 @@ class StepLoop:
         self.steps_total += 1
         self._after_step()
 
-    def _apply(
-        self, grants: Sequence[Grant], owners: dict[int, StepSource], result: StepResult
-    ) -> None:
+    def _apply(self, grants: Sequence[Grant], owners: dict[int, StepSource], result: StepResult) -> None:
         now_s = self._clock.now_s()
         for grant in grants:
             sampled = result.sampled.get(grant.sequence_id)
             owners[grant.sequence_id].apply(grant.sequence_id, grant.num_tokens, sampled, now_s)
 
-    async def _fail(
-        self, grants: Sequence[Grant], owners: dict[int, StepSource], error: Exception
-    ) -> None:
+    async def _fail(self, grants: Sequence[Grant], owners: dict[int, StepSource], error: Exception) -> None:
         await self._engine.quiesce()
         self.failed_steps_total += 1
         self._log(f"engine step of {len(grants)} sequences failed: {type(error).__name__}: {error}")

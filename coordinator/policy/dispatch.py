@@ -42,9 +42,7 @@ class WorkerView:
 
     @property
     def peer(self) -> Peer:
-        return Peer(
-            worker_id=self.info.worker_id, incarnation=self.info.incarnation, address=self.info.address
-        )
+        return Peer(worker_id=self.info.worker_id, incarnation=self.info.incarnation, address=self.info.address)
 
     def can_hold(self, prompt_tokens: int) -> bool:
         """Whether the prompt and one token of an answer fit into all its blocks and into its context."""
@@ -109,9 +107,7 @@ def _place(item: DispatchItem, views: list[WorkerView], limits: DispatchLimits) 
                 f"least loaded: prefill {reader.prefill_load_tokens} tokens pending of {len(readers)} workers, "
                 f"decode {writer.decode_load_tokens} context tokens"
             )
-            return Placement(
-                request_id=item.request_id, prefill=reader.peer, decode=writer.peer, reason=reason
-            )
+            return Placement(request_id=item.request_id, prefill=reader.peer, decode=writer.peer, reason=reason)
     return _not_ready(item, "decode", views, limits)
 
 
@@ -134,9 +130,7 @@ def _writer_for(item: DispatchItem, reader: WorkerView, usable: list[WorkerView]
     return min(writers, key=preference, default=None)
 
 
-def _not_ready(
-    item: DispatchItem, role: str, views: list[WorkerView], limits: DispatchLimits
-) -> Rejection:
+def _not_ready(item: DispatchItem, role: str, views: list[WorkerView], limits: DispatchLimits) -> Rejection:
     present = ", ".join(f"{view.info.worker_id} ({view.info.role})" for view in views) or "none"
     avoided = f", avoiding {', '.join(item.avoid)}" if item.avoid else ""
     return Rejection(
@@ -149,9 +143,7 @@ def _not_ready(
 
 def _too_long(item: DispatchItem, views: list[WorkerView]) -> Rejection:
     layout = views[0].info.identity.layout
-    largest = max(
-        min(view.info.max_context_tokens, view.info.total_blocks * layout.block_tokens) for view in views
-    )
+    largest = max(min(view.info.max_context_tokens, view.info.total_blocks * layout.block_tokens) for view in views)
     return Rejection(
         request_id=item.request_id,
         code="context_length_exceeded",

@@ -92,9 +92,7 @@ async def test_greedy_tokens_equal_the_reference(case: Case, oracles: dict[str, 
         "engine.max_batch_tokens": str(case.chunk_tokens),
         "pools.*.kv_memory": "64MiB",
     }
-    async with running_cluster(
-        model=oracle.model_dir, config=f"configs/{case.config}", overrides=overrides
-    ) as cluster:
+    async with running_cluster(model=oracle.model_dir, config=f"configs/{case.config}", overrides=overrides) as cluster:
         async with httpx.AsyncClient(base_url=cluster.base_url, timeout=60) as client:
             outputs = await asyncio.gather(*(complete(client, prompt) for prompt in oracle.prompts))
         oracle.check(list(outputs))

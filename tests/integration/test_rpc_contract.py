@@ -393,9 +393,7 @@ async def test_two_hundred_calls_at_once(rig: Rig) -> None:
         return note
 
     channel = await rig.serve((ECHO, wait_for_all))
-    replies = await asyncio.gather(
-        *(channel.call(ECHO, Note(number=n), timeout_s=PATIENCE_S) for n in range(200))
-    )
+    replies = await asyncio.gather(*(channel.call(ECHO, Note(number=n), timeout_s=PATIENCE_S) for n in range(200)))
     assert [reply.number for reply in replies] == list(range(200))
 
 
@@ -609,9 +607,7 @@ class Victim:
 
 @asynccontextmanager
 async def _child_process(signal_number: int) -> AsyncGenerator[Victim, None]:
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", CHILD, cwd=ROOT, stdout=asyncio.subprocess.PIPE
-    )
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", CHILD, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
     assert child.stdout is not None
     try:
         address = (await soon(child.stdout.readline())).decode().strip()
@@ -677,9 +673,7 @@ async def _echo_server(network: GrpcNetwork) -> AsyncGenerator[str, None]:
 
 
 @pytest.mark.parametrize(("token", "said"), [(None, "no cluster token"), ("guess", "wrong cluster token")])
-async def test_a_call_without_the_token_is_refused_before_its_body_is_parsed(
-    token: str | None, said: str
-) -> None:
+async def test_a_call_without_the_token_is_refused_before_its_body_is_parsed(token: str | None, said: str) -> None:
     stranger = GrpcNetwork(token=token)
     nonsense = Method("test/Echo", NumberedText, Note)
     async with _echo_server(GrpcNetwork(token="s3cret")) as address:

@@ -32,9 +32,11 @@ from contracts.errors import (
     WorkerUnavailable,
 )
 from contracts.ids import BlockId, Incarnation
-from kvtransfer import ShmTransport, shm, shm_link, shm_pool
-from kvtransfer.shm_pool import HELLO, SEALS, WELCOME, Endpoint, decode_endpoint, encode_endpoint
+from kvtransfer import ShmTransport, shm, shm_door, shm_link
+from kvtransfer.host_pool import SEALS
+from kvtransfer.shm_door import HELLO, WELCOME, Endpoint, decode_endpoint, encode_endpoint
 from rpc import LiveClock
+from tests.support.pools import register_pool
 from tests.unit.kvtransfer.shm_holder import pattern
 
 if TYPE_CHECKING:
@@ -130,7 +132,7 @@ async def reader(
     num_blocks: int = NUM_BLOCKS, block_bytes: int = BLOCK_BYTES, clock: LiveClock | None = None
 ) -> AsyncGenerator[tuple[ShmTransport, memoryview], None]:
     transport = ShmTransport(clock=clock or LiveClock(), incarnation=Incarnation(1))
-    pool = transport.register(num_blocks, block_bytes)
+    pool = register_pool(transport, num_blocks, block_bytes)
     try:
         yield transport, pool
     finally:
@@ -183,7 +185,7 @@ async def test_pool_is_memory_for_tensors_and_aligned() -> None:
 
 async def test_tensors_may_outlive_the_transport() -> None:
     transport = ShmTransport(clock=LiveClock(), incarnation=Incarnation(1))
-    array = np.frombuffer(transport.register(2, 4096), np.uint8)
+    array = np.frombuffer(register_pool(transport, 2, 4096), np.uint8)
     await transport.close()
     assert array.sum() == 0
     del array
@@ -314,7 +316,7 @@ async def test_other_users_are_turned_away(child: Child, monkeypatch: pytest.Mon
         monkeypatch.setattr(shm_link, "peer_uid", another_uid)
         assert isinstance(await failed(transport, child.endpoint), Unauthorized)
         monkeypatch.undo()
-        monkeypatch.setattr(shm_pool, "peer_uid", another_uid)
+        monkeypatch.setattr(shm_door, "peer_uid", another_uid)
         async with reader() as (other, _):
             assert isinstance(await failed(transport, other.endpoint()), WorkerUnavailable)
 
@@ -420,7 +422,7 @@ async def test_pool_that_cannot_be_had_is_a_configuration_error() -> None:
     for num_blocks in (0, 1 << 61):
         transport = ShmTransport(clock=LiveClock(), incarnation=Incarnation(1))
         with pytest.raises(ConfigError, match="cannot map a KV pool"):
-            transport.register(num_blocks, 4096)
+            register_pool(transport, num_blocks, 4096)
         await transport.close()
 
 
@@ -440,9 +442,9 @@ async def test_misuse_is_a_bug() -> None:
     for use in (transport.endpoint, lambda: transport.pull(b"", [])):
         with pytest.raises(InvariantBroken, match="no pool"):
             use()
-    transport.register(1, 4096)
+    register_pool(transport, 1, 4096)
     with pytest.raises(InvariantBroken, match="second pool"):
-        transport.register(1, 4096)
+        register_pool(transport, 1, 4096)
     await transport.close()
     await transport.close()
     with pytest.raises(InvariantBroken, match="no pool"):

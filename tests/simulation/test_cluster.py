@@ -65,9 +65,7 @@ def workload(
     asks: list[Ask] = []
     for _ in range(count):
         max_tokens = rng.randint(1, output)
-        sampling = SamplingParams(
-            temperature=rng.choice([0.0, 1.0]), seed=rng.randrange(2**32), max_tokens=max_tokens
-        )
+        sampling = SamplingParams(temperature=rng.choice([0.0, 1.0]), seed=rng.randrange(2**32), max_tokens=max_tokens)
         cancel_after = rng.randrange(max_tokens + 1) if rng.random() < cancels else None
         asks.append(
             Ask(

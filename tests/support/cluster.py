@@ -124,9 +124,7 @@ class ClusterProcess:
         network = GrpcNetwork(token=state.cluster_token)
         try:
             return {
-                worker.worker_id: await network.channel(worker.address).call(
-                    AUDIT, Empty(), timeout_s=timeout_s
-                )
+                worker.worker_id: await network.channel(worker.address).call(AUDIT, Empty(), timeout_s=timeout_s)
                 for worker in state.workers
                 if worker.address is not None
             }

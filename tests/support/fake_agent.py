@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from cluster.launch import WorkerLaunch
+from cluster.launch import TransferOptions, WorkerLaunch
 from cluster.node_agent import NodeAgent, WorkerPlan
 from cluster.supervision import State, SupervisionLimits
 from contracts.ids import Incarnation, WorkerId
@@ -39,6 +39,7 @@ def fake_plan(name: str, behaviour: str, runtime_dir: Path, *, parent_pid: int |
         max_sequences=4,
         bind="127.0.0.1:0",
         transport="shm",
+        transfer=TransferOptions(),
         runtime_dir=str(runtime_dir),
         parent_pid=parent_pid,
     )

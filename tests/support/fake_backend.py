@@ -174,9 +174,7 @@ class FakeWorker:
     async def wait_cancelled(self, request_id: RequestId | None = None) -> None:
         """Returns once a Cancel (for this request) has arrived."""
         async with self._news:
-            await self._news.wait_for(
-                lambda: any(request_id in (None, key.request_id) for key in self.cancelled)
-            )
+            await self._news.wait_for(lambda: any(request_id in (None, key.request_id) for key in self.cancelled))
 
     def info(self) -> WorkerInfo:
         return WorkerInfo(
@@ -289,9 +287,7 @@ class FakeCluster:
         self.dispatches: list[DispatchRequest] = []
         self._network = network
         self._process = network.process("127.0.0.1")
-        self._roles: dict[str, Role] = (
-            {"prefill-0": "prefill", "decode-0": "decode"} if roles is None else roles
-        )
+        self._roles: dict[str, Role] = {"prefill-0": "prefill", "decode-0": "decode"} if roles is None else roles
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -340,7 +336,6 @@ class FakeCluster:
 
     async def _members(self, body: Empty, context: CallContext) -> MembersReply:
         members = tuple(
-            Member(info=worker.info(), load=WorkerLoad(), heartbeat_age_s=0.1)
-            for worker in self.workers.values()
+            Member(info=worker.info(), load=WorkerLoad(), heartbeat_age_s=0.1) for worker in self.workers.values()
         )
         return MembersReply(members=members)

@@ -42,9 +42,7 @@ class FakeHub:
                 status, headers, body = hub.answer(self.path)
                 self._send(status, headers, body, with_body=False)
 
-            def _send(
-                self, status: int, headers: Mapping[str, str], body: bytes, *, with_body: bool = True
-            ) -> None:
+            def _send(self, status: int, headers: Mapping[str, str], body: bytes, *, with_body: bool = True) -> None:
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(body))}.items():
                     self.send_header(name, value)

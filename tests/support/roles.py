@@ -119,9 +119,7 @@ class RecordingReader:
     cancelled: list[LeaseId] = field(default_factory=list[LeaseId])
     freed: int = 0
 
-    def offer(
-        self, terms: LeaseTerms, *, owner: str, on_adopted: OnAdopted, on_aborted: OnAborted
-    ) -> HandoffReply:
+    def offer(self, terms: LeaseTerms, *, owner: str, on_adopted: OnAdopted, on_aborted: OnAborted) -> HandoffReply:
         self.callbacks[terms.lease_id] = (on_adopted, on_aborted)
         return HandoffReply(verdict="reserved")
 

@@ -49,9 +49,7 @@ _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 TINY_MODELS: dict[str, TinyModel] = {
     "llama": TinyModel("LlamaConfig"),
-    "llama-sharded-biased": TinyModel(
-        "LlamaConfig", {"attention_bias": True, "mlp_bias": True}, sharded=True
-    ),
+    "llama-sharded-biased": TinyModel("LlamaConfig", {"attention_bias": True, "mlp_bias": True}, sharded=True),
     "llama-tied": TinyModel("LlamaConfig", {"tie_word_embeddings": True, "head_dim": 32}),
     "llama-llama3-rope": TinyModel("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE}),
     "llama-linear-rope": TinyModel("LlamaConfig", {"rope_parameters": _LINEAR_ROPE}),

@@ -110,11 +110,7 @@ def test_time_and_chance_are_arguments_below_cluster(name: str) -> None:
 
 @pytest.mark.parametrize("name", packages())
 def test_no_exception_is_swallowed(name: str) -> None:
-    found = [
-        f"{path.relative_to(ROOT)}:{line}"
-        for path in source_files(name)
-        for line in _swallowing_handlers(path)
-    ]
+    found = [f"{path.relative_to(ROOT)}:{line}" for path in source_files(name) for line in _swallowing_handlers(path)]
     assert not found, found
 
 

@@ -136,9 +136,7 @@ async def test_a_worker_that_crashes_when_ready_is_restarted_again_and_again(tmp
 async def test_a_worker_that_dies_at_its_start_is_given_up_and_the_rest_serves(tmp_path: Path) -> None:
     watched = Watched(plans(tmp_path, "start-crash", "ready"), tmp_path, QUICK)
     async with watched.agent:
-        lost, other = await watched.until(
-            lambda workers: [w.state for w in workers] == [State.GIVEN_UP, State.READY]
-        )
+        lost, other = await watched.until(lambda workers: [w.state for w in workers] == [State.GIVEN_UP, State.READY])
         assert lost.problem == "it was ended by SIGSEGV"
         assert not gone(pid_of(other))
     report = "\n".join(watched.said)

@@ -140,9 +140,7 @@ def test_an_unknown_worker_names_the_known_ones(run_tandem: Tandem, tmp_path: Pa
         TANDEM_CLUSTER_TOKEN=TOKEN,
     )
     assert refused.status == 2
-    assert refused.stderr == (
-        "tandem: there is no worker 'other-0'; the configuration has prefill-0, decode-0\n"
-    )
+    assert refused.stderr == ("tandem: there is no worker 'other-0'; the configuration has prefill-0, decode-0\n")
 
 
 def test_the_doctor_finds_what_is_missing(run_tandem: Tandem) -> None:

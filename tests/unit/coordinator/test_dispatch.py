@@ -14,9 +14,7 @@ LAYOUT = BlockLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=16,
 
 
 def identity(fingerprint: str = "m") -> KvIdentity:
-    return KvIdentity(
-        model_fingerprint=fingerprint, layout=LAYOUT, rope_base=10000.0, protocol_version=1
-    )
+    return KvIdentity(model_fingerprint=fingerprint, layout=LAYOUT, rope_base=10000.0, protocol_version=1)
 
 
 def view(
@@ -153,9 +151,7 @@ def test_a_burst_in_one_call_is_spread() -> None:
     contexts=st.lists(st.integers(0, 5000), min_size=1, max_size=6),
     tokens=st.lists(st.integers(1, 3000), min_size=1, max_size=20),
 )
-def test_each_choice_is_a_least_loaded_one(
-    pendings: list[int], contexts: list[int], tokens: list[int]
-) -> None:
+def test_each_choice_is_a_least_loaded_one(pendings: list[int], contexts: list[int], tokens: list[int]) -> None:
     views = [view(f"p{n}", "prefill", pending=load) for n, load in enumerate(pendings)]
     views += [view(f"d{n}", "decode", context=load) for n, load in enumerate(contexts)]
     items = [item(f"r{n}", count) for n, count in enumerate(tokens)]

@@ -63,8 +63,7 @@ class Side:
             lease_id=lease_id,
             holder=READER,
             identity=IDENTITY,
-            transport="shm",
-            endpoint=b"",
+            endpoints={"shm": b""},
             num_blocks=IDENTITY.layout.blocks_for(len(request.token_ids)),
             ttl_s=10.0,
         )
@@ -147,8 +146,9 @@ def test_out_of_blocks_the_newest_is_preempted_and_read_again() -> None:
     assert side.batch.starving
     while side.batch.open_count:
         assert side.step() == 1
-    by_request = {name: [delta.index for delta in side.deltas.seen if delta.request_id == name] for name in
-                  ("old", "new")}
+    by_request = {
+        name: [delta.index for delta in side.deltas.seen if delta.request_id == name] for name in ("old", "new")
+    }
     assert by_request == {"old": [1, 2, 3], "new": [1, 2, 3]}
     side.assert_clean()
 

@@ -17,14 +17,10 @@ _CPU = torch.device("cpu")
 
 
 def _limits(block_tokens: int = 4, num_blocks: int = 50) -> BatchLimits:
-    return BatchLimits(
-        block_tokens=block_tokens, num_blocks=num_blocks, max_context_tokens=90, vocab_size=100
-    )
+    return BatchLimits(block_tokens=block_tokens, num_blocks=num_blocks, max_context_tokens=90, vocab_size=100)
 
 
-def _step(
-    start: int, tokens: list[int], blocks: list[int], *, sample: bool = False, name: int = 0
-) -> SequenceStep:
+def _step(start: int, tokens: list[int], blocks: list[int], *, sample: bool = False, name: int = 0) -> SequenceStep:
     return SequenceStep(
         sequence_id=name,
         token_ids=tokens,
@@ -38,9 +34,7 @@ def _ints(tensor: torch.Tensor) -> list[int]:
     return [int(each) for each in tensor]
 
 
-_SEQUENCES = st.lists(
-    st.tuples(st.integers(0, 60), st.integers(1, 30), st.booleans()), min_size=1, max_size=5
-)
+_SEQUENCES = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 30), st.booleans()), min_size=1, max_size=5)
 
 
 @given(_SEQUENCES, st.sampled_from([1, 3, 4, 16]))
@@ -63,9 +57,7 @@ def test_rows_tables_and_slots(shapes: list[tuple[int, int, bool]], block_tokens
         rows = range(starts[index], starts[index + 1])
         positions = range(step.start, step.start + len(step.token_ids))
         assert _ints(attention.positions_T[rows.start : rows.stop]) == list(positions)
-        slots = [
-            step.block_ids[each // block_tokens] * block_tokens + each % block_tokens for each in positions
-        ]
+        slots = [step.block_ids[each // block_tokens] * block_tokens + each % block_tokens for each in positions]
         assert _ints(attention.slots_T[rows.start : rows.stop]) == slots
         used = -(-positions.stop // block_tokens)
         assert _ints(attention.block_tables_SM[index, :used]) == list(step.block_ids[:used])

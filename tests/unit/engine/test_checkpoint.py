@@ -198,9 +198,7 @@ def test_fingerprints_tell_models_apart(single: Path, sharded: Path, tmp_path: P
 def test_stored_dtype_is_that_of_most_bytes(single: Path) -> None:
     assert stored_dtype(single) == torch.float32
     stored = _safetensors.load_file(single / "model.safetensors")
-    halves = {
-        name.replace(".", "__"): tensor.bfloat16() for name, tensor in stored.items() if "norm" not in name
-    }
+    halves = {name.replace(".", "__"): tensor.bfloat16() for name, tensor in stored.items() if "norm" not in name}
     _rewrite(single, **halves)
     assert stored_dtype(single) == torch.bfloat16
 

@@ -14,9 +14,7 @@ _ARRIVALS = st.integers(0, 5)
 def _queues(draw: st.DrawFn) -> tuple[list[Candidate], list[Candidate]]:
     ids = draw(st.lists(st.integers(0, 100), max_size=20, unique=True))
     num_decodes = draw(st.integers(0, len(ids)))
-    decodes = [
-        Candidate(sequence_id=each, num_tokens=1, arrival=draw(_ARRIVALS)) for each in ids[:num_decodes]
-    ]
+    decodes = [Candidate(sequence_id=each, num_tokens=1, arrival=draw(_ARRIVALS)) for each in ids[:num_decodes]]
     chunks = [
         Candidate(
             sequence_id=each,
@@ -33,9 +31,7 @@ _BUDGETS = st.builds(StepBudget, max_tokens=st.integers(1, 60), max_sequences=st
 
 
 @given(_queues(), _BUDGETS)
-def test_the_budget_is_never_exceeded(
-    queues: tuple[list[Candidate], list[Candidate]], budget: StepBudget
-) -> None:
+def test_the_budget_is_never_exceeded(queues: tuple[list[Candidate], list[Candidate]], budget: StepBudget) -> None:
     grants = compose(*queues, budget)
     assert sum(grant.num_tokens for grant in grants) <= budget.max_tokens
     assert len(grants) <= budget.max_sequences
@@ -43,18 +39,14 @@ def test_the_budget_is_never_exceeded(
 
 
 @given(_queues(), _BUDGETS)
-def test_decodes_never_wait_for_prompts(
-    queues: tuple[list[Candidate], list[Candidate]], budget: StepBudget
-) -> None:
+def test_decodes_never_wait_for_prompts(queues: tuple[list[Candidate], list[Candidate]], budget: StepBudget) -> None:
     grants = compose(*queues, budget)
     decoding = sum(grant.reason is GrantReason.DECODE for grant in grants)
     assert decoding == min(len(queues[0]), budget.max_tokens, budget.max_sequences)
 
 
 @given(_queues(), _BUDGETS)
-def test_nobody_is_passed_within_a_class(
-    queues: tuple[list[Candidate], list[Candidate]], budget: StepBudget
-) -> None:
+def test_nobody_is_passed_within_a_class(queues: tuple[list[Candidate], list[Candidate]], budget: StepBudget) -> None:
     """Whoever waits arrived no earlier than everyone granted of its class; only the last chunk is partial."""
     by_id = {each.sequence_id: each for each in (*queues[0], *queues[1])}
     grants = compose(*queues, budget)

@@ -37,9 +37,7 @@ def _runner(oracle: Oracle, ops: Ops, *, block_tokens: int = 16) -> Runner:
     return load_runner(oracle.model_dir, EngineOptions(num_blocks=num_blocks, block_tokens=block_tokens), ops)
 
 
-def _driver(
-    runner: Runner, *, max_tokens: int, max_sequences: int = 64, preempt_share: float = 0.0
-) -> Driver:
+def _driver(runner: Runner, *, max_tokens: int, max_sequences: int = 64, preempt_share: float = 0.0) -> Driver:
     return Driver(
         runner=runner,
         budget=StepBudget(max_tokens=max_tokens, max_sequences=max_sequences),
@@ -102,9 +100,7 @@ def test_a_chunk_of_one_token(oracles: Callable[[str], Oracle], cpu_ops: Ops) ->
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-window"])
-def test_preempted_sequences_are_recomputed_exactly(
-    name: str, oracles: Callable[[str], Oracle], cpu_ops: Ops
-) -> None:
+def test_preempted_sequences_are_recomputed_exactly(name: str, oracles: Callable[[str], Oracle], cpu_ops: Ops) -> None:
     """Prompt and output so far are computed again, in other blocks that hold other sequences' old KV."""
     oracle = oracles(name)
     driver = _driver(_runner(oracle, cpu_ops), max_tokens=256, preempt_share=0.3)

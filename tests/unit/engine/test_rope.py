@@ -83,9 +83,7 @@ def test_older_form_is_the_same(name: str) -> None:
     theta = rope.pop("rope_theta")
     rope["type"] = rope.pop("rope_type")
     scaling = None if name == "default" else rope
-    old = parse_model_config(
-        json.dumps({**_BASE, "rope_scaling": scaling, "rope_theta": theta}).encode(), where="test"
-    )
+    old = parse_model_config(json.dumps({**_BASE, "rope_scaling": scaling, "rope_theta": theta}).encode(), where="test")
     new = parse_model_config(json.dumps({**_BASE, "rope_parameters": _ROPES[name]}).encode(), where="test")
     assert old.rope == new.rope
 

@@ -103,10 +103,7 @@ def test_dummy_weights_need_no_weight_file(model_dir: Path, tmp_path: Path) -> N
     first, second = _load(tmp_path, options), _load(tmp_path, options)
     assert first.run(plan) == second.run(plan)
     assert first.identity == second.identity
-    assert (
-        first.identity.model_fingerprint
-        != _load(model_dir, EngineOptions(num_blocks=4)).identity.model_fingerprint
-    )
+    assert first.identity.model_fingerprint != _load(model_dir, EngineOptions(num_blocks=4)).identity.model_fingerprint
 
 
 def test_a_step_writes_nothing_but_its_positions(model_dir: Path) -> None:
@@ -114,9 +111,7 @@ def test_a_step_writes_nothing_but_its_positions(model_dir: Path) -> None:
     pool = runner.pool.tensor_NKL2BE
     with torch.inference_mode():
         pool.fill_(7.0)
-    step = SequenceStep(
-        sequence_id=1, token_ids=[1, 2, 3], start=15, block_ids=[BlockId(4), BlockId(2)], sample=None
-    )
+    step = SequenceStep(sequence_id=1, token_ids=[1, 2, 3], start=15, block_ids=[BlockId(4), BlockId(2)], sample=None)
     assert runner.run(StepPlan((step,))).sampled == {}
     untouched = pool == 7.0
     assert untouched[[0, 1, 3]].all()

@@ -20,9 +20,7 @@ _EOS = (3,)
 _SAMPLER = Sampler(_EOS)
 
 
-def _spec(
-    *, output_index: int = 0, history: tuple[int, ...] = (), num_prompt: int = 0, **params: Any
-) -> SampleSpec:
+def _spec(*, output_index: int = 0, history: tuple[int, ...] = (), num_prompt: int = 0, **params: Any) -> SampleSpec:
     return SampleSpec(
         params=SamplingParams(max_tokens=100, **params),
         output_index=output_index,
@@ -97,8 +95,7 @@ def test_draws_follow_the_filtered_distribution(params: dict[str, Any]) -> None:
     assert set(draws) <= {token for token in range(17) if float(expected[token]) > 0}
     counted = [token for token in range(17) if float(expected[token]) * 4000 >= 5]
     statistic = sum(
-        (draws[token] - float(expected[token]) * 4000) ** 2 / (float(expected[token]) * 4000)
-        for token in counted
+        (draws[token] - float(expected[token]) * 4000) ** 2 / (float(expected[token]) * 4000) for token in counted
     )
     # Five standard deviations of the statistic above its mean.
     degrees = len(counted)
@@ -206,9 +203,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     assert first.logprobs.logprob == pytest.approx(float(expected[0, 7]), abs=1e-5)
     values, ids = expected[0].topk(5)
     assert [each.token_id for each in first.logprobs.top] == [int(each) for each in ids]
-    assert [each.logprob for each in first.logprobs.top] == pytest.approx(
-        [float(each) for each in values], abs=1e-5
-    )
+    assert [each.logprob for each in first.logprobs.top] == pytest.approx([float(each) for each in values], abs=1e-5)
     assert second.logprobs is not None
     assert second.logprobs.top == ()
     assert third.logprobs is None
@@ -223,8 +218,6 @@ def test_more_logprobs_than_tokens() -> None:
 def test_the_logits_are_not_changed() -> None:
     logits = _random_logits(2, 30, seed=8)
     before = logits.clone()
-    spec = _spec(
-        history=(1, 2), num_prompt=1, repetition_penalty=1.5, presence_penalty=1.0, min_tokens=3, top_p=0.5
-    )
+    spec = _spec(history=(1, 2), num_prompt=1, repetition_penalty=1.5, presence_penalty=1.0, min_tokens=3, top_p=0.5)
     _SAMPLER.sample(logits, [spec, _spec(temperature=0.0)])
     assert torch.equal(logits, before)

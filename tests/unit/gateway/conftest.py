@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from contracts.messages import Role
 
 #: Short enough for tests, long enough for a loaded machine where nothing is meant to expire.
-QUICK = GatewayLimits(
-    gap_timeout_s=0.05, reopen_backoff_s=0.01, max_reopen_backoff_s=0.01, cancel_backoff_s=0.01
-)
+QUICK = GatewayLimits(gap_timeout_s=0.05, reopen_backoff_s=0.01, max_reopen_backoff_s=0.01, cancel_backoff_s=0.01)
 
 
 @pytest.fixture
@@ -53,17 +51,13 @@ def limits() -> GatewayLimits:
 
 
 @pytest.fixture
-async def cluster(
-    network: MemoryNetwork, roles: dict[str, Role], script: Script
-) -> AsyncIterator[FakeCluster]:
+async def cluster(network: MemoryNetwork, roles: dict[str, Role], script: Script) -> AsyncIterator[FakeCluster]:
     async with FakeCluster(network, roles, script) as cluster:
         yield cluster
 
 
 @asynccontextmanager
-async def run_core(
-    network: MemoryNetwork, cluster: FakeCluster, limits: GatewayLimits
-) -> AsyncGenerator[GatewayCore]:
+async def run_core(network: MemoryNetwork, cluster: FakeCluster, limits: GatewayLimits) -> AsyncGenerator[GatewayCore]:
     process = network.process("127.0.0.1")
     silent = structlog.make_filtering_bound_logger(logging.CRITICAL)
     log = structlog.wrap_logger(structlog.ReturnLogger(), wrapper_class=silent)
@@ -73,9 +67,7 @@ async def run_core(
 
 
 @pytest.fixture
-async def core(
-    network: MemoryNetwork, cluster: FakeCluster, limits: GatewayLimits
-) -> AsyncIterator[GatewayCore]:
+async def core(network: MemoryNetwork, cluster: FakeCluster, limits: GatewayLimits) -> AsyncIterator[GatewayCore]:
     async with run_core(network, cluster, limits) as core:
         yield core
 

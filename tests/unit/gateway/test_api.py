@@ -81,9 +81,7 @@ async def test_a_chat_answer(client: httpx.AsyncClient, script: Script, cluster:
 
 async def test_a_chat_stream(client: httpx.AsyncClient, script: Script) -> None:
     says(script, "Hello there! 😀")
-    chunks = await events(
-        client, "/v1/chat/completions", messages=USER, stream_options={"include_usage": True}
-    )
+    chunks = await events(client, "/v1/chat/completions", messages=USER, stream_options={"include_usage": True})
     assert len({(chunk["id"], chunk["created"], chunk["object"]) for chunk in chunks}) == 1
     assert chunks[0]["object"] == "chat.completion.chunk"
     *answers, last = chunks
@@ -373,9 +371,7 @@ async def test_health_follows_the_cluster(client: httpx.AsyncClient, cluster: Fa
     assert (await client.get("/ready")).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "settings", [GatewaySettings(served_model_names=("m",), max_model_len=9, health_cache_s=0)]
-)
+@pytest.mark.parametrize("settings", [GatewaySettings(served_model_names=("m",), max_model_len=9, health_cache_s=0)])
 @pytest.mark.parametrize(
     ("roles", "reason"),
     [
@@ -384,9 +380,7 @@ async def test_health_follows_the_cluster(client: httpx.AsyncClient, cluster: Fa
         ({}, "no prefill and no decode worker"),
     ],
 )
-async def test_health_names_what_is_missing(
-    client: httpx.AsyncClient, cluster: FakeCluster, reason: str
-) -> None:
+async def test_health_names_what_is_missing(client: httpx.AsyncClient, cluster: FakeCluster, reason: str) -> None:
     response = await client.get("/health")
     assert (response.status_code, response.json()["reason"]) == (503, reason)
     assert response.headers["retry-after"] == "1"

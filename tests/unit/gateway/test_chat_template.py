@@ -109,9 +109,7 @@ def reference(template: str, messages: list[dict[str, Any]], **variables: Any) -
 
 
 def ours(source: str) -> ChatTemplate:
-    return ChatTemplate(
-        source, special_tokens={"bos_token": "<s>", "eos_token": "</s>"}, wall_s=lambda: 86_400.0
-    )
+    return ChatTemplate(source, special_tokens={"bos_token": "<s>", "eos_token": "</s>"}, wall_s=lambda: 86_400.0)
 
 
 @pytest.mark.parametrize("source", [HEADER_STYLE, CHATML_STYLE, INST_STYLE, FILTERS])

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 
 def submission(max_tokens: int = 5, deadline_s: float = 30.0) -> Submission:
-    return Submission(
-        token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=max_tokens), deadline_s=deadline_s
-    )
+    return Submission(token_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=max_tokens), deadline_s=deadline_s)
 
 
 async def tokens_of(stream: RequestStream) -> list[int]:
@@ -143,9 +141,7 @@ async def test_cancel_at_every_stage_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
-async def test_a_killed_worker_ends_its_requests_at_once(
-    core: GatewayCore, cluster: FakeCluster, victim: str
-) -> None:
+async def test_a_killed_worker_ends_its_requests_at_once(core: GatewayCore, cluster: FakeCluster, victim: str) -> None:
     cluster.gates.close(0 if victim == "prefill-0" else 2)
     streams = [core.submit(submission()) for _ in range(3)]
     await cluster.gates.reached(0 if victim == "prefill-0" else 2)
@@ -283,9 +279,7 @@ async def test_members_are_the_coordinators(core: GatewayCore, cluster: FakeClus
     assert [member.info.worker_id for member in await core.members()] == ["prefill-0", "decode-0"]
 
 
-async def test_a_worker_of_another_life_at_the_address_is_stale(
-    core: GatewayCore, cluster: FakeCluster
-) -> None:
+async def test_a_worker_of_another_life_at_the_address_is_stale(core: GatewayCore, cluster: FakeCluster) -> None:
     cluster.workers["decode-0"].incarnation = Incarnation(9)
     with pytest.raises(TandemError) as caught:
         await core.submit(submission()).accepted()

@@ -132,9 +132,7 @@ async def test_an_image_is_refused_clearly(client: httpx.AsyncClient) -> None:
     content = [{"type": "text", "text": "what is this?"}, {"type": "image_url", "image_url": {"url": "x"}}]
     body = {"messages": [{"role": "user", "content": content}]}
     error = check_error(await client.post(CHAT, json=body), 400)
-    assert error["message"] == (
-        "messages[0].content[1]: parts of type 'image_url' are not supported, only text"
-    )
+    assert error["message"] == ("messages[0].content[1]: parts of type 'image_url' are not supported, only text")
 
 
 @pytest.mark.parametrize(
@@ -172,9 +170,7 @@ async def test_errors_do_not_repeat_what_was_sent(client: httpx.AsyncClient, pat
 
 
 async def test_a_prompt_longer_than_the_context(client: httpx.AsyncClient) -> None:
-    error = check_error(
-        await client.post(TEXT, json={"prompt": [5] * 300}), 400, code="context_length_exceeded"
-    )
+    error = check_error(await client.post(TEXT, json={"prompt": [5] * 300}), 400, code="context_length_exceeded")
     assert "200" in error["message"]
     assert "300" in error["message"]
     response = await client.post(TEXT, json={"prompt": [5] * 150, "max_tokens": 51})
@@ -185,9 +181,7 @@ async def test_a_prompt_longer_than_the_context(client: httpx.AsyncClient) -> No
 
 
 async def test_an_absurdly_long_text_is_refused_without_tokenising(client: httpx.AsyncClient) -> None:
-    error = check_error(
-        await client.post(TEXT, json={"prompt": "a" * 5_000_000}), 400, code="context_length_exceeded"
-    )
+    error = check_error(await client.post(TEXT, json={"prompt": "a" * 5_000_000}), 400, code="context_length_exceeded")
     assert "at least" in error["message"]
 
 

@@ -140,9 +140,7 @@ def test_any_order_and_any_repeats_give_each_token_once(data: st.DataObject, num
 def test_logprobs_are_cut_with_their_tokens() -> None:
     request = streaming()
     request.handle(received(delta(0, 5)), 2.0)
-    part = TokenDelta(
-        request_id=ID, index=0, token_ids=(5, 6), logprobs=(TokenLogprobs(-1.0), TokenLogprobs(-2.0))
-    )
+    part = TokenDelta(request_id=ID, index=0, token_ids=(5, 6), logprobs=(TokenLogprobs(-1.0), TokenLogprobs(-2.0)))
     out = request.handle(received(part), 2.0)
     assert [instruction.delta for instruction in out if isinstance(instruction, own.Deliver)] == [
         TokenDelta(request_id=ID, index=1, token_ids=(6,), logprobs=(TokenLogprobs(-2.0),))

@@ -305,9 +305,7 @@ def test_an_address_of_another_machine_is_named() -> None:
         bind(settings)
 
 
-async def test_stopping_lets_an_answer_end(
-    app: FastAPI, cluster: FakeCluster, settings: GatewaySettings
-) -> None:
+async def test_stopping_lets_an_answer_end(app: FastAPI, cluster: FakeCluster, settings: GatewaySettings) -> None:
     cluster.gates.close(2)
     async with serving(app, settings) as served, connect(served) as raw:
         await raw.post("/v1/chat/completions", chat(stream=True, max_tokens=4))

@@ -44,9 +44,7 @@ def test_however_the_text_is_cut_the_result_is_that_of_the_naive_search(
 
 
 @given(text=TEXTS, stops=STOPS, cuts=st.lists(st.integers(0, 30)))
-def test_no_more_is_held_than_may_begin_a_stop_string(
-    text: str, stops: tuple[str, ...], cuts: list[int]
-) -> None:
+def test_no_more_is_held_than_may_begin_a_stop_string(text: str, stops: tuple[str, ...], cuts: list[int]) -> None:
     matcher = StopMatcher(stops)
     given_out = ""
     for end, character in enumerate(text, 1):

@@ -35,8 +35,7 @@ def terms(
         lease_id=lease_id,
         holder=holder,
         identity=identity,
-        transport=transport,
-        endpoint=endpoint,
+        endpoints={transport: endpoint},
         num_blocks=num_blocks,
         ttl_s=ttl_s,
     )

@@ -13,6 +13,7 @@ import sys
 from contracts.ids import Incarnation
 from kvtransfer import ShmTransport
 from rpc import LiveClock
+from tests.support.pools import register_pool
 
 
 def pattern(block: int, block_bytes: int) -> bytes:
@@ -22,7 +23,7 @@ def pattern(block: int, block_bytes: int) -> bytes:
 
 async def hold(num_blocks: int, block_bytes: int) -> None:
     transport = ShmTransport(clock=LiveClock(), incarnation=Incarnation(7))
-    pool = transport.register(num_blocks, block_bytes)
+    pool = register_pool(transport, num_blocks, block_bytes)
     for block in range(num_blocks):
         pool[block * block_bytes : (block + 1) * block_bytes] = pattern(block, block_bytes)
     sys.stdout.write(transport.endpoint().hex() + "\n")

@@ -374,9 +374,7 @@ def test_offer_waits_as_long_as_the_reader_says() -> None:
     assert isinstance(bench.after(0.2)[0], SendOffer)
 
 
-@pytest.mark.parametrize(
-    "error", [BadRequest("never fits"), StaleIncarnation("old"), IncompatiblePeer("other")]
-)
+@pytest.mark.parametrize("error", [BadRequest("never fits"), StaleIncarnation("old"), IncompatiblePeer("other")])
 def test_offer_that_cannot_succeed_is_not_repeated(error: BadRequest) -> None:
     bench = Bench().opened()
     (ended,) = bench.feed(OfferFailed(LEASE, error))
@@ -440,9 +438,7 @@ def test_term_counts_from_each_grant() -> None:
     bench.feed(RENEW)
     assert bench.after(TTL_S - 1) == []
     (ended,) = bench.after(1)
-    assert ended == LeaseEnded(
-        lease_id=LEASE, outcome=LeaseOutcome.EXPIRED, reason="the reader did not renew it"
-    )
+    assert ended == LeaseEnded(lease_id=LEASE, outcome=LeaseOutcome.EXPIRED, reason="the reader did not renew it")
     assert bench.feed(CONFIRM) == [
         Answer(ConfirmReply(stands=False, reason="the holder let the lease go")),
     ]

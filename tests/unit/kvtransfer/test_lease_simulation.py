@@ -190,8 +190,7 @@ class HolderNode:
             lease_id=lease_id,
             holder=self.me,
             identity=IDENTITY,
-            transport="memory",
-            endpoint=str(self.me.incarnation).encode(),
+            endpoints={"memory": str(self.me.incarnation).encode()},
             num_blocks=num_blocks,
             ttl_s=TTL_S,
         )
@@ -301,7 +300,7 @@ class ReaderNode:
         self.offset_s = world.rng.uniform(0, 1000)
         self.me = Peer(worker_id=WorkerId("d"), incarnation=Incarnation(incarnation), address="d:1")
         self.ledger = Ledger(READER_BLOCKS)
-        self.machine = Reader(self.ledger, IDENTITY, "memory", max_waiting=3, max_pull_bytes=2 * 64)
+        self.machine = Reader(self.ledger, IDENTITY, ("memory",), max_waiting=3, max_pull_bytes=2 * 64)
         self.contents: list[Content] = [None] * READER_BLOCKS
         #: Leases whose offer was accepted, and how each ended.
         self.accepted: set[LeaseId] = set()
@@ -405,7 +404,7 @@ class ReaderNode:
 
     def _start_pull(self, order: r.StartPull) -> None:
         rng = self.world.rng
-        source = self.cluster.holders[int(order.endpoint)]
+        source = self.cluster.holders[int(order.endpoints["memory"])]
         duration_s = rng.uniform(0.001, 0.02)
         if self.world.faulty and rng.random() < 0.1:
             duration_s = rng.uniform(0.5, 8.0)

@@ -253,9 +253,7 @@ def test_quarantine_is_never_handed_out() -> None:
     ledger.begin_pull(A)
     assert not ledger.abort(A)
     assert ledger.allocate("r", 1) is None
-    assert repr(ledger) == (
-        "<Ledger [4 quarantined, 0 reserved, 0 owned, 0 offered, 0 cached, 0 free | 4 blocks]>"
-    )
+    assert repr(ledger) == ("<Ledger [4 quarantined, 0 reserved, 0 owned, 0 offered, 0 cached, 0 free | 4 blocks]>")
     ledger.settle(A)
     assert ledger.allocate("r", 4) is not None
 

@@ -73,7 +73,7 @@ class Bench:
     def __init__(self, *, max_waiting: int = 4) -> None:
         self.now_s = 100.0
         self.ledger = Ledger(8)
-        self.reader = Reader(self.ledger, IDENTITY, "memory", max_waiting=max_waiting, max_pull_bytes=10 * 64)
+        self.reader = Reader(self.ledger, IDENTITY, ("memory",), max_waiting=max_waiting, max_pull_bytes=10 * 64)
         self.last: list[ReaderInstruction] = []
 
     def feed(self, *events: ReaderEvent) -> list[ReaderInstruction]:
@@ -348,7 +348,8 @@ def test_offer_to_adoption() -> None:
     assert reply == ReplyProgress(ProgressReply(known=True, expected=2))
     assert pull == StartPull(
         lease_id=LEASE,
-        endpoint=b"pool",
+        holder=HOLDER,
+        endpoints={"memory": b"pool"},
         pairs=((BlockId(4), BlockId(0)), (BlockId(5), BlockId(1))),
     )
     bench.feed(ProgressArrived(progress(2, 6, seal=SEAL)))
@@ -360,9 +361,7 @@ def test_offer_to_adoption() -> None:
     assert (question.holder, question.body.lease_id) == (HOLDER, LEASE)
     adopted, ack = bench.feed(ConfirmAnswered(LEASE, ConfirmReply(stands=True)))
     owner = f"owner of {LEASE}"
-    assert adopted == LeaseAdopted(
-        lease_id=LEASE, owner=owner, blocks=[BlockId(0), BlockId(1), BlockId(2)], seal=SEAL
-    )
+    assert adopted == LeaseAdopted(lease_id=LEASE, owner=owner, blocks=[BlockId(0), BlockId(1), BlockId(2)], seal=SEAL)
     assert isinstance(ack, SendAck)
     assert bench.ledger.blocks_of(owner) == [0, 1, 2]
     bench.feed(AckEnded(KEY, None))
@@ -386,7 +385,7 @@ def test_seal_before_the_reservation_needs_no_second_message() -> None:
 def test_large_pulls_are_cut() -> None:
     bench = Bench()
     layout_bytes = IDENTITY.layout.block_bytes
-    bench.reader = Reader(bench.ledger, IDENTITY, "memory", max_pull_bytes=2 * layout_bytes)
+    bench.reader = Reader(bench.ledger, IDENTITY, ("memory",), max_pull_bytes=2 * layout_bytes)
     bench.feed(offered(), ProgressArrived(progress(0, 4, 5, 6)))
     assert [len(each.pairs) for each in bench.last if isinstance(each, StartPull)] == [2]
     (rest,) = bench.feed(DONE)
@@ -449,7 +448,7 @@ def test_refusals_name_both_sides() -> None:
     assert "rope_base: 10000.0 here, 5.0 there" in str(error)
     error = refused(Bench(), Offered(terms=terms(transport="ucx"), owner="r"))
     assert isinstance(error, IncompatiblePeer)
-    assert "'memory' here, 'ucx' there" in str(error)
+    assert "memory here, ucx there" in str(error)
     error = refused(Bench(), offered(num_blocks=9))
     assert isinstance(error, BadRequest)
     assert "9 blocks can never fit: this pool has 8" in str(error)

@@ -21,10 +21,11 @@ from contracts.errors import (
 from contracts.ids import BlockId, GatewayId, Incarnation, LeaseId, RequestId, WorkerId
 from contracts.messages import HANDOFF, HandoffReply, HandoffRequest, LeaseTerms, Peer, Seal
 from contracts.requests import GenerateRequest, SamplingParams
-from kvtransfer import HolderService, LeaseOutcome, Ledger, MemoryFabric, ReaderService
+from kvtransfer import HolderService, LeaseOutcome, Ledger, MemoryFabric, ReaderService, TransportSet
 from kvtransfer.memory import PullFate, PullInfo, steady_link
 from rpc import MemoryNetwork
 from simulator import Program, VirtualClock, run
+from tests.support.pools import register_pool
 from tests.unit.kvtransfer.builders import IDENTITY, SEAL
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class PrefillSide:
         self.network: MemoryProcess = cluster.network.process("p")
         self.ledger = Ledger(NUM_BLOCKS)
         self.transport = cluster.fabric.transport("p")
-        self.pool = self.transport.register(NUM_BLOCKS, BLOCK_BYTES)
+        self.pool = register_pool(self.transport, NUM_BLOCKS, BLOCK_BYTES)
         self.server = self.network.server("p:0")
         self.ends = Ends()
         self.clock = VirtualClock(offset_s=1000.0)
@@ -94,7 +95,7 @@ class PrefillSide:
             clock=self.clock,
             worker=self.me,
             identity=self.identity,
-            transport=self.transport,
+            transports=TransportSet((self.transport,)),
             ttl_s=TTL_S,
             log=print,
         )
@@ -132,7 +133,7 @@ class DecodeSide:
         self.network: MemoryProcess = cluster.network.process("d")
         self.ledger = Ledger(NUM_BLOCKS)
         self.transport = cluster.fabric.transport("d")
-        self.pool = self.transport.register(NUM_BLOCKS, BLOCK_BYTES)
+        self.pool = register_pool(self.transport, NUM_BLOCKS, BLOCK_BYTES)
         self.server = self.network.server("d:0")
         self.ends = Ends()
         self.verdicts: list[str] = []
@@ -143,7 +144,7 @@ class DecodeSide:
             ledger=self.ledger,
             network=self.network,
             clock=self.clock,
-            transport=self.transport,
+            transports=TransportSet((self.transport,)),
             identity=IDENTITY,
             max_waiting=2,
             log=print,

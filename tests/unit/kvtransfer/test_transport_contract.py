@@ -9,12 +9,13 @@ import pytest
 
 from contracts.errors import BadRequest, Cancelled, IncompatiblePeer, TandemError, WorkerUnavailable
 from contracts.ids import BlockId, Incarnation
-from kvtransfer import MemoryFabric, ShmTransport, Transport
-from kvtransfer.memory import BytesStore, PullFate, PullInfo
-from kvtransfer.shm import runs
+from kvtransfer import HostPool, MemoryFabric, ShmTransport, Transport
+from kvtransfer.memory import PoolStore, PullFate, PullInfo
 from kvtransfer.timers import Deadlines, retry_delay_s
+from kvtransfer.transport import runs
 from rpc import LiveClock
 from simulator import Program, run
+from tests.support.pools import register_pool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -52,7 +53,7 @@ def pair(source: int, target: int) -> BlockPair:
 
 async def test_pull_copies_exactly_its_pairs(make: MakeTransport) -> None:
     holder, reader = make("p"), make("d")
-    source, target = holder.register(4, BLOCK_BYTES), reader.register(6, BLOCK_BYTES)
+    source, target = register_pool(holder, 4, BLOCK_BYTES), register_pool(reader, 6, BLOCK_BYTES)
     assert len(source) == 4 * BLOCK_BYTES
     assert not any(source)
     for index in range(4):
@@ -75,9 +76,9 @@ async def error_of(reader: Transport, endpoint: bytes, *pairs: BlockPair) -> Tan
 
 async def test_what_a_peer_does_wrong_is_the_results_error(make: MakeTransport) -> None:
     holder, reader, other = make("p"), make("d"), make("o")
-    holder.register(4, BLOCK_BYTES)
-    reader.register(6, BLOCK_BYTES)
-    other.register(4, 2 * BLOCK_BYTES)
+    register_pool(holder, 4, BLOCK_BYTES)
+    register_pool(reader, 6, BLOCK_BYTES)
+    register_pool(other, 4, 2 * BLOCK_BYTES)
     assert isinstance(await error_of(reader, other.endpoint(), pair(0, 0)), IncompatiblePeer)
     assert isinstance(await error_of(reader, holder.endpoint(), pair(4, 0)), BadRequest)
     assert isinstance(await error_of(reader, holder.endpoint(), pair(0, 6)), BadRequest)
@@ -90,8 +91,8 @@ async def test_what_a_peer_does_wrong_is_the_results_error(make: MakeTransport) 
 
 async def test_wait_repeats_and_outlives_its_waiters(make: MakeTransport) -> None:
     holder, reader = make("p"), make("d")
-    holder.register(4, BLOCK_BYTES)
-    reader.register(4, BLOCK_BYTES)
+    register_pool(holder, 4, BLOCK_BYTES)
+    register_pool(reader, 4, BLOCK_BYTES)
     pull = reader.pull(holder.endpoint(), [pair(0, 0)])
     waiting = asyncio.ensure_future(pull.wait())
     await asyncio.sleep(0)
@@ -104,8 +105,8 @@ async def test_wait_repeats_and_outlives_its_waiters(make: MakeTransport) -> Non
 
 async def test_empty_pull_is_a_pull(make: MakeTransport) -> None:
     holder, reader = make("p"), make("d")
-    holder.register(1, BLOCK_BYTES)
-    reader.register(1, BLOCK_BYTES)
+    register_pool(holder, 1, BLOCK_BYTES)
+    register_pool(reader, 1, BLOCK_BYTES)
     assert await error_of(reader, holder.endpoint()) is None
 
 
@@ -115,7 +116,7 @@ def in_memory(fate: Callable[[PullInfo], PullFate], seconds: list[float]) -> lis
     async def main(program: Program) -> list[object]:
         fabric = MemoryFabric(fate)
         holder, reader = fabric.transport("p"), fabric.transport("d")
-        source, target = holder.register(1, BLOCK_BYTES), reader.register(1, BLOCK_BYTES)
+        source, target = register_pool(holder, 1, BLOCK_BYTES), register_pool(reader, 1, BLOCK_BYTES)
         source[0] = 9
         pull = reader.pull(holder.endpoint(), [pair(0, 0)])
         await asyncio.sleep(seconds[0])
@@ -139,13 +140,13 @@ def test_memory_pull_of_a_crashed_holder_fails_and_a_crashed_reader_gets_nothing
     async def main(program: Program) -> None:
         fabric = MemoryFabric(lambda info: PullFate(duration_s=1.0))
         holder, reader = fabric.transport("p"), fabric.transport("d")
-        holder.register(1, BLOCK_BYTES)[0] = 9
-        target = reader.register(1, BLOCK_BYTES)
+        register_pool(holder, 1, BLOCK_BYTES)[0] = 9
+        target = register_pool(reader, 1, BLOCK_BYTES)
         pull = reader.pull(holder.endpoint(), [pair(0, 0)])
         holder.crash()
         assert isinstance((await pull.wait()).error, WorkerUnavailable)
         survivor = fabric.transport("p")
-        survivor.register(1, BLOCK_BYTES)[0] = 9
+        register_pool(survivor, 1, BLOCK_BYTES)[0] = 9
         reader.pull(survivor.endpoint(), [pair(0, 0)])
         reader.crash()
         await asyncio.sleep(2.0)
@@ -158,7 +159,7 @@ def test_memory_pull_of_a_crashed_holder_fails_and_a_crashed_reader_gets_nothing
 def test_memory_transport_over_blocks_that_exist() -> None:
     async def main(program: Program) -> None:
         fabric = MemoryFabric()
-        source, target = BytesStore(2, 8), BytesStore(2, 8)
+        source, target = PoolStore(HostPool(2, 8)), PoolStore(HostPool(2, 8))
         source.write_block(BlockId(1), b"contents")
         holder = fabric.over("p", source, num_blocks=2, block_bytes=1 << 20)
         reader = fabric.over("d", target, num_blocks=2, block_bytes=1 << 20)

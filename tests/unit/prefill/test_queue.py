@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from contracts.requests import GenerateRequest
     from engine.sequence import Sequence
 
+
 @dataclass
 class Side:
     """A prefill queue with what it stands on."""

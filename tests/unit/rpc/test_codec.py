@@ -34,9 +34,7 @@ items = st.builds(
     max_tokens=st.integers(0, 2**63 - 1),
     avoid=st.lists(st.text(max_size=5), max_size=3).map(tuple),
 )
-requests = st.builds(
-    DispatchRequest, gateway_id=st.text(max_size=20), items=st.lists(items, max_size=4).map(tuple)
-)
+requests = st.builds(DispatchRequest, gateway_id=st.text(max_size=20), items=st.lists(items, max_size=4).map(tuple))
 
 
 @given(requests)
@@ -104,10 +102,7 @@ def test_malformed_bytes_are_a_bad_request(raw: bytes) -> None:
 
 
 def test_keys_of_later_versions_are_ignored() -> None:
-    assert (
-        CODEC.decode_request(packb({"free_blocks": 3, "later": {"x": [1]}}), WorkerLoad, "it").free_blocks
-        == 3
-    )
+    assert CODEC.decode_request(packb({"free_blocks": 3, "later": {"x": [1]}}), WorkerLoad, "it").free_blocks == 3
 
 
 def test_size_is_measured_both_ways() -> None:

@@ -22,9 +22,7 @@ def digest_here() -> str:
     return run(main, seed=SEED)
 
 
-@pytest.mark.parametrize(
-    "environment", [{"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2", "PYTHONMALLOC": "malloc"}]
-)
+@pytest.mark.parametrize("environment", [{"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2", "PYTHONMALLOC": "malloc"}])
 def test_alone_in_another_process(digest_here: str, environment: dict[str, str]) -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "tests.unit.simulator.small_program", str(SEED)],

@@ -37,9 +37,7 @@ def play(main: Coroutine[Any, Any, T]) -> T:
 
 def make_engine(*, block_tokens: int = 4, num_blocks: int = 32, **options: Any) -> ModelledEngine:
     identity = modelled_identity(block_tokens=block_tokens)
-    return ModelledEngine(
-        VirtualClock(), identity=identity, num_blocks=num_blocks, max_context_tokens=100, **options
-    )
+    return ModelledEngine(VirtualClock(), identity=identity, num_blocks=num_blocks, max_context_tokens=100, **options)
 
 
 def one_step(
@@ -56,9 +54,7 @@ def one_step(
     if output_index is not None:
         spec = SampleSpec(params=params, output_index=output_index, history=(), num_prompt_tokens=0)
     blocks = [BlockId(block_id) for block_id in block_ids]
-    return SequenceStep(
-        sequence_id=sequence_id, token_ids=token_ids, start=start, block_ids=blocks, sample=spec
-    )
+    return SequenceStep(sequence_id=sequence_id, token_ids=token_ids, start=start, block_ids=blocks, sample=spec)
 
 
 async def next_token(engine: Engine, step: SequenceStep) -> int:
@@ -301,10 +297,7 @@ def test_two_sequences_may_read_one_block() -> None:
     async def main() -> list[int]:
         engine = make_engine()
         await engine.step(StepPlan((one_step(PROMPT[:8], 0, [0, 1]),)))
-        steps = [
-            one_step(PROMPT[8:], 8, [0, 1, block_id], output_index=0, sequence_id=block_id)
-            for block_id in (2, 3)
-        ]
+        steps = [one_step(PROMPT[8:], 8, [0, 1, block_id], output_index=0, sequence_id=block_id) for block_id in (2, 3)]
         result = await engine.step(StepPlan(tuple(steps)))
         return [result.sampled[sequence_id].token_id for sequence_id in (2, 3)]
 

@@ -1,17 +1,13 @@
-"""A worker's KV pool in shared memory, and the door at which readers of the same machine get it.
+"""The door at which readers of the same machine get a worker's KV pool.
 
-The pool is a memfd, sealed so that it can neither shrink nor grow: who mapped it never meets a missing page.
-The door is an abstract unix socket, which leaves nothing behind however the process ends. It hands the
-descriptor to a caller of the same user that knows the secret of the endpoint and this life's incarnation, and
+It is an abstract unix socket, which leaves nothing behind however the process ends. It hands the
+pool's descriptor to a caller of the same user that knows the secret of the endpoint and this life's incarnation, and
 keeps the connection: its end tells either side that the other is gone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hmac
-import mmap
 import os
 import secrets
 import select
@@ -22,13 +18,13 @@ import threading
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
-from contracts.errors import BadRequest, ConfigError
+from contracts.errors import BadRequest
 from contracts.ids import Incarnation
 
 if TYPE_CHECKING:
     from contracts.clock import Clock
+    from kvtransfer.host_pool import HostPool
 
 SECRET_BYTES = 32
 
@@ -43,8 +39,6 @@ MAX_READERS = 256
 
 #: How long a caller may take to say hello.
 HELLO_TIMEOUT_S = 1.0
-
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 _PEER_CREDENTIALS = struct.Struct("3i")
 
@@ -89,44 +83,6 @@ def peer_uid(connection: socket.socket) -> int:
     return int(uid)
 
 
-def address_of(mapping: mmap.mmap) -> int:
-    """Where the mapping begins; valid until it is closed. Works for read-only ones too."""
-    return int(np.frombuffer(mapping, np.uint8).ctypes.data)
-
-
-class SharedPool:
-    """`num_blocks * block_bytes` zeroed bytes of memfd, mapped writable. Pages exist once touched.
-
-    `read_only` is the descriptor for others: it cannot be mapped writable.
-    """
-
-    def __init__(self, num_blocks: int, block_bytes: int) -> None:
-        self.num_blocks = num_blocks
-        self.block_bytes = block_bytes
-        num_bytes = num_blocks * block_bytes
-        writable = os.memfd_create("tandem-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(writable, num_bytes)
-            fcntl.fcntl(writable, fcntl.F_ADD_SEALS, SEALS)
-            self._mapping = mmap.mmap(writable, num_bytes)
-            self.read_only = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
-        except (OSError, ValueError, OverflowError) as error:
-            raise ConfigError(f"cannot map a KV pool of {num_bytes} bytes: {error}") from error
-        finally:
-            os.close(writable)
-        self.address = address_of(self._mapping)
-
-    def view(self) -> memoryview:
-        return memoryview(self._mapping)
-
-    def close(self) -> None:
-        """Lets the descriptor go, and the memory with the last view of it."""
-        os.close(self.read_only)
-        # Tensors over the pool may outlive it; the mapping then ends with them.
-        with contextlib.suppress(BufferError):
-            self._mapping.close()
-
-
 class _Caller:
     """One connection at the door."""
 
@@ -140,7 +96,7 @@ class _Caller:
 class Door:
     """Hands out a pool's descriptor, on a thread of its own: a busy event loop keeps no reader waiting."""
 
-    def __init__(self, pool: SharedPool, incarnation: Incarnation, clock: Clock) -> None:
+    def __init__(self, pool: HostPool, incarnation: Incarnation, clock: Clock) -> None:
         self._pool = pool
         self._clock = clock
         self.endpoint = Endpoint(
