@@ -17,7 +17,7 @@ from coordinator.policy.dispatch import WorkerView
 
 if TYPE_CHECKING:
     from contracts.ids import Incarnation, WorkerId
-    from contracts.messages import DispatchItem, Placement, WorkerInfo
+    from contracts.messages import DispatchItem, Placement, TransferReport, WorkerInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,8 @@ class _Entry:
     info: WorkerInfo
     load: WorkerLoad
     heartbeat_s: float
+    #: The last that its heartbeats told; None before the first.
+    transfers: TransferReport | None = None
     #: Placements that no heartbeat contains yet, oldest first.
     bookings: list[_Booking] = field(default_factory=list[_Booking])
     #: Whether the last `expire` found it alive; only for reporting changes.
@@ -75,12 +77,20 @@ class Membership:
         load = WorkerLoad(free_blocks=info.total_blocks)
         self._entries[info.worker_id] = _Entry(info=info, load=load, heartbeat_s=now_s)
 
-    def heartbeat(self, worker_id: WorkerId, incarnation: Incarnation, load: WorkerLoad, now_s: float) -> bool:
+    def heartbeat(
+        self,
+        worker_id: WorkerId,
+        incarnation: Incarnation,
+        load: WorkerLoad,
+        now_s: float,
+        transfers: TransferReport | None = None,
+    ) -> bool:
         """False when this life is not known: the worker must register."""
         entry = self._entries.get(worker_id)
         if entry is None or entry.info.incarnation != incarnation:
             return False
         entry.load = load
+        entry.transfers = transfers or entry.transfers
         entry.heartbeat_s = now_s
         settled_s = now_s - self._limits.booking_grace_s
         entry.bookings = [booking for booking in entry.bookings if booking.at_s > settled_s]
@@ -135,7 +145,12 @@ class Membership:
     def members(self, now_s: float) -> tuple[Member, ...]:
         """Live workers with their last load, for people and health checks."""
         return tuple(
-            Member(info=entry.info, load=entry.load, heartbeat_age_s=now_s - entry.heartbeat_s)
+            Member(
+                info=entry.info,
+                load=entry.load,
+                heartbeat_age_s=now_s - entry.heartbeat_s,
+                transfers=entry.transfers,
+            )
             for _, entry in sorted(self._entries.items())
             if self._dead_because(entry, now_s) is None
         )

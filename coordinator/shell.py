@@ -94,7 +94,9 @@ class CoordinatorShell:
         return RegisterReply(heartbeat_interval_s=self._membership_limits.heartbeat_interval_s)
 
     async def _on_heartbeat(self, beat: HeartbeatRequest, context: CallContext) -> HeartbeatReply:
-        known = self.membership.heartbeat(beat.worker_id, beat.incarnation, beat.load, self._clock.now_s())
+        known = self.membership.heartbeat(
+            beat.worker_id, beat.incarnation, beat.load, self._clock.now_s(), beat.transfers
+        )
         return HeartbeatReply(known=known)
 
     async def _on_deregister(self, leave: DeregisterRequest, context: CallContext) -> Empty:

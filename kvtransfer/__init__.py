@@ -8,7 +8,9 @@ from kvtransfer.holder_events import LeaseOutcome
 from kvtransfer.holder_service import HolderService
 from kvtransfer.host_pool import HostPool
 from kvtransfer.ledger import BlockClass, BlockCounts, Ledger
+from kvtransfer.links import LinkChoice, LinkClass, LinkPolicy
 from kvtransfer.memory import MemoryFabric, MemoryTransport
+from kvtransfer.probe import Prober
 from kvtransfer.reader_service import ReaderService
 from kvtransfer.shm import ShmTransport
 from kvtransfer.transport import BlockPair, Pool, Pull, PullResult, Transport
@@ -22,9 +24,13 @@ __all__ = [
     "HostPool",
     "LeaseOutcome",
     "Ledger",
+    "LinkChoice",
+    "LinkClass",
+    "LinkPolicy",
     "MemoryFabric",
     "MemoryTransport",
     "Pool",
+    "Prober",
     "Pull",
     "PullResult",
     "ReaderService",

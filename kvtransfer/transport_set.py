@@ -1,42 +1,37 @@
-"""All transports of one worker, over its one pool: which of them a pull takes, and what became of the pulls."""
+"""All transports of one worker, over its one pool: which of them a pull takes, and what became of the pulls.
+
+A holder's life that was probed has a settled way, or none that is acceptable (`refusal`). One that was not is
+reached by the first transport that connects, in the order of preference, until its probe is done.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from contracts.errors import IncompatiblePeer
-from contracts.messages import PullTally
-from kvtransfer.transport import PullResult
+from contracts.messages import LinkReport, PullTally
+from kvtransfer.links import LinkChoice, LinkPolicy, Measured, choose
+from kvtransfer.routes import FailedPull, RoutedPull
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from contracts.ids import Incarnation, WorkerId
     from contracts.messages import Peer
-    from kvtransfer.transport import BlockPair, Pool, Pull, Transport
+    from kvtransfer.probe import Prober
+    from kvtransfer.transport import BlockPair, Pool, Pull, PullResult, Transport
 
-
-class FailedPull:
-    """A pull that never began."""
-
-    def __init__(self, error: IncompatiblePeer) -> None:
-        self._error = error
-
-    async def wait(self) -> PullResult:
-        return PullResult(num_bytes=0, wire_s=0.0, error=self._error)
-
-    def request_stop(self) -> None:
-        pass
+_LifeKey = tuple["WorkerId", "Incarnation"]
 
 
 class _CountedPull:
     """Passes everything on, and counts the end once."""
 
-    def __init__(self, pull: Pull, name: str, tallies: _Tallies) -> None:
+    def __init__(self, pull: Pull, life: _Life, tallies: _Tallies) -> None:
         self._pull = pull
-        self._name = name
+        self._life = life
         self._tallies = tallies
         self._counted = False
 
@@ -44,7 +39,7 @@ class _CountedPull:
         result = await self._pull.wait()
         if not self._counted:
             self._counted = True
-            self._tallies.add(self._name, result)
+            self._tallies.add(self._life.way or "none", result)
         return result
 
     def request_stop(self) -> None:
@@ -80,14 +75,29 @@ class _Tallies:
         )
 
 
+@dataclass(slots=True)
+class _Life:
+    """What is known of one life of one holder."""
+
+    #: Endpoints that were used, by transport.
+    used: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    #: The transport that pulls take; None until one has answered.
+    way: str | None = None
+    measured: tuple[Measured, ...] = ()
+    #: None until it was probed.
+    choice: LinkChoice | None = None
+
+
 class TransportSet:
     """The transports of one worker, most preferred first."""
 
-    def __init__(self, transports: Sequence[Transport]) -> None:
+    def __init__(self, transports: Sequence[Transport], policy: LinkPolicy | None = None) -> None:
         self._transports = {transport.name: transport for transport in transports}
+        self._policy = policy or LinkPolicy()
         self._tallies = _Tallies()
-        #: Endpoints that pulls were made from, by the holder's life.
-        self._used: dict[tuple[WorkerId, Incarnation], dict[str, bytes]] = {}
+        #: Lives that were probed or pulled from, until they are forgotten.
+        self._lives: dict[_LifeKey, _Life] = {}
+        #: Encoded once the pool is registered.
         self._endpoints: dict[str, bytes] | None = None
 
     def __repr__(self) -> str:
@@ -98,6 +108,7 @@ class TransportSet:
         return tuple(self._transports)
 
     def register(self, pool: Pool) -> None:
+        """Raises ConfigError where a transport cannot work on this machine."""
         for transport in self._transports.values():
             transport.register(pool)
 
@@ -106,26 +117,103 @@ class TransportSet:
             self._endpoints = {name: each.endpoint() for name, each in self._transports.items()}
         return self._endpoints
 
+    # --- pulls --------------------------------------------------------------------------------------------
+
+    def refusal(self, holder: Peer) -> str | None:
+        """Why nothing is pulled from this holder: every way to it was measured and none is acceptable."""
+        life = self._lives.get((holder.worker_id, holder.incarnation))
+        if life is None or life.choice is None or life.choice.transport is not None:
+            return None
+        return f"no transport to {holder.worker_id} is fast enough: {life.choice.reason}"
+
     def pull(self, holder: Peer, endpoints: Mapping[str, bytes], pairs: Sequence[BlockPair]) -> Pull:
         """As `Transport.pull`, by the way that is best to this holder."""
-        name = self._choose(endpoints)
-        if name is None:
+        common = [transport for name, transport in self._transports.items() if name in endpoints]
+        if not common:
             ours, theirs = ", ".join(self.names), ", ".join(endpoints)
             return FailedPull(IncompatiblePeer(f"transports: {ours} here, {theirs} there"))
-        life = (holder.worker_id, holder.incarnation)
-        self._used.setdefault(life, {})[name] = endpoints[name]
-        return _CountedPull(self._transports[name].pull(endpoints[name], pairs), name, self._tallies)
+        life = self._life(holder)
+        if len(common) == 1:
+            life.way = common[0].name
+        if life.way is None:
+            return _CountedPull(self._routed(life, common, endpoints, pairs), life, self._tallies)
+        life.used[life.way] = endpoints[life.way]
+        pull = self._transports[life.way].pull(endpoints[life.way], pairs)
+        return _CountedPull(pull, life, self._tallies)
 
-    def _choose(self, endpoints: Mapping[str, bytes]) -> str | None:
-        return next((name for name in self._transports if name in endpoints), None)
+    def _life(self, holder: Peer) -> _Life:
+        """The record of this life; those of earlier lives of the same worker go."""
+        key = (holder.worker_id, holder.incarnation)
+        if key not in self._lives:
+            for worker_id, incarnation in list(self._lives):
+                if worker_id == holder.worker_id and incarnation < holder.incarnation:
+                    self.forget(worker_id, incarnation)
+            self._lives[key] = _Life()
+        return self._lives[key]
+
+    def _routed(
+        self, life: _Life, common: Sequence[Transport], endpoints: Mapping[str, bytes], pairs: Sequence[BlockPair]
+    ) -> RoutedPull:
+        def settled(name: str) -> None:
+            life.used[name] = endpoints[name]
+            if life.way is None:
+                life.way = name
+
+        return RoutedPull(common, endpoints, pairs, settled)
 
     def forget(self, worker_id: WorkerId, incarnation: Incarnation) -> None:
         """That life is over: what the transports keep for it may go."""
-        for name, endpoint in self._used.pop((worker_id, incarnation), {}).items():
+        life = self._lives.pop((worker_id, incarnation), None)
+        for name, endpoint in life.used.items() if life is not None else ():
             self._transports[name].forget(endpoint)
+
+    # --- measuring ----------------------------------------------------------------------------------------
+
+    async def probe(
+        self, holder: Peer, endpoints: Mapping[str, bytes], holder_blocks: int, prober: Prober
+    ) -> LinkChoice:
+        """Measures every common transport to this holder, one after the other, and settles the way.
+
+        Raises ConfigError when no transport is common.
+        """
+        measured: list[Measured] = []
+        life = self._life(holder)
+        for name, transport in self._transports.items():
+            if name in endpoints:
+                life.used[name] = endpoints[name]
+                measured.append(await prober.measure(transport, endpoints[name], holder_blocks))
+        choice = choose(measured, self._policy)
+        life.measured, life.choice, life.way = tuple(measured), choice, choice.transport
+        return choice
+
+    def is_probed(self, worker_id: WorkerId, incarnation: Incarnation) -> bool:
+        life = self._lives.get((worker_id, incarnation))
+        return life is not None and life.choice is not None
+
+    # --- for metrics --------------------------------------------------------------------------------------
 
     def tallies(self) -> tuple[PullTally, ...]:
         return self._tallies.report()
 
+    def links(self) -> tuple[LinkReport, ...]:
+        return tuple(
+            LinkReport(
+                peer=worker_id,
+                transport=measured.transport,
+                bandwidth_bytes_per_s=measured.bandwidth_bytes_per_s,
+                latency_s=measured.latency_s,
+                chosen=measured.transport == life.way,
+                note=_note(measured, life.choice),
+            )
+            for (worker_id, _), life in sorted(self._lives.items())
+            for measured in life.measured
+        )
+
     async def close(self) -> None:
         await asyncio.gather(*(transport.close() for transport in self._transports.values()))
+
+
+def _note(measured: Measured, choice: LinkChoice | None) -> str:
+    if choice is None:
+        return measured.problem
+    return choice.notes.get(measured.transport, "fastest" if measured.transport == choice.transport else "")

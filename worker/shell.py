@@ -11,11 +11,12 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from contracts.errors import InvariantBroken, NotReady, StaleIncarnation, TandemError
+from contracts.errors import IncompatiblePeer, InvariantBroken, NotReady, StaleIncarnation, TandemError
 from contracts.messages import (
     AUDIT,
     CANCEL,
     DEREGISTER,
+    DESCRIBE,
     FRAMES,
     HANDOFF,
     HEARTBEAT,
@@ -23,6 +24,7 @@ from contracts.messages import (
     REGISTER,
     AuditReply,
     DeregisterRequest,
+    DescribeReply,
     Empty,
     HandoffRequest,
     HeartbeatRequest,
@@ -31,10 +33,12 @@ from contracts.messages import (
 )
 from decode import DecodeBatch, DecodeLimits
 from engine.compose import StepBudget
-from kvtransfer import HolderService, Ledger, ReaderService
+from kvtransfer import HolderService, Ledger, Prober, ReaderService
 from prefill import PrefillLimits, PrefillQueue
 from worker.frames import FrameOutbox
+from worker.peers import PeerWatch
 from worker.step_loop import StepLoop
+from worker.transfers import transfer_report
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from contracts.ids import GatewayId, Incarnation, WorkerId
     from contracts.messages import (
         CancelRequest,
+        DescribeRequest,
         FramesRequest,
         HandoffReply,
         LeaseTerms,
@@ -72,6 +77,8 @@ class WorkerLimits:
     max_waiting_offers: int = 256
     #: Deltas waiting for one gateway's stream before that gateway is given up.
     max_pending_deltas: int = 20_000
+    #: Whether the ways to peers are measured before they are needed.
+    probe: bool = True
 
 
 class WorkerShell:
@@ -95,6 +102,7 @@ class WorkerShell:
         self._coordinator_address = coordinator_address
         self._log = log
         self._engine = engine
+        self._transports = transports
         #: Set once the coordinator has taken this life up.
         self.registered = asyncio.Event()
         #: No new request is taken any more.
@@ -126,6 +134,22 @@ class WorkerShell:
             on_settled=self._blocks_may_be_free,
             log=log,
         )
+        self._prober = Prober(
+            self.ledger,
+            clock,
+            block_bytes=info.identity.layout.block_bytes,
+            on_settled=self._blocks_may_be_free,
+        )
+        self._peers = PeerWatch(
+            info=info,
+            network=network,
+            coordinator_address=coordinator_address,
+            transports=transports,
+            prober=self._prober,
+            clock=clock,
+            log=log,
+        )
+        self._probe = limits.probe
         self.outbox = FrameOutbox(
             worker_id=info.worker_id,
             incarnation=info.incarnation,
@@ -172,6 +196,7 @@ class WorkerShell:
         server.register(CANCEL, self._fatal_if_broken(self._on_cancel))
         server.register(HANDOFF, self._fatal_if_broken(self._on_handoff))
         server.register(AUDIT, self._on_audit)
+        server.register(DESCRIBE, self._on_describe)
         server.register_stream(FRAMES, self._on_frames)
         self.holder.register(server)
         self.reader.register(server)
@@ -185,8 +210,11 @@ class WorkerShell:
                     tasks.create_task(self._sweep(), name="sweep")
                     tasks.create_task(self._keep_registered(), name="heartbeat")
                     tasks.create_task(self._end_on_a_bug(), name="bugs")
+                    if self._probe:
+                        tasks.create_task(self._peers.run(), name="peers")
             finally:
                 await self._leave()
+                await self._prober.close()
 
     # --- rpc handlers -----------------------------------------------------------------------------
 
@@ -204,6 +232,8 @@ class WorkerShell:
     async def _on_handoff(self, ask: HandoffRequest, context: CallContext) -> HandoffReply:
         self._require(ask.target, "Handoff")
         await self._note_peer(ask.terms.holder)
+        if (refusal := self._transports.refusal(ask.terms.holder)) is not None:
+            raise IncompatiblePeer(refusal)
         return self.decode.offer(ask, self._clock.now_s())
 
     async def _on_frames(self, ask: FramesRequest, context: CallContext) -> AsyncIterator[Frame]:
@@ -219,6 +249,14 @@ class WorkerShell:
             holder_leases=self.holder.num_leases,
             reader_leases=self.reader.num_leases,
             problems=self.problems(),
+        )
+
+    async def _on_describe(self, ask: DescribeRequest, context: CallContext) -> DescribeReply:
+        self._require(ask.target, "Describe")
+        return DescribeReply(
+            identity=self._info.identity,
+            num_blocks=self._engine.num_blocks,
+            endpoints=self._transports.endpoints(),
         )
 
     def _require(self, target: Incarnation, what: str) -> None:
@@ -302,7 +340,10 @@ class WorkerShell:
             try:
                 if known:
                     beat = HeartbeatRequest(
-                        worker_id=self._info.worker_id, incarnation=self._info.incarnation, load=self.load()
+                        worker_id=self._info.worker_id,
+                        incarnation=self._info.incarnation,
+                        load=self.load(),
+                        transfers=transfer_report(self.holder, self.reader, self._transports),
                     )
                     known = (await channel.call(HEARTBEAT, beat, timeout_s=COORDINATOR_TIMEOUT_S)).known
                 else:

@@ -1,0 +1,100 @@
+"""Gets to know the workers that KV will come from: asks how their pools are reached, and measures every way there.
+
+A worker that writes answers probes each life of each worker that reads prompts, once, as soon as the coordinator
+knows it. What is too slow for its class is refused before a request meets it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from contracts.errors import IncompatiblePeer, NoCapacity, TandemError
+from contracts.messages import DESCRIBE, MEMBERS, DescribeRequest, Empty, Peer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from contracts.clock import Clock
+    from contracts.messages import Member, WorkerInfo
+    from kvtransfer import Prober, TransportSet
+    from rpc import Network
+
+#: How often the members are asked for: soon after the start, when the others start too, and later.
+EAGER_INTERVAL_S = 0.5
+EAGER_FOR_S = 20.0
+CALM_INTERVAL_S = 5.0
+
+ASK_TIMEOUT_S = 1.0
+
+#: Tries to describe and measure one life before it is left to its first pull.
+MAX_TRIES = 3
+
+
+class PeerWatch:
+    """Use: `await run()` beside the rest of the worker, until cancelled."""
+
+    def __init__(
+        self,
+        *,
+        info: WorkerInfo,
+        network: Network,
+        coordinator_address: str,
+        transports: TransportSet,
+        prober: Prober,
+        clock: Clock,
+        log: Callable[[str], None],
+    ) -> None:
+        self._info = info
+        self._network = network
+        self._coordinator_address = coordinator_address
+        self._transports = transports
+        self._prober = prober
+        self._clock = clock
+        self._log = log
+        #: Failed tries of lives that are not measured yet.
+        self._tries: dict[Peer, int] = {}
+
+    async def run(self) -> None:
+        started_s = self._clock.now_s()
+        while True:
+            for member in await self._members():
+                await self._meet(member)
+            eager = self._clock.now_s() - started_s < EAGER_FOR_S
+            await self._clock.sleep(EAGER_INTERVAL_S if eager else CALM_INTERVAL_S)
+
+    async def _members(self) -> list[Member]:
+        """Those that may hand prompts to this worker and are not measured; none while nobody answers."""
+        try:
+            channel = self._network.channel(self._coordinator_address)
+            members = (await channel.call(MEMBERS, Empty(), timeout_s=ASK_TIMEOUT_S)).members
+        except TandemError:
+            return []  # the heartbeat task reports it
+        return [member for member in members if self._concerns(member.info)]
+
+    def _concerns(self, other: WorkerInfo) -> bool:
+        if self._info.role == "prefill" or other.role == "decode" or other.worker_id == self._info.worker_id:
+            return False
+        return not self._transports.is_probed(other.worker_id, other.incarnation)
+
+    async def _meet(self, member: Member) -> None:
+        other = member.info
+        peer = Peer(worker_id=other.worker_id, incarnation=other.incarnation, address=other.address)
+        if self._tries.get(peer, 0) >= MAX_TRIES:
+            return
+        try:
+            ask = DescribeRequest(target=peer.incarnation)
+            described = await self._network.channel(peer.address).call(DESCRIBE, ask, timeout_s=ASK_TIMEOUT_S)
+            if (mismatch := self._info.identity.mismatch(described.identity)) is not None:
+                raise IncompatiblePeer(f"its KV does not fit: {mismatch}")
+            choice = await self._transports.probe(peer, described.endpoints, described.num_blocks, self._prober)
+        except NoCapacity:
+            return  # the pool is full: later
+        except TandemError as error:
+            self._tries[peer] = self._tries.get(peer, 0) + 1
+            self._log(f"{peer.worker_id} was not measured: {error.message}")
+            return
+        self._tries.pop(peer, None)
+        if choice.transport is None:
+            self._log(f"ERROR: no KV is taken from {peer.worker_id}: {choice.reason}")
+        else:
+            self._log(f"KV from {peer.worker_id} comes by {choice.reason}")
