@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from gateway.transfer_metrics import TransferCollector
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -63,6 +65,7 @@ class Metrics:
         """The text for Prometheus; `members` are the workers as the coordinator last heard of them."""
         workers = CollectorRegistry()
         workers.register(_WorkerCollector(members))
+        workers.register(TransferCollector(members))
         return generate_latest(self.registry) + generate_latest(workers)
 
     def count_unknown(self, names: Iterable[str]) -> None:

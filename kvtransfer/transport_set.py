@@ -101,11 +101,14 @@ class TransportSet:
         self._endpoints: dict[str, bytes] | None = None
 
     def __repr__(self) -> str:
-        return f"<TransportSet {', '.join(self._transports)}>"
+        return f"<TransportSet {', '.join(self._transports)} | {len(self._lives)} holders>"
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._transports)
+
+    def get(self, name: str) -> Transport:
+        return self._transports[name]
 
     def register(self, pool: Pool) -> None:
         """Raises ConfigError where a transport cannot work on this machine."""
