@@ -15,6 +15,7 @@ from kvtransfer.reader_service import ReaderService
 from kvtransfer.shm import ShmTransport
 from kvtransfer.transport import BlockPair, Pool, Pull, PullResult, Transport
 from kvtransfer.transport_set import TransportSet
+from kvtransfer.ucx import UcxTransport
 
 __all__ = [
     "BlockClass",
@@ -37,4 +38,5 @@ __all__ = [
     "ShmTransport",
     "Transport",
     "TransportSet",
+    "UcxTransport",
 ]

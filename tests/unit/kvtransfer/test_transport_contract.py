@@ -1,13 +1,13 @@
-"""What every transport promises, asked of each; and the faults of the in-memory one."""
+"""What every transport promises, asked of two of them; and the faults of the in-memory one."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import pytest
 
-from contracts.errors import BadRequest, Cancelled, IncompatiblePeer, TandemError, WorkerUnavailable
+from contracts.errors import Cancelled, WorkerUnavailable
 from contracts.ids import BlockId, Incarnation
 from kvtransfer import HostPool, MemoryFabric, ShmTransport, Transport
 from kvtransfer.memory import PoolStore, PullFate, PullInfo
@@ -16,98 +16,26 @@ from kvtransfer.transport import runs
 from rpc import LiveClock
 from simulator import Program, run
 from tests.support.pools import register_pool
+from tests.support.transport_contract import BLOCK_BYTES, MakeTransport, TransportContract, closing, pair
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from kvtransfer import BlockPair
 
-BLOCK_BYTES = 4096
-TIMEOUT_S = 60.0
+class TestEveryTransport(TransportContract):
+    """Those that need nothing installed; the others' stand with their own tests."""
 
+    @pytest.fixture(params=["memory", "shm"])
+    async def make(self, request: pytest.FixtureRequest) -> AsyncGenerator[MakeTransport]:
+        fabric = MemoryFabric()
 
-class MakeTransport(Protocol):
-    def __call__(self, name: str) -> Transport: ...
+        def transport(name: str) -> Transport:
+            if request.param == "memory":
+                return fabric.transport(name)
+            return ShmTransport(clock=LiveClock(), incarnation=Incarnation(1))
 
-
-@pytest.fixture(params=["memory", "shm"])
-async def make(request: pytest.FixtureRequest) -> AsyncGenerator[MakeTransport, None]:
-    fabric = MemoryFabric()
-    made: list[Transport] = []
-
-    def transport(name: str) -> Transport:
-        if request.param == "memory":
-            made.append(fabric.transport(name))
-        else:
-            made.append(ShmTransport(clock=LiveClock(), incarnation=Incarnation(1)))
-        return made[-1]
-
-    yield transport
-    for each in made:
-        await each.close()
-
-
-def pair(source: int, target: int) -> BlockPair:
-    return (BlockId(source), BlockId(target))
-
-
-async def test_pull_copies_exactly_its_pairs(make: MakeTransport) -> None:
-    holder, reader = make("p"), make("d")
-    source, target = register_pool(holder, 4, BLOCK_BYTES), register_pool(reader, 6, BLOCK_BYTES)
-    assert len(source) == 4 * BLOCK_BYTES
-    assert not any(source)
-    for index in range(4):
-        source[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES] = bytes([index + 1]) * BLOCK_BYTES
-    await reader.connect(holder.endpoint(), TIMEOUT_S)
-    async with asyncio.timeout(TIMEOUT_S):
-        result = await reader.pull(holder.endpoint(), [pair(3, 0), pair(1, 5), pair(2, 4)]).wait()
-    assert result.error is None
-    assert result.num_bytes == 3 * BLOCK_BYTES
-    assert [target[index * BLOCK_BYTES] for index in range(6)] == [4, 0, 0, 0, 3, 2]
-    del source, target
-
-
-async def error_of(reader: Transport, endpoint: bytes, *pairs: BlockPair) -> TandemError | None:
-    async with asyncio.timeout(TIMEOUT_S):
-        result = await reader.pull(endpoint, pairs).wait()
-    assert result.num_bytes == 0
-    return result.error
-
-
-async def test_what_a_peer_does_wrong_is_the_results_error(make: MakeTransport) -> None:
-    holder, reader, other = make("p"), make("d"), make("o")
-    register_pool(holder, 4, BLOCK_BYTES)
-    register_pool(reader, 6, BLOCK_BYTES)
-    register_pool(other, 4, 2 * BLOCK_BYTES)
-    assert isinstance(await error_of(reader, other.endpoint(), pair(0, 0)), IncompatiblePeer)
-    assert isinstance(await error_of(reader, holder.endpoint(), pair(4, 0)), BadRequest)
-    assert isinstance(await error_of(reader, holder.endpoint(), pair(0, 6)), BadRequest)
-    gone = holder.endpoint()
-    await holder.close()
-    assert isinstance(await error_of(reader, gone, pair(0, 0)), WorkerUnavailable)
-    with pytest.raises(WorkerUnavailable):
-        await reader.connect(gone, TIMEOUT_S)
-
-
-async def test_wait_repeats_and_outlives_its_waiters(make: MakeTransport) -> None:
-    holder, reader = make("p"), make("d")
-    register_pool(holder, 4, BLOCK_BYTES)
-    register_pool(reader, 4, BLOCK_BYTES)
-    pull = reader.pull(holder.endpoint(), [pair(0, 0)])
-    waiting = asyncio.ensure_future(pull.wait())
-    await asyncio.sleep(0)
-    waiting.cancel()
-    result = await pull.wait()
-    assert result.error is None
-    assert await pull.wait() is result
-    pull.request_stop()
-
-
-async def test_empty_pull_is_a_pull(make: MakeTransport) -> None:
-    holder, reader = make("p"), make("d")
-    register_pool(holder, 1, BLOCK_BYTES)
-    register_pool(reader, 1, BLOCK_BYTES)
-    assert await error_of(reader, holder.endpoint()) is None
+        async with closing(transport) as make:
+            yield make
 
 
 def in_memory(fate: Callable[[PullInfo], PullFate], seconds: list[float]) -> list[object]:
