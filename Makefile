@@ -40,7 +40,8 @@ serve: $(STAMP)
 	@$(BIN)/tandem serve --config configs/local.yaml $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n auto --dist loadfile tests/unit tests/simulation $(ARGS)
+	@$(BIN)/pytest tests/integration $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 #: Distributions whose versions can change a figure.
-_DISTRIBUTIONS = ("torch", "transformers", "numpy", "msgspec", "grpcio", "uvloop", "fastapi")
+_DISTRIBUTIONS = ("torch", "transformers", "numpy", "msgspec", "grpcio", "uvloop", "fastapi", "nixl-cu12", "xxhash")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -70,11 +70,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{_cell(median(values))} ({_cell(min(values))}-{_cell(max(values))})"
 
 
-def quantile_ms(values_s: Sequence[float], quantile: float) -> str:
+def quantile_ms(values_s: Sequence[float], quantile: float, *, digits: int = 1) -> str:
     """The smallest value with at least that share of all at or below it, in milliseconds."""
     ordered = sorted(values_s)
     rank = math.ceil(quantile * len(ordered))
-    return f"{1e3 * ordered[max(0, rank - 1)]:.1f}"
+    return f"{1e3 * ordered[max(0, rank - 1)]:.{digits}f}"
 
 
 def _cell(value: object) -> str:

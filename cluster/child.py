@@ -22,6 +22,7 @@ from cluster.process_log import LineSplitter
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
+    from cluster.guard import Guard
     from cluster.launch import Status, WorkerLaunch
     from cluster.process_log import ProcessLog
 
@@ -34,11 +35,13 @@ _READ_BYTES = 64 * 1024
 class Child:
     """`ended` must be awaited once: it reads the pipes, and returns when the process is gone."""
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str], launch: WorkerLaunch) -> None:
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str], launch: WorkerLaunch, guard: Guard) -> None:
         """Raises OSError when there is no such program, or no more processes."""
+        self._guard = guard
         self._process = subprocess.Popen(
             command, stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=0, env=environ, start_new_session=True
         )
+        guard.watch(self._process.pid)
         #: Its write end; closed by `terminate` and at the end.
         self._lifeline = _present(self._process.stdin)
         # Fits into the empty pipe, so this does not wait.
@@ -76,6 +79,7 @@ class Child:
         finally:
             self.kill()
             self._lifeline.close()
+            self._guard.forget(self.pid)
             code = await asyncio.shield(asyncio.to_thread(self._process.wait))
         return _how(code)
 

@@ -31,6 +31,9 @@ TokenFile = Annotated[
     Path | None,
     Parameter(name="--token-file", help="File with the cluster token; else TANDEM_CLUSTER_TOKEN is read."),
 ]
+RuntimeDir = Annotated[
+    Path, Parameter(name="--runtime-dir", help="Private folder that all workers of this machine share.")
+]
 Bind = Annotated[str, Parameter(name="--bind", help="Address for rpc, host:port; port 0 takes a free one.")]
 
 
@@ -79,14 +82,27 @@ def gateway(*, coordinator: Coordinator, flags: ConfigFlags | None = None, token
 
 
 @app.command
+def agent(
+    *,
+    coordinator: Coordinator,
+    runtime_dir: RuntimeDir,
+    flags: ConfigFlags | None = None,
+    bind: Bind = "127.0.0.1:0",
+    token_file: TokenFile = None,
+) -> int:
+    """Keep the workers of all pools running on this machine."""
+    from cluster.standalone import run_agent
+
+    return run_agent(load(flags, dict(os.environ)).config, coordinator, _token(token_file), runtime_dir, bind)
+
+
+@app.command
 def worker(
     *,
     coordinator: Coordinator,
     pool: Annotated[str, Parameter(name="--pool", help="Pool of the configuration that it belongs to.")],
     index: Annotated[int, Parameter(name="--index", help="Its number in the pool.")] = 0,
-    runtime_dir: Annotated[
-        Path, Parameter(name="--runtime-dir", help="Private folder that all workers of this machine share.")
-    ],
+    runtime_dir: RuntimeDir,
     flags: ConfigFlags | None = None,
     bind: Bind = "127.0.0.1:0",
     token_file: TokenFile = None,

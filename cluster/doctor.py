@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING, Literal
 
 import uvloop
 
+from cluster.link_check import measure_transports
 from cluster.local import allowed_cores
 from cluster.model_source import resolve_model
+from cluster.plan import transfer_options
 from cluster.serve import say
 from cluster.state_file import read_state
+from cluster.transports import check_interface
 from contracts.config import format_size
 from contracts.errors import ConfigError, TandemError
 from contracts.messages import AUDIT, MEMBERS, Empty
@@ -56,6 +59,7 @@ def check_machine(config: ClusterConfig) -> int:
         _check_compiler(),
         _check_cores(config),
         _check_shared_memory(),
+        *_check_transports(config),
         _check_memory(config),
         _check_model(config),
         _check_port(config),
@@ -85,7 +89,24 @@ async def _audit(coordinator_address: str, token: str) -> list[Finding]:
     finally:
         await network.close()
     verdict: Verdict = "ok" if members else "fail"
-    return [Finding(verdict, f"coordinator {coordinator_address}", f"{len(members)} workers"), *found]
+    links = [finding for member in members for finding in _links(member)]
+    return [Finding(verdict, f"coordinator {coordinator_address}", f"{len(members)} workers"), *found, *links]
+
+
+def _links(member: Member) -> list[Finding]:
+    """What this worker measured of each way to each worker that hands it prompts."""
+    found: list[Finding] = []
+    links = () if member.transfers is None else member.transfers.links
+    for link in links:
+        what = f"{link.peer} -> {member.info.worker_id} {link.transport}"
+        if link.bandwidth_bytes_per_s is None or link.latency_s is None:
+            found.append(Finding("note", what, f"not usable: {link.note}"))
+            continue
+        figures = f"{link.bandwidth_bytes_per_s / 1e9:.2f} GB/s, {link.latency_s * 1e3:.2f} ms a block"
+        found.append(Finding("ok", what, f"{figures}{'; chosen' if link.chosen else ''}: {link.note}"))
+    for peer in {link.peer for link in links} - {link.peer for link in links if link.chosen}:
+        found.append(Finding("fail", f"{peer} -> {member.info.worker_id}", "no transport is fast enough"))
+    return found
 
 
 async def _audit_member(network: Network, member: Member) -> Finding:
@@ -151,6 +172,24 @@ def _check_shared_memory() -> Finding:
     except (AttributeError, OSError) as error:
         return Finding("fail", "shared memory", f"memfd_create does not work here: {error}")
     return Finding("ok", "shared memory", "memfd_create works")
+
+
+def _check_transports(config: ClusterConfig) -> list[Finding]:
+    """Measures each way of moving KV on this machine; the configured one must do what its class does."""
+    findings: list[Finding] = []
+    try:
+        check_interface(config.transfer.interface)
+    except ConfigError as error:
+        return [Finding("fail", "transports", error.message)]
+    for measured, short in uvloop.run(measure_transports(transfer_options(config))):
+        wanted = config.transport == measured.transport
+        serious: Verdict = "fail" if wanted and not config.transfer.allow_slow else "note"
+        detail = str(measured).removeprefix(f"{measured.transport}: ")
+        if short is not None and measured.bandwidth_bytes_per_s is not None:
+            detail = f"{detail}; {short}"
+        usable = measured.bandwidth_bytes_per_s is not None and short is None
+        findings.append(Finding("ok" if usable else serious, f"transport {measured.transport}", detail))
+    return findings
 
 
 def _check_memory(config: ClusterConfig) -> Finding:

@@ -19,6 +19,9 @@ from contracts.messages import Role
 #: A launch line; also what a pipe takes without blocking on Linux.
 MAX_LAUNCH_BYTES = 64 * 1024
 
+#: How often a ready worker tells that its event loop runs.
+SIGN_OF_LIFE_S = 0.5
+
 
 class TransferOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The `transfer` section of the configuration."""
@@ -82,6 +85,10 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="r
     address: str
 
 
+class Alive(msgspec.Struct, frozen=True, tag_field="event", tag="alive"):
+    """The event loop of a ready worker runs. Told every `SIGN_OF_LIFE_S`."""
+
+
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="failed"):
     """The last line of a worker that cannot go on. `error` is a code of contracts.errors."""
 
@@ -89,7 +96,7 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="
     message: str
 
 
-Status = Loading | Ready | Failed
+Status = Loading | Ready | Alive | Failed
 
 _LAUNCH_DECODER = msgspec.json.Decoder(WorkerLaunch)
 _STATUS_DECODER: msgspec.json.Decoder[Status] = msgspec.json.Decoder(Status)

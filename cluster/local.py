@@ -143,7 +143,7 @@ async def local_cluster(
         folder = _RuntimeFolder(say)
         stack.callback(folder.remove)
         runtime_dir = folder.path
-        log_dir = _log_folder(config, runtime_dir)
+        log_dir = log_folder(config, runtime_dir)
         log = ProcessLog(log_dir / "tandem.log", say)
         clock = LiveClock()
         token = secrets.token_urlsafe(32)
@@ -163,8 +163,18 @@ async def local_cluster(
             ready=False,
             workers=(),
         )
+        site = Site(
+            model_dir=str(source.folder),
+            model_name=model_name,
+            coordinator_address=address,
+            cluster_token=token,
+            runtime_dir=str(runtime_dir),
+            bind=LOOPBACK,
+            parent_pid=os.getpid(),
+            allowed_cores=allowed_cores(),
+        )
         agent = NodeAgent(
-            _plans(config, source, state),
+            worker_plans(config, site),
             limits=supervision_limits(config.supervisor),
             first_incarnation=first_incarnation(clock),
             log_dir=log_dir,
@@ -191,6 +201,7 @@ def supervision_limits(config: SupervisorConfig) -> SupervisionLimits:
     return SupervisionLimits(
         start_timeout_s=config.start_timeout_s,
         stop_timeout_s=config.stop_timeout_s,
+        hang_timeout_s=config.hang_timeout_s,
         restart_delay_s=config.restart_delay_s,
         restart_delay_max_s=config.restart_delay_max_s,
         start_attempts=config.start_attempts,
@@ -202,17 +213,8 @@ def first_incarnation(clock: Clock) -> Incarnation:
     return Incarnation(int(clock.wall_s() * 1000))
 
 
-def _plans(config: ClusterConfig, source: ModelSource, state: ClusterState) -> list[WorkerPlan]:
-    site = Site(
-        model_dir=str(source.folder),
-        model_name=state.model_name,
-        coordinator_address=state.coordinator_address,
-        cluster_token=state.cluster_token,
-        runtime_dir=state.runtime_dir,
-        bind=LOOPBACK,
-        parent_pid=os.getpid(),
-        allowed_cores=allowed_cores(),
-    )
+def worker_plans(config: ClusterConfig, site: Site) -> list[WorkerPlan]:
+    """What a node agent starts. Raises ConfigError."""
     return [
         WorkerPlan(
             launch=launch,
@@ -247,7 +249,8 @@ class _RuntimeFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _log_folder(config: ClusterConfig, runtime_dir: Path) -> Path:
+def log_folder(config: ClusterConfig, runtime_dir: Path) -> Path:
+    """Made if need be. Raises ConfigError when it cannot."""
     named = config.log_dir
     folder = runtime_dir / LOG_FOLDER if named is None else Path(named).expanduser().resolve()
     try:

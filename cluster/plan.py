@@ -72,6 +72,18 @@ def _check_cores(pool: PoolConfig, allowed: Sequence[int]) -> None:
         )
 
 
+def transfer_options(config: ClusterConfig) -> TransferOptions:
+    transfer = config.transfer
+    return TransferOptions(
+        interface=transfer.interface,
+        checksum=transfer.checksum,
+        lease_ttl_s=transfer.lease_ttl_s,
+        probe=transfer.probe,
+        expect_bytes_per_s=transfer.expect_bandwidth,
+        allow_slow=transfer.allow_slow,
+    )
+
+
 def _launch(config: ClusterConfig, site: Site, pool: PoolConfig, worker_id: WorkerId, share: CoreShare) -> WorkerLaunch:
     return WorkerLaunch(
         worker_id=worker_id,
@@ -93,14 +105,7 @@ def _launch(config: ClusterConfig, site: Site, pool: PoolConfig, worker_id: Work
         max_sequences=pool.max_sequences or config.engine.max_sequences,
         bind=site.bind,
         transport=config.transport,
-        transfer=TransferOptions(
-            interface=config.transfer.interface,
-            checksum=config.transfer.checksum,
-            lease_ttl_s=config.transfer.lease_ttl_s,
-            probe=config.transfer.probe,
-            expect_bytes_per_s=config.transfer.expect_bandwidth,
-            allow_slow=config.transfer.allow_slow,
-        ),
+        transfer=transfer_options(config),
         runtime_dir=site.runtime_dir,
         parent_pid=site.parent_pid,
     )

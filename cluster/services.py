@@ -69,6 +69,7 @@ def gateway_settings(config: ClusterConfig, folder: Path, model_name: str) -> Ga
         strict_fields=gateway.strict_fields,
         max_body_bytes=gateway.max_body,
         request_timeout_s=gateway.request_timeout_s,
+        max_replays=gateway.max_replays,
         graceful_stop_s=gateway.graceful_stop_s,
         max_heartbeat_age_s=config.coordinator.dead_after_s,
         version=version("tandem-serve"),
@@ -88,7 +89,8 @@ async def gateway_service(
     """Answers on `sock`. Leaving lets open requests end for `graceful_stop_s`."""
     tokenizer = TextTokenizer.load(folder, wall_s=clock.wall_s)
     gateway_id = GatewayId(f"gateway-{os.getpid()}-{int(clock.wall_s() * 1000)}")
-    async with GatewayCore(network, clock, gateway_id, coordinator_address, GatewayLimits(), log) as core:
+    limits = GatewayLimits(max_replays=settings.max_replays)
+    async with GatewayCore(network, clock, gateway_id, coordinator_address, limits, log) as core:
         app = create_app(core, tokenizer, settings, clock)
         async with asyncio.TaskGroup() as tasks:
             serving = tasks.create_task(serve(app, settings, sock), name="gateway-http")

@@ -11,20 +11,25 @@ import msgspec
 import uvloop
 
 from cluster.launch import MAX_LAUNCH_BYTES, encode_line
-from cluster.local import allowed_cores, first_incarnation
+from cluster.local import allowed_cores, first_incarnation, log_folder, supervision_limits, worker_plans
 from cluster.model_source import resolve_model
+from cluster.node_agent import NodeAgent
 from cluster.parent_log import structured
 from cluster.plan import Site, plan_launches, worker_environ
 from cluster.process_log import StreamLog
-from cluster.serve import EXIT_OK, StopSignals, say
+from cluster.progress import ProgressLines
+from cluster.serve import EXIT_LOST, EXIT_OK, StopSignals, first_of, say
 from cluster.services import base_url, coordinator_service, gateway_service, gateway_settings
+from cluster.supervision import State
 from contracts.errors import ConfigError
 from gateway.server import bind
 from rpc import GrpcNetwork, LiveClock
 
 if TYPE_CHECKING:
+    import asyncio
     from pathlib import Path
 
+    from contracts.clock import Clock
     from contracts.config import ClusterConfig
 
 
@@ -65,22 +70,68 @@ def run_gateway(config: ClusterConfig, coordinator_address: str, token: str) -> 
     return uvloop.run(live())
 
 
-def become_worker(
-    config: ClusterConfig, coordinator_address: str, token: str, worker_id: str, runtime_dir: Path, bind: str
-) -> NoReturn:
-    """Replaces this process by the worker. Raises ConfigError for an unknown worker id."""
+def run_agent(config: ClusterConfig, coordinator_address: str, token: str, runtime_dir: Path, bind: str) -> int:
+    """Keeps the workers of this machine running until a signal, or until the last one is given up.
+
+    Its workers end with it, however it ends; coordinator and gateways go on without them, and the workers of the
+    agent's next life take their places. Raises ConfigError.
+    """
+    site = _site(config, coordinator_address, token, runtime_dir, bind, parent_pid=os.getpid())
+
+    async def live() -> int:
+        clock = LiveClock()
+        agent = NodeAgent(
+            worker_plans(config, site),
+            limits=supervision_limits(config.supervisor),
+            first_incarnation=first_incarnation(clock),
+            log_dir=log_folder(config, runtime_dir),
+            clock=clock,
+            say=say,
+        )
+        with StopSignals() as signals:
+            async with agent:
+                signals.install(agent.kill_all)
+                return await _keep(agent, signals.wanted, clock)
+
+    return uvloop.run(live())
+
+
+async def _keep(agent: NodeAgent, stop_wanted: asyncio.Event, clock: Clock) -> int:
+    progress = ProgressLines()
+    while not stop_wanted.is_set():
+        agent.changed.clear()
+        workers = agent.workers()
+        for line in progress.update(workers, clock.now_s()):
+            say(line)
+        if all(worker.state is State.GIVEN_UP for worker in workers):
+            print("tandem: every worker was given up", file=sys.stderr, flush=True)
+            return EXIT_LOST
+        await first_of(stop_wanted, agent.changed)
+    return EXIT_OK
+
+
+def _site(
+    config: ClusterConfig, coordinator_address: str, token: str, runtime_dir: Path, bind: str, parent_pid: int | None
+) -> Site:
     source = resolve_model(config.model, say)
     runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    site = Site(
+    return Site(
         model_dir=str(source.folder),
         model_name=config.served_model_name or source.name,
         coordinator_address=coordinator_address,
         cluster_token=token,
         runtime_dir=str(runtime_dir.resolve()),
         bind=bind,
-        parent_pid=None,
+        parent_pid=parent_pid,
         allowed_cores=allowed_cores(),
     )
+
+
+def become_worker(
+    config: ClusterConfig, coordinator_address: str, token: str, worker_id: str, runtime_dir: Path, bind: str
+) -> NoReturn:
+    """Replaces this process by the worker. Raises ConfigError for an unknown worker id."""
+    site = _site(config, coordinator_address, token, runtime_dir, bind, parent_pid=None)
     launches = {launch.worker_id: launch for launch in plan_launches(config, site)}
     launch = next((launch for name, launch in launches.items() if name == worker_id), None)
     if launch is None:

@@ -4,6 +4,10 @@
 was ready, several times in a row, is given up: the cause will not go away by itself. One that was ready and
 crashed is restarted for ever, after a delay that doubles up to a limit and starts anew once it has lived
 through `stable_s`. Each life has a larger incarnation than the one before.
+
+A ready worker tells that it is alive every half second; one that is silent for `hang_timeout_s` hangs, and is
+killed: what is frozen cannot be asked to leave, and while it exists its transfers do not end. Time in which this
+process itself did not run counts as nobody's silence.
 """
 
 from __future__ import annotations
@@ -12,18 +16,26 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from cluster.launch import Failed, Loading, Ready
+from cluster.launch import Alive, Failed, Loading, Ready
 from contracts.errors import ConfigError
 from contracts.ids import Incarnation
+from contracts.pauses import PauseWatch
 
 if TYPE_CHECKING:
     from cluster.launch import Status
+
+#: `handle` is called at least this often while a worker is ready, with DeadlineReached when nothing else happens.
+TICK_S = 0.5
+#: Between two events of a ready worker; a longer gap means that this process did not run.
+LONGEST_GAP_S = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisionLimits:
     start_timeout_s: float = 300.0
     stop_timeout_s: float = 5.0
+    #: Silence after which a ready worker is taken for hung.
+    hang_timeout_s: float = 3.0
     restart_delay_s: float = 0.25
     restart_delay_max_s: float = 15.0
     start_attempts: int = 3
@@ -67,7 +79,7 @@ class Exited:
 
 @dataclass(frozen=True, slots=True)
 class DeadlineReached:
-    pass
+    """A look at the clock. One before the deadline changes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +124,7 @@ class Supervision:
         #: Of the present or last life; grows with each Spawn.
         self.incarnation = Incarnation(first_incarnation - 1)
         self.state = State.NEW
-        #: When DeadlineReached is due; None exactly in NEW, READY, STOPPED and GIVEN_UP.
+        #: When DeadlineReached is due; None exactly in NEW, STOPPED and GIVEN_UP.
         self.deadline_s: float | None = None
         #: Where the present life listens; not None exactly in READY.
         self.address: str | None = None
@@ -125,6 +137,7 @@ class Supervision:
         #: Lives in a row that were ready and ended before they were stable.
         self._crashes = 0
         self._ready_s = 0.0
+        self._pauses = PauseWatch(LONGEST_GAP_S)
         #: The Failed status of the present life.
         self._last_words: Failed | None = None
         #: Once set, every end is final.
@@ -139,6 +152,9 @@ class Supervision:
         return self.state in (State.STOPPED, State.GIVEN_UP)
 
     def handle(self, event: Event, now_s: float) -> list[Instruction]:
+        paused_s = self._pauses.look(now_s)
+        if self.state is State.READY and self.deadline_s is not None:
+            self.deadline_s += paused_s
         match event:
             case Start():
                 assert self.state is State.NEW, f"{self!r} started twice"
@@ -162,8 +178,10 @@ class Supervision:
     def _told(self, status: Status, now_s: float) -> list[Instruction]:
         if isinstance(status, Failed):
             self._last_words = status
+        elif self.state is State.READY and isinstance(status, Alive):
+            self.deadline_s = now_s + self._limits.hang_timeout_s
         elif self.state is State.STARTING and isinstance(status, Ready):
-            self.state, self.deadline_s = State.READY, None
+            self.state, self.deadline_s = State.READY, now_s + self._limits.hang_timeout_s
             self.address, self._ready_s = status.address, now_s
             self._failed_starts = 0
             return [Report(f"ready at {status.address}")]
@@ -209,14 +227,17 @@ class Supervision:
             return []
         if self.state is State.RESTARTING:
             return self._spawn(now_s)
+        instructions: list[Instruction] = [Kill()]
         if self.state is State.STARTING:
-            self._last_words = Failed(
-                error="deadline_exceeded",
-                message=f"no progress for {self._limits.start_timeout_s:g} s while {self._activity()}",
-            )
+            why = f"no progress for {self._limits.start_timeout_s:g} s while {self._activity()}"
+            self._last_words = Failed(error="deadline_exceeded", message=why)
+        elif self.state is State.READY:
+            why = f"no sign of life for {self._limits.hang_timeout_s:g} s"
+            self._last_words = Failed(error="deadline_exceeded", message=why)
+            instructions.append(Report(f"hangs: {why}; killed"))
         self.state = State.ENDING
         self.deadline_s = now_s + self._limits.stop_timeout_s
-        return [Kill()]
+        return instructions
 
     def _activity(self) -> str:
         return "starting" if self.loading is None else f"loading {self.loading.what}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ import uvloop
 
 from cluster.launch import (
     MAX_LAUNCH_BYTES,
+    SIGN_OF_LIFE_S,
+    Alive,
     Failed,
     Loading,
     Ready,
@@ -28,7 +31,7 @@ from cluster.launch import (
     encode_line,
 )
 from cluster.lifeline import settle, wait_for_end_of_file
-from contracts.errors import ConfigError, TandemError
+from contracts.errors import ConfigError, TandemError, WorkerUnavailable
 from contracts.messages import WorkerInfo
 
 if TYPE_CHECKING:
@@ -36,12 +39,17 @@ if TYPE_CHECKING:
 
     from contracts.clock import Clock
     from engine.executor import LiveEngine
+    from worker import WorkerShell
 
 #: How long a busy thread may keep the interpreter from one that wants it. Every kernel call lets it go, and the
 #: engine's thread would wait the default of 5 ms for it to come back whenever the loop is busy.
 SWITCH_INTERVAL_S = 0.0005
 #: Calls in flight when a worker is told to stop get this long to end.
 STOP_GRACE_S = 1.0
+#: When a worker's life is over, the kernel gets this long to take its last words.
+EXIT_DELAY_S = 0.2
+#: Exit status of such a worker.
+EXIT_LIFE_OVER = 3
 
 
 def log(line: str) -> None:
@@ -55,6 +63,14 @@ def tell(status: Status) -> None:
     with contextlib.suppress(OSError):
         sys.stdout.buffer.write(encode_line(status))
         sys.stdout.buffer.flush()
+
+
+def tell_if_room(status: Status) -> None:
+    """As `tell`, but never waits: a status that nobody takes is dropped. For a running event loop."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    if any(events & select.POLLOUT for _, events in poll.poll(0)):
+        tell(status)
 
 
 def main() -> int:
@@ -100,8 +116,9 @@ def _single(error: BaseException) -> BaseException:
 
 async def _serve(launch: WorkerLaunch) -> None:
     # torch comes in with these: imported here, after the cores are taken.
+    from cluster.transports import TransportSite, build_transports
     from engine.compose import StepBudget
-    from kvtransfer import HostPool, ShmTransport, TransportSet
+    from kvtransfer import HostPool
     from rpc import GrpcNetwork, LiveClock
     from worker import WorkerLimits, WorkerShell
 
@@ -116,15 +133,27 @@ async def _serve(launch: WorkerLaunch) -> None:
 
         engine = await _load(launch, make_pool, clock)
         stack.callback(pools[0].close)
+        pools[0].populate()
         stack.push_async_callback(engine.close)
-        transports = TransportSet((ShmTransport(clock=clock, incarnation=launch.incarnation),))
-        stack.push_async_callback(transports.close)
-        transports.register(pools[0])
         network = GrpcNetwork(token=launch.cluster_token, log=log)
         stack.push_async_callback(network.close)
         server = network.server(launch.bind)
         stack.push_async_callback(server.stop, STOP_GRACE_S)
         info = _info(launch, engine, await server.start())
+        transports = build_transports(
+            launch.transport,
+            TransportSite(
+                worker_id=info.worker_id,
+                incarnation=info.incarnation,
+                clock=clock,
+                network=network,
+                server=server,
+                address=info.address,
+                options=launch.transfer,
+            ),
+        )
+        stack.push_async_callback(transports.close)
+        transports.register(pools[0])
         shell = WorkerShell(
             info=info,
             engine=engine,
@@ -135,15 +164,38 @@ async def _serve(launch: WorkerLaunch) -> None:
             limits=WorkerLimits(
                 budget=StepBudget(max_tokens=launch.max_batch_tokens, max_sequences=launch.max_sequences),
                 lease_ttl_s=launch.transfer.lease_ttl_s,
+                probe=launch.transfer.probe,
             ),
+            pool=pools[0],
+            checksum=launch.transfer.checksum,
             log=log,
         )
         shell.register_on(server)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(shell.run(), name="shell")
+            tasks.create_task(_run(shell, clock), name="shell")
             await shell.registered.wait()
             tell(Ready(address=info.address))
+            if launch.parent_pid is not None:
+                tasks.create_task(_tell_alive(clock), name="signs-of-life")
             log(f"{info.worker_id}: ready at {info.address}, {info.total_blocks} blocks, {info.device}")
+
+
+async def _tell_alive(clock: Clock) -> None:
+    """From the event loop: a loop that is stuck tells nothing, and the node agent ends it."""
+    while True:
+        await clock.sleep(SIGN_OF_LIFE_S)
+        tell_if_room(Alive())
+
+
+async def _run(shell: WorkerShell, clock: Clock) -> None:
+    """As `shell.run`; ends the process when the shell finds that this life is over."""
+    reason = await shell.live()
+    tell(Failed(error=WorkerUnavailable.code, message=reason))
+    log(f"this life is over: {reason}")
+    await clock.sleep(EXIT_DELAY_S)
+    # A stuck engine can be neither closed nor joined, a stuck transfer not awaited: nothing is tidied up. What this
+    # process holds ends with it, and the node agent starts the next life.
+    os._exit(EXIT_LIFE_OVER)
 
 
 def _info(launch: WorkerLaunch, engine: LiveEngine, address: str) -> WorkerInfo:

@@ -271,6 +271,14 @@ class SupervisorConfig(_Section):
     start_attempts: Count = 3
     """Deaths in a row before being ready after which a worker is given up."""
 
+    @model_validator(mode="after")
+    def _some_signs_may_be_late(self) -> SupervisorConfig:
+        if self.hang_timeout_s < 1.5:
+            raise ValueError(
+                f"hang_timeout_s ({self.hang_timeout_s:g}) must be at least 1.5: workers show life every 0.5 s"
+            )
+        return self
+
 
 DEFAULT_POOLS = (PoolConfig(name="prefill", role="prefill"), PoolConfig(name="decode", role="decode"))
 

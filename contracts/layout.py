@@ -60,4 +60,4 @@ class KvIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 #: Grows whenever a message or the block layout changes meaning.
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2

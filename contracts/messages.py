@@ -94,7 +94,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reserved_blocks: int = 0
     cached_blocks: int = 0
     quarantined_blocks: int = 0
-    #: Age of the engine step in progress; 0 when idle. Says "hung" when past its bound.
+    #: Age of the engine step in progress; 0 when idle. For people: the worker itself judges it.
     step_age_s: float = 0.0
 
 
@@ -140,6 +140,12 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     #: Ended leases by side, outcome and reason, e.g. "holder.released", "reader.aborted.cancelled".
     ended: dict[str, int] = {}
     links: tuple[LinkReport, ...] = ()
+    #: Blocks whose checksum was wrong, and how often one was pulled again for that.
+    corrupt_blocks: int = 0
+    refetched_blocks: int = 0
+    #: Hashed on either side, and the time that took.
+    checksum_bytes: int = 0
+    checksum_s: float = 0.0
 
 
 class HeartbeatRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -282,6 +288,8 @@ class LeaseTerms(msgspec.Struct, frozen=True, kw_only=True):
     #: Blocks the lease will hold when sealed.
     num_blocks: int
     ttl_s: float
+    #: Whether every block is announced with its checksum.
+    checksums: bool = False
 
 
 class HandoffRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -408,3 +416,63 @@ CONFIRM = Method("lease/Confirm", ConfirmRequest, ConfirmReply)
 RENEW = Method("lease/Renew", RenewRequest, RenewReply)
 ACK = Method("lease/Ack", AckRequest, Empty)
 DESCRIBE = Method("lease/Describe", DescribeRequest, DescribeReply)
+
+# --- the collective transport -----------------------------------------------------------------------------
+
+
+class MeetRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A reader asks a holder to form a process group of two, in place of any that it had with this reader.
+
+    Raises NoCapacity, StaleIncarnation, Unauthorized, WorkerUnavailable.
+    """
+
+    target: Incarnation
+    #: From the holder's endpoint, in this and the calls below.
+    secret: bytes
+    #: Names one life of a reader's transport.
+    reader: str
+    #: Counts the reader's groups.
+    group: int
+    #: The reader's address for the library, as it should be called.
+    address: bytes
+    #: The same as it is bound.
+    bound: bytes
+    #: What the holder proves itself with on the connection that follows.
+    proof: bytes
+
+
+class MeetReply(msgspec.Struct, frozen=True, kw_only=True):
+    address: bytes
+    bound: bytes
+    #: What the reader proves itself with.
+    proof: bytes
+
+
+class SendRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks for these blocks over the group, after those asked for before. Answered at once; repeats of a `pull`
+    are ignored. Raises NotFound (no such group, any more), NoCapacity, BadRequest, StaleIncarnation,
+    Unauthorized, WorkerUnavailable."""
+
+    target: Incarnation
+    secret: bytes
+    reader: str
+    group: int
+    #: Counts the group's pulls from 1.
+    pull: int
+    #: Tag of the first message; the others count on from there.
+    first_tag: int
+    blocks: tuple[BlockId, ...]
+
+
+class PartRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The reader has let this group go. Unknown ones are no error."""
+
+    target: Incarnation
+    secret: bytes
+    reader: str
+    group: int
+
+
+MEET = Method("collective/Meet", MeetRequest, MeetReply, False)
+SEND = Method("collective/Send", SendRequest, Empty)
+PART = Method("collective/Part", PartRequest, Empty)

@@ -1,37 +1,50 @@
-"""Who is in the cluster: registration with incarnations, heartbeats, expiry, and what was placed since.
+"""Who is in the cluster: registration with incarnations, heartbeats, ends of lives, and what was placed since.
 
-A machine without I/O: `CoordinatorShell` feeds it messages and the time. A worker is believed while its
-heartbeats come and no engine step of it is older than its bound; a worker that comes back from a hang is
-still the same incarnation and is taken up again with its next heartbeat (its requests were failed meanwhile
-by the gateways, which fence by owner epoch).
+A machine without I/O: `CoordinatorShell` feeds it messages and the time. A worker is believed while its heartbeats
+come. A life that fell silent, said goodbye or was replaced by a later one is *gone*, and that is final: everybody
+who may hold leases with it is told (`gone`), so it is never taken up again, however well it feels when it comes
+back; it is refused with StaleIncarnation, ends itself, and its next life registers anew. A coordinator that was
+restarted knows nothing and takes up whoever registers.
+
+A hung engine is no matter of heartbeats: the worker that has it ends itself (`worker.watchdog`). Time in which
+the coordinator itself did not run is nobody's silence.
 """
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from contracts.errors import StaleIncarnation
-from contracts.messages import Member, WorkerLoad
+from contracts.messages import Member, WorkerLife, WorkerLoad
+from contracts.pauses import PauseWatch
 from coordinator.policy.dispatch import WorkerView
 
 if TYPE_CHECKING:
     from contracts.ids import Incarnation, WorkerId
     from contracts.messages import DispatchItem, Placement, TransferReport, WorkerInfo
 
+#: `expire` is called at least this often.
+LOOK_INTERVAL_S = 0.5
+#: Between two looks or messages; after a longer gap the coordinator itself did not run.
+LONGEST_GAP_S = 1.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MembershipLimits:
     heartbeat_interval_s: float = 0.5
-    #: Silence after which a worker is taken for dead.
+    #: Silence after which a life is over.
     heartbeat_timeout_s: float = 3.0
-    #: Age of an engine step after which a worker is taken for hung though its rpc answers.
-    step_bound_s: float = 60.0
     #: A placement counts as load until a heartbeat this much younger has come: by then the worker's own
     #: figures contain it.
     booking_grace_s: float = 0.25
-    #: A dead worker's entry is kept this long, so that `Members` can show it.
-    forget_after_s: float = 600.0
+    #: How long, and of how many lives, the end is told with every heartbeat.
+    tell_gone_for_s: float = 60.0
+    max_told_gone: int = 256
+    #: Worker ids whose last ended life is remembered, to refuse it; far more than a cluster has.
+    max_fenced: int = 16_384
 
 
 @dataclass(slots=True)
@@ -46,34 +59,41 @@ class _Booking:
 class _Entry:
     info: WorkerInfo
     load: WorkerLoad
+    #: Of the last heartbeat; moved on by pauses of the coordinator.
     heartbeat_s: float
-    #: The last that its heartbeats told; None before the first.
     transfers: TransferReport | None = None
     #: Placements that no heartbeat contains yet, oldest first.
     bookings: list[_Booking] = field(default_factory=list[_Booking])
-    #: Whether the last `expire` found it alive; only for reporting changes.
-    alive: bool = True
 
 
 class Membership:
     def __init__(self, limits: MembershipLimits) -> None:
         self._limits = limits
-        #: The newest known life of each worker, dead ones included until forgotten.
+        self._pauses = PauseWatch(LONGEST_GAP_S)
+        #: Nobody's silence is too long before this; looking at everybody with every message would be quadratic.
+        self._look_again_s = -math.inf
+        #: The present life of each worker that has one.
         self._entries: dict[WorkerId, _Entry] = {}
+        #: Last ended life of each worker, and why it ended; the one that ended last stands last.
+        self._fenced: OrderedDict[WorkerId, tuple[Incarnation, str]] = OrderedDict()
+        #: When lives ended, oldest first: those that are told.
+        self._gone: OrderedDict[WorkerLife, float] = OrderedDict()
+        #: One sentence for each life that fell silent since `expire` was last called.
+        self._lost: list[str] = []
 
     def register(self, info: WorkerInfo, now_s: float) -> None:
         """Takes up a life of a worker; the earlier one is gone with it. Idempotent.
 
-        Raises StaleIncarnation when a later life is known.
+        Raises StaleIncarnation for a life that is gone, or when a later one is known.
         """
+        self._look(now_s)
+        self._refuse_stale(info.worker_id, info.incarnation)
         known = self._entries.get(info.worker_id)
-        if known is not None and known.info.incarnation > info.incarnation:
-            raise StaleIncarnation(
-                f"{info.worker_id} registers as incarnation {info.incarnation}, but {known.info.incarnation} is known"
-            )
         if known is not None and known.info == info:
             known.heartbeat_s = now_s
             return
+        if known is not None and known.info.incarnation < info.incarnation:
+            self._end(known, f"incarnation {info.incarnation} took its place", now_s)
         load = WorkerLoad(free_blocks=info.total_blocks)
         self._entries[info.worker_id] = _Entry(info=info, load=load, heartbeat_s=now_s)
 
@@ -85,7 +105,12 @@ class Membership:
         now_s: float,
         transfers: TransferReport | None = None,
     ) -> bool:
-        """False when this life is not known: the worker must register."""
+        """False when this life is not known: the worker must register. `transfers`: None leaves the last ones.
+
+        Raises StaleIncarnation as `register` does.
+        """
+        self._look(now_s)
+        self._refuse_stale(worker_id, incarnation)
         entry = self._entries.get(worker_id)
         if entry is None or entry.info.incarnation != incarnation:
             return False
@@ -96,13 +121,19 @@ class Membership:
         entry.bookings = [booking for booking in entry.bookings if booking.at_s > settled_s]
         return True
 
-    def deregister(self, worker_id: WorkerId, incarnation: Incarnation) -> bool:
-        """Forgets one life; a newer one stays. Returns whether anything was forgotten."""
+    def deregister(self, worker_id: WorkerId, incarnation: Incarnation, now_s: float) -> bool:
+        """Ends one life; a newer one stays. Returns whether it was the present one."""
+        self._look(now_s)
         entry = self._entries.get(worker_id)
         if entry is None or entry.info.incarnation != incarnation:
             return False
-        del self._entries[worker_id]
+        self._end(entry, "it said goodbye", now_s)
         return True
+
+    def gone(self, now_s: float) -> tuple[WorkerLife, ...]:
+        """The lives that ended within the last `tell_gone_for_s`, the latest `max_told_gone` of them."""
+        self._look(now_s)
+        return tuple(self._gone)
 
     def book(self, item: DispatchItem, placement: Placement, now_s: float) -> None:
         """Remembers a placement as load until a heartbeat contains it."""
@@ -113,23 +144,15 @@ class Membership:
             _Booking(at_s=now_s, context_tokens=item.prompt_tokens + item.max_tokens)
         )
 
-    def expire(self, now_s: float) -> tuple[list[str], list[str]]:
-        """Notes who died and who came back since the last call; returns one sentence for each."""
-        lost: list[str] = []
-        back: list[str] = []
-        for worker_id, entry in list(self._entries.items()):
-            reason = self._dead_because(entry, now_s)
-            if reason is not None and entry.alive:
-                lost.append(f"{worker_id} incarnation {entry.info.incarnation}: {reason}")
-            elif reason is None and not entry.alive:
-                back.append(f"{worker_id} incarnation {entry.info.incarnation}")
-            entry.alive = reason is None
-            if now_s - entry.heartbeat_s > self._limits.forget_after_s:
-                del self._entries[worker_id]
-        return lost, back
+    def expire(self, now_s: float) -> list[str]:
+        """To be called every `LOOK_INTERVAL_S`. One sentence for each life that fell silent since the last call."""
+        self._look(now_s)
+        lost, self._lost = self._lost, []
+        return lost
 
     def live(self, now_s: float) -> list[WorkerView]:
         """The workers that may be given requests, by worker id."""
+        self._look(now_s)
         return [
             WorkerView(
                 info=entry.info,
@@ -139,11 +162,11 @@ class Membership:
                 booked_requests=sum(booking.requests for booking in entry.bookings),
             )
             for _, entry in sorted(self._entries.items())
-            if self._dead_because(entry, now_s) is None
         ]
 
     def members(self, now_s: float) -> tuple[Member, ...]:
         """Live workers with their last load, for people and health checks."""
+        self._look(now_s)
         return tuple(
             Member(
                 info=entry.info,
@@ -152,13 +175,49 @@ class Membership:
                 transfers=entry.transfers,
             )
             for _, entry in sorted(self._entries.items())
-            if self._dead_because(entry, now_s) is None
         )
 
-    def _dead_because(self, entry: _Entry, now_s: float) -> str | None:
-        silence_s = now_s - entry.heartbeat_s
-        if silence_s > self._limits.heartbeat_timeout_s:
-            return f"no heartbeat for {silence_s:.1f} s"
-        if entry.load.step_age_s > self._limits.step_bound_s:
-            return f"an engine step has run for {entry.load.step_age_s:.1f} s"
-        return None
+    # --- ends of lives ----------------------------------------------------------------------------
+
+    def _look(self, now_s: float) -> None:
+        """Ends the lives that fell silent. Comes first in every call: nothing may see one that should be over."""
+        paused_s = self._pauses.look(now_s)
+        if paused_s or now_s > self._look_again_s:
+            self._end_the_silent(paused_s, now_s)
+        while self._gone and now_s - next(iter(self._gone.values())) > self._limits.tell_gone_for_s:
+            self._gone.popitem(last=False)
+
+    def _end_the_silent(self, paused_s: float, now_s: float) -> None:
+        timeout_s = self._limits.heartbeat_timeout_s
+        for entry in list(self._entries.values()):
+            entry.heartbeat_s = min(now_s, entry.heartbeat_s + paused_s)
+            silence_s = now_s - entry.heartbeat_s
+            if silence_s > timeout_s:
+                reason = f"no heartbeat for {silence_s:.1f} s"
+                self._lost.append(f"{entry.info.worker_id} incarnation {entry.info.incarnation}: {reason}")
+                self._end(entry, reason, now_s)
+        # Heartbeats only move this on, and who registers from now on is heard later than anybody here.
+        self._look_again_s = timeout_s + min((entry.heartbeat_s for entry in self._entries.values()), default=now_s)
+
+    def _end(self, entry: _Entry, reason: str, now_s: float) -> None:
+        worker_id, incarnation = entry.info.worker_id, entry.info.incarnation
+        del self._entries[worker_id]
+        self._fenced[worker_id] = (incarnation, reason)
+        self._fenced.move_to_end(worker_id)
+        if len(self._fenced) > self._limits.max_fenced:
+            self._fenced.popitem(last=False)
+        self._gone[WorkerLife(worker_id, incarnation)] = now_s
+        if len(self._gone) > self._limits.max_told_gone:
+            self._gone.popitem(last=False)
+
+    def _refuse_stale(self, worker_id: WorkerId, incarnation: Incarnation) -> None:
+        known = self._entries.get(worker_id)
+        if known is not None and known.info.incarnation > incarnation:
+            raise StaleIncarnation(
+                f"{worker_id} speaks as incarnation {incarnation}, but {known.info.incarnation} is known"
+            )
+        last, reason = self._fenced.get(worker_id, (None, ""))
+        if last is not None and incarnation <= last:
+            raise StaleIncarnation(
+                f"incarnation {incarnation} of {worker_id} was given up and is not taken up again: {reason}"
+            )

@@ -18,7 +18,7 @@ from contracts.messages import (
     Placement,
     RegisterReply,
 )
-from coordinator.membership import Membership, MembershipLimits
+from coordinator.membership import LOOK_INTERVAL_S, Membership, MembershipLimits
 from coordinator.policy.dispatch import DispatchLimits, dispatch
 
 if TYPE_CHECKING:
@@ -34,12 +34,10 @@ if TYPE_CHECKING:
     )
     from rpc import CallContext, Server
 
-#: How often deaths are looked for, to be logged; decisions look for themselves.
-EXPIRY_INTERVAL_S = 0.5
-
 
 class CoordinatorShell:
-    """Use: `register_on(server)`, then `async with shell:` for as long as it serves."""
+    """Use: `register_on(server)`, then `async with shell:` for as long as it serves; a bug of its own cancels the
+    body, and leaving raises it."""
 
     def __init__(
         self,
@@ -56,7 +54,9 @@ class CoordinatorShell:
         self.membership = Membership(self._membership_limits)
         #: Placements by outcome ("placement" or a rejection's code), for metrics.
         self.verdicts_total: dict[str, int] = {}
-        self._expiry: asyncio.Task[None] | None = None
+        #: Present between entering and leaving.
+        self._group: asyncio.TaskGroup | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     def register_on(self, server: Server) -> None:
         server.register(REGISTER, self._on_register)
@@ -66,24 +66,28 @@ class CoordinatorShell:
         server.register(MEMBERS, self._on_members)
 
     async def __aenter__(self) -> Self:
-        self._expiry = asyncio.create_task(self._watch(), name="coordinator-expiry")
+        self._group = asyncio.TaskGroup()
+        await self._group.__aenter__()
+        self._watching = self._group.create_task(self._watch(), name="coordinator-expiry")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._expiry is not None, "left without having been entered"
-        self._expiry.cancel()
-        await asyncio.wait([self._expiry])
+        assert self._group is not None, "left without having been entered"
+        assert self._watching is not None, "made with the group"
+        self._watching.cancel()
+        if not isinstance(error, asyncio.CancelledError):
+            # The body's own error leaves as it is, not as part of a group.
+            kind = error = trace = None
+        await self._group.__aexit__(kind, error, trace)
 
     async def _watch(self) -> None:
+        """Nothing else would notice a silent worker while nobody asks."""
         while True:
-            await self._clock.sleep(EXPIRY_INTERVAL_S)
-            lost, back = self.membership.expire(self._clock.now_s())
-            for sentence in lost:
+            await self._clock.sleep(LOOK_INTERVAL_S)
+            for sentence in self.membership.expire(self._clock.now_s()):
                 self._log(f"worker lost: {sentence}")
-            for sentence in back:
-                self._log(f"worker back: {sentence}")
 
     async def _on_register(self, info: WorkerInfo, context: CallContext) -> RegisterReply:
         self.membership.register(info, self._clock.now_s())
@@ -94,13 +98,12 @@ class CoordinatorShell:
         return RegisterReply(heartbeat_interval_s=self._membership_limits.heartbeat_interval_s)
 
     async def _on_heartbeat(self, beat: HeartbeatRequest, context: CallContext) -> HeartbeatReply:
-        known = self.membership.heartbeat(
-            beat.worker_id, beat.incarnation, beat.load, self._clock.now_s(), beat.transfers
-        )
-        return HeartbeatReply(known=known)
+        now_s = self._clock.now_s()
+        known = self.membership.heartbeat(beat.worker_id, beat.incarnation, beat.load, now_s, beat.transfers)
+        return HeartbeatReply(known=known, gone=self.membership.gone(now_s))
 
     async def _on_deregister(self, leave: DeregisterRequest, context: CallContext) -> Empty:
-        if self.membership.deregister(leave.worker_id, leave.incarnation):
+        if self.membership.deregister(leave.worker_id, leave.incarnation, self._clock.now_s()):
             self._log(f"worker left: {leave.worker_id} incarnation {leave.incarnation}: {leave.reason}")
         return Empty()
 

@@ -3,8 +3,9 @@
 A running sequence takes one block more whenever its next token would not fit; when none is free the
 sequence that arrived last is preempted by recompute (vLLM, SOSP'23, section 4.5): its blocks are freed, and its
 prompt and output are read again, in chunks, when blocks are free. Noise is counter-based and greedy choice is
-exact, so the answer does not change. Preempted sequences come before offers that wait for blocks: nothing new
-is admitted while something admitted starves.
+exact, so the answer does not change. So that this stays rare, what is admitted leaves room for what runs to grow
+(`engine.room`). Preempted sequences come before offers that wait for blocks (`decode.admission`), the one that
+arrived first before the others.
 
 Not thread-safe: everything runs on the worker's loop. Nothing here waits or does I/O.
 """
@@ -15,10 +16,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from contracts.errors import BadRequest, Cancelled
+from contracts.errors import BadRequest, Cancelled, NoCapacity
 from contracts.requests import PhaseTimes
+from decode.admission import OfferVerdict, admit, may_resume, retry_after_s
+from decode.incoming import Incoming, IncomingOffers
 from engine.compose import Candidate
 from engine.recent import RecentTries
+from engine.room import Demand
 from engine.sequence import Sequence, failure, finish_after, owner_name, request_key
 
 if TYPE_CHECKING:
@@ -30,27 +34,16 @@ if TYPE_CHECKING:
     from contracts.messages import HandoffReply, HandoffRequest, RequestKey, Seal
     from contracts.requests import GenerateRequest
     from engine.plan import Engine, Sampled, SequenceStep
+    from engine.room import Room
     from engine.sequence import Emit
     from kvtransfer import Ledger, ReaderService
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeLimits:
-    #: Blocks kept free when a preempted sequence is taken up again, so that it is not preempted at once.
-    resume_headroom_blocks: int = 2
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Incoming:
-    """An offer whose KV is on its way."""
-
-    request: GenerateRequest
-    received_s: float
-
-    @property
-    def first_index(self) -> int:
-        """Output index of the token that the prefill side samples."""
-        return len(self.request.token_ids) - self.request.num_prompt_tokens
+    #: What is admitted leaves the blocks that everything admitted takes within so many tokens: an answer of at
+    #: most this length is not preempted.
+    growth_tokens: int = 64
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -78,6 +71,7 @@ class DecodeBatch:
         engine: Engine,
         ledger: Ledger,
         reader: ReaderService,
+        room: Room,
         own_worker_id: str,
         limits: DecodeLimits,
         emit: Emit,
@@ -90,25 +84,25 @@ class DecodeBatch:
         self._layout = engine.identity.layout
         self._ledger = ledger
         self._reader = reader
+        self._room = room
         self._own_worker_id = own_worker_id
         self._limits = limits
         self._emit = emit
         self._clock = clock
         self._on_change = on_change
         self._sequence_ids = sequence_ids
-        #: All and only offers neither adopted nor aborted.
-        self._incoming: dict[LeaseId, _Incoming] = {}
-        #: Lease of each try in `_incoming`.
-        self._lease_of: dict[RequestKey, LeaseId] = {}
+        self._incoming = IncomingOffers(room, ledger.is_reserved)
         #: All and only tries with adopted KV or preempted, by try.
         self._answers: dict[RequestKey, _Answer] = {}
         #: Those with blocks, by sequence id.
         self._running: dict[int, _Answer] = {}
-        #: Those without blocks, first preempted first.
-        self._preempted: deque[_Answer] = deque()
+        #: Those without blocks, by sequence id.
+        self._preempted: dict[int, _Answer] = {}
         #: Tries that ended here, or were cancelled before they came.
         self._over = RecentTries()
         self.preemptions_total = 0
+        #: Tokens whose KV was given up and had to be computed again.
+        self.recomputed_tokens_total = 0
 
     def __repr__(self) -> str:
         return (
@@ -137,18 +131,18 @@ class DecodeBatch:
     def context_tokens(self) -> int:
         """Tokens of running and preempted sequences and of prompts on their way."""
         running = sum(len(answer.sequence.token_ids) for answer in self._answers.values())
-        return running + sum(len(incoming.request.token_ids) for incoming in self._incoming.values())
+        return running + self._incoming.num_tokens
 
     def keys_of(self, gateway_id: GatewayId) -> list[RequestKey]:
         """The tries whose tokens go to this gateway."""
-        requests = [incoming.request for incoming in self._incoming.values()]
+        requests = [incoming.request for incoming in self._incoming]
         requests += [answer.sequence.request for answer in self._answers.values()]
         return [request_key(request) for request in requests if request.gateway_id == gateway_id]
 
     def fail_all(self, code: str, message: str) -> None:
         """Ends every try on this side: the worker stops."""
-        for incoming in list(self._incoming.values()):
-            self.cancel(request_key(incoming.request), message)
+        for incoming in self._incoming:
+            self.cancel(incoming.key, message)
             self._fail_incoming(incoming, code, message)
         for answer in list(self._answers.values()):
             if not answer.doomed:
@@ -159,18 +153,48 @@ class DecodeBatch:
     def offer(self, ask: HandoffRequest, now_s: float) -> HandoffReply:
         """Answers a handoff at once.
 
-        Raises BadRequest, NoCapacity, IncompatiblePeer, StaleIncarnation; Cancelled for a try that is over.
+        Raises BadRequest, IncompatiblePeer, StaleIncarnation; Cancelled for a try that is over; NoCapacity,
+        with numbers and when to ask again, for an offer that may not even wait.
         """
         key = request_key(ask.request)
         if key in self._over:
             raise Cancelled(f"request {key.request_id} attempt {key.attempt} is over at {self._own_worker_id}")
         self._check_fits(ask)
         lease_id = ask.terms.lease_id
-        reply = self._reader.offer(ask.terms, owner=owner_name(key), on_adopted=self._adopted, on_aborted=self._aborted)
-        if lease_id not in self._incoming:
-            self._incoming[lease_id] = _Incoming(request=ask.request, received_s=now_s)
-            self._lease_of[key] = lease_id
-        return reply
+        if lease_id in self._incoming:
+            return self._ask_reader(ask, owner_name(key), now_s)
+        # Known before the reader decides: it asks `may_reserve` about the offer that has waited longest.
+        self._incoming.add(
+            Incoming(
+                lease_id=lease_id,
+                request=ask.request,
+                received_s=now_s,
+                num_blocks=ask.terms.num_blocks,
+                growth_blocks=self._growth(ask.request, ask.terms.num_blocks),
+            )
+        )
+        try:
+            return self._ask_reader(ask, owner_name(key), now_s)
+        except BaseException:
+            self._incoming.take(lease_id)
+            raise
+
+    def _ask_reader(self, ask: HandoffRequest, owner: str, now_s: float) -> HandoffReply:
+        try:
+            return self._reader.offer(ask.terms, owner=owner, on_adopted=self._adopted, on_aborted=self._aborted)
+        except NoCapacity as error:
+            first = self._incoming.note_blocks()
+            waited_s = now_s - first.received_s if first is not None else 0.0
+            raise NoCapacity(
+                f"{self._own_worker_id} takes no more offers: {error.message}; {len(self._running)} answers run, "
+                f"{len(self._preempted)} are preempted",
+                retry_after_s=retry_after_s(waited_s, ask.terms.ttl_s),
+            ) from error
+
+    def may_reserve(self) -> bool:
+        """Whether the offer that has waited longest may have its blocks now: what the reader asks before each."""
+        first = self._incoming.note_blocks()
+        return first is None or admit(first.demand, self._room.view()) is OfferVerdict.RESERVE
 
     def take_over(self, sequence: Sequence, now_s: float) -> None:
         """A prompt read by this same worker: its blocks stay where they are."""
@@ -178,9 +202,9 @@ class DecodeBatch:
 
     def cancel(self, key: RequestKey, reason: str) -> None:
         """Forgets a try. Unknown tries are no error."""
-        lease_id = self._lease_of.get(key)
+        lease_id = self._incoming.lease_of(key)
         if lease_id is not None:
-            self._take_incoming(lease_id)
+            self._incoming.take(lease_id)
             self._over.add(key)
             self._reader.cancel(lease_id, reason)
         answer = self._answers.get(key)
@@ -195,9 +219,9 @@ class DecodeBatch:
         for answer in [late for late in self._answers.values() if now_s > late.sequence.deadline_s]:
             if not answer.doomed:
                 self._fail(answer, "deadline_exceeded", message)
-        for incoming in list(self._incoming.values()):
-            if now_s > incoming.received_s + incoming.request.deadline_s:
-                self.cancel(request_key(incoming.request), message)
+        for incoming in self._incoming:
+            if now_s > incoming.deadline_s:
+                self.cancel(incoming.key, message)
                 self._fail_incoming(incoming, "deadline_exceeded", message)
 
     # --- steps ------------------------------------------------------------------------------------
@@ -205,6 +229,9 @@ class DecodeBatch:
     def candidates(self, now_s: float) -> tuple[list[Candidate], list[Candidate]]:
         self._make_room()
         self._resume()
+        # Whatever changed since (a prompt was admitted, blocks were taken back) may be what an offer waited for.
+        self._reader.blocks_freed()
+        self._incoming.note_blocks()
         decodes: list[Candidate] = []
         chunks: list[Candidate] = []
         for sequence_id, answer in self._running.items():
@@ -264,19 +291,14 @@ class DecodeBatch:
                 f"the request needs {needed} KV blocks, {self._own_worker_id} has {self._engine.num_blocks} in all"
             )
 
-    def _take_incoming(self, lease_id: LeaseId) -> _Incoming:
-        incoming = self._incoming.pop(lease_id)
-        self._lease_of.pop(request_key(incoming.request), None)
-        return incoming
-
     def _adopted(self, lease_id: LeaseId, block_ids: list[BlockId], seal: Seal) -> None:
         """The reader's report that a pull was confirmed; the blocks are owned in the request's name."""
-        incoming = self._take_incoming(lease_id)
+        incoming = self._incoming.take(lease_id)
         now_s = self._clock.now_s()
         sequence = Sequence(
             sequence_id=next(self._sequence_ids),
             request=incoming.request,
-            deadline_s=incoming.received_s + incoming.request.deadline_s,
+            deadline_s=incoming.deadline_s,
             token_ids=[*incoming.request.token_ids, *seal.first_delta.token_ids],
             block_ids=block_ids,
             num_computed=seal.num_tokens,
@@ -285,29 +307,44 @@ class DecodeBatch:
         self._on_change()
 
     def _aborted(self, lease_id: LeaseId, error: TandemError) -> None:
-        """The reader's report that a pull ended without adoption; after a cancel of ours nobody asks."""
+        """The reader's report that a pull ended without adoption. Cancelled says that somebody ended it who answers
+        for the request himself: this worker, or its holder; anything else is told to the client as what it is."""
         if lease_id in self._incoming:
-            incoming = self._take_incoming(lease_id)
-            self._fail_incoming(incoming, error.code, error.message)
+            incoming = self._incoming.take(lease_id)
+            if isinstance(error, Cancelled):
+                self._over.add(incoming.key)
+            else:
+                self._fail_incoming(incoming, error.code, error.message)
         self._on_change()
 
-    def _fail_incoming(self, incoming: _Incoming, code: str, message: str) -> None:
+    def _fail_incoming(self, incoming: Incoming, code: str, message: str) -> None:
         request = incoming.request
         self._over.add(request_key(request))
         self._emit(request, failure(request, incoming.first_index, code, message))
 
     def _start(self, answer: _Answer) -> None:
         self._answers[answer.sequence.key] = answer
+        self._run(answer)
+
+    def _run(self, answer: _Answer) -> None:
         self._running[answer.sequence.sequence_id] = answer
+        self._promise_growth(answer.sequence)
+
+    def _growth(self, request: GenerateRequest, num_blocks: int) -> int:
+        return self._room.growth(request, num_blocks, max_context_tokens=self._engine.max_context_tokens)
+
+    def _promise_growth(self, sequence: Sequence) -> None:
+        self._room.promise(sequence.owner, self._growth(sequence.request, len(sequence.block_ids)))
 
     def _make_room(self) -> None:
         """Gives every running sequence the blocks for its remaining tokens, oldest first, preempting the
         newest. Sequence ids grow with arrival."""
-        for sequence_id in sorted(self._running):
-            answer = self._running.get(sequence_id)
-            while answer is not None and not self._extend(answer.sequence):
-                self._preempt(self._running[max(self._running)])
-                answer = self._running.get(sequence_id)
+        order = deque(sorted(self._running))
+        while order:
+            if self._extend(self._running[order[0]].sequence):
+                order.popleft()
+            else:
+                self._preempt(self._running[order.pop()])
 
     def _extend(self, sequence: Sequence) -> bool:
         missing = self._layout.blocks_for(len(sequence.token_ids)) - len(sequence.block_ids)
@@ -317,34 +354,39 @@ class DecodeBatch:
         if blocks is None:
             return False
         sequence.block_ids.extend(blocks)
+        self._promise_growth(sequence)
         return True
 
     def _preempt(self, answer: _Answer) -> None:
         sequence = answer.sequence
         del self._running[sequence.sequence_id]
         self._release(sequence)
-        sequence.num_computed = 0
+        num_lost, sequence.num_computed = sequence.num_computed, 0
         if self._layout.blocks_for(len(sequence.token_ids)) > self._engine.num_blocks:
             message = f"the answer outgrew the {self._engine.num_blocks} KV blocks of {self._own_worker_id}"
             self._fail(answer, "no_capacity", message)
             return
         self.preemptions_total += 1
-        self._preempted.append(answer)
+        self.recomputed_tokens_total += num_lost
+        self._preempted[sequence.sequence_id] = answer
+        self._room.starving = True
 
     def _resume(self) -> None:
         while self._preempted:
-            sequence = self._preempted[0].sequence
+            sequence_id = min(self._preempted)
+            answer = self._preempted[sequence_id]
+            sequence = answer.sequence
             needed = self._layout.blocks_for(len(sequence.token_ids))
-            headroom = self._limits.resume_headroom_blocks if self._running else 0
-            if self._ledger.available_blocks < needed + headroom:
+            growth = self._growth(sequence.request, needed)
+            demand = Demand(arrival_s=answer.adopted_s, num_blocks=needed, growth_blocks=growth)
+            if not may_resume(demand, self._room.view()):
                 return
             blocks = self._ledger.allocate(sequence.owner, needed)
             assert blocks is not None, (self._ledger, needed)
             sequence.block_ids = blocks
-            self._running[sequence.sequence_id] = self._preempted.popleft()
-            if not self._preempted:
-                # Offers waited for this as much as for blocks.
-                self._reader.blocks_freed()
+            del self._preempted[sequence_id]
+            self._room.starving = bool(self._preempted)
+            self._run(answer)
 
     def _fail(self, answer: _Answer, code: str, message: str) -> None:
         sequence = answer.sequence
@@ -361,12 +403,12 @@ class DecodeBatch:
         self._answers.pop(sequence.key, None)
         self._over.add(sequence.key)
         self._running.pop(sequence.sequence_id, None)
-        if answer in self._preempted:
-            self._preempted.remove(answer)
-        if not self._preempted:
-            self._reader.blocks_freed()
+        self._preempted.pop(sequence.sequence_id, None)
+        self._room.starving = bool(self._preempted)
+        self._reader.blocks_freed()
 
     def _release(self, sequence: Sequence) -> None:
+        self._room.forget(sequence.owner)
         if sequence.block_ids:
             self._ledger.release(sequence.owner, sequence.block_ids)
             sequence.block_ids = []

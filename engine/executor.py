@@ -67,7 +67,9 @@ class EngineThread:
                 result = work()
             except TandemError as raised:
                 error = raised
-            except Exception as raised:
+            except BaseException as raised:
+                # Even what would end a program (SystemExit, KeyboardInterrupt): this thread goes on, and the
+                # awaiter must hear of it.
                 error = Internal(f"engine step failed: {type(raised).__name__}: {raised}")
                 error.__cause__ = raised
             # Where the loop is closed nobody waits any more.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from contracts.errors import (
+    ERROR_BY_CODE,
     ConfigError,
     Internal,
     InvariantBroken,
@@ -28,19 +29,22 @@ from contracts.ids import RequestId
 from contracts.messages import (
     MEMBERS,
     PREFILL,
-    DispatchItem,
     Empty,
     Member,
     Peer,
     Placement,
     PrefillRequest,
+    Rejection,
     RequestKey,
 )
 from contracts.requests import GenerateRequest, SamplingParams
-from gateway import ownership as own
+from gateway import events as ev
 from gateway.cancels import CancelQueue
 from gateway.dispatching import Dispatcher
 from gateway.links import WorkerLinks
+from gateway.ownership import RequestMachine
+from gateway.stats import CoreStats
+from gateway.stream import RequestStream
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -49,14 +53,13 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from contracts.clock import Clock
-    from contracts.ids import GatewayId
+    from contracts.ids import Attempt, GatewayId, WorkerId
     from contracts.requests import Frame, TokenDelta
     from gateway.limits import GatewayLimits
-    from gateway.timeline import Timeline
     from rpc import Network
 
-#: Requests whose Cancel is remembered, and how soon it is repeated for tokens that come in spite of it.
-_MAX_REMEMBERED_CANCELS = 1024
+#: Cancels that are remembered, and how soon one is repeated for tokens that come in spite of it.
+_MAX_REMEMBERED_CANCELS = 4096
 _CANCEL_AGAIN_AFTER_S = 1.0
 
 
@@ -74,103 +77,31 @@ class Submission:
 
 
 @dataclass(slots=True)
-class CoreStats:
-    """Counters over the life of the gateway."""
-
-    #: By reason: deltas that reached no client (duplicates, forgotten requests, other attempts, …).
-    dropped_deltas: dict[str, int] = field(default_factory=dict[str, int])
-    lost_streams: int = 0
-    num_frames: int = 0
-
-    def drop(self, reason: str, count: int = 1) -> None:
-        self.dropped_deltas[reason] = self.dropped_deltas.get(reason, 0) + count
-
-
-class RequestStream:
-    """One request's answer: iterate it for deltas in order, the last with `finish`; then it ends.
-
-    Iterating raises the TandemError that ended the request, after what had arrived before it. One reader.
-    Leaving `async with` cancels the request unless it has ended.
-    """
-
-    def __init__(self, core: GatewayCore, request_id: RequestId) -> None:
-        self.request_id = request_id
-        #: Where the time went; set when the request has ended.
-        self.timeline: Timeline | None = None
-        self._core = core
-        #: Deltas that the reader has not taken, and how many tokens they hold.
-        self._deltas: deque[TokenDelta] = deque()
-        self.num_buffered_tokens = 0
-        self._error: TandemError | None = None
-        self._news = asyncio.Event()
-        self._is_accepted = False
-
-    def cancel(self, reason: str, *, outcome: str = "cancelled") -> None:
-        """Ends the request now, wherever it is. Iterating then ends without an error. May be repeated."""
-        self._core.feed(self.request_id, own.CancelAsked(reason, outcome))
-
-    async def accepted(self) -> None:
-        """Returns once a worker has the request (or it ended well); raises what ended it before that."""
-        while not (self._is_accepted or self.timeline):
-            await self._wait()
-        if not self._is_accepted and self._error is not None:
-            raise self._error
-
-    async def __anext__(self) -> TokenDelta:
-        while not self._deltas:
-            if self.timeline is not None:
-                if self._error is not None:
-                    raise self._error
-                raise StopAsyncIteration
-            await self._wait()
-        delta = self._deltas.popleft()
-        self.num_buffered_tokens -= len(delta.token_ids)
-        return delta
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        self.cancel("the client is gone")
-
-    def put(self, delta: TokenDelta) -> None:
-        """For the core."""
-        self._deltas.append(delta)
-        self.num_buffered_tokens += len(delta.token_ids)
-        self.accept()
-
-    def accept(self) -> None:
-        """For the core."""
-        self._is_accepted = True
-        self._news.set()
-
-    def end(self, error: TandemError | None, timeline: Timeline) -> None:
-        """For the core."""
-        self._error, self.timeline = error, timeline
-        self._news.set()
-
-    async def _wait(self) -> None:
-        self._news.clear()
-        await self._news.wait()
-
-
-@dataclass(slots=True)
 class _Open:
     """An open request: its machine, its reader's end, its timers."""
 
-    machine: own.RequestMachine
+    machine: RequestMachine
     stream: RequestStream
     deadline: asyncio.TimerHandle | None = None
     gap: asyncio.TimerHandle | None = None
+    retry: asyncio.TimerHandle | None = None
+    was_replayed: bool = False
+    #: What happened and was not handled yet: an instruction may cause an event, which must not overtake the
+    #: instructions after it.
+    events: deque[ev.Event] = field(default_factory=deque[ev.Event])
+    is_handling: bool = False
+
+    def stop_gap_timer(self) -> None:
+        if self.gap is not None:
+            self.gap.cancel()
+            self.gap = None
 
     def stop_timers(self) -> None:
-        for timer in (self.deadline, self.gap):
+        self.stop_gap_timer()
+        for timer in (self.deadline, self.retry):
             if timer is not None:
                 timer.cancel()
-        self.deadline = self.gap = None
+        self.deadline = self.retry = None
 
 
 class GatewayCore:
@@ -203,8 +134,8 @@ class GatewayCore:
         self._links = WorkerLinks(network, clock, gateway_id, limits, self._spawn, self._on_frame, self._on_lost)
         #: Requests whose machine is not over.
         self._open: dict[RequestId, _Open] = {}
-        #: When Cancel was last sent for a request, oldest first.
-        self._cancelled: dict[RequestKey, float] = {}
+        #: When Cancel was last sent to a worker for a request, oldest first.
+        self._cancelled: dict[tuple[WorkerId, RequestKey], float] = {}
         #: Set exactly while `_open` is empty.
         self._idle = asyncio.Event()
         self._idle.set()
@@ -235,7 +166,7 @@ class GatewayCore:
     ) -> None:
         self._stopping = True
         for request_id in list(self._open):
-            self.feed(request_id, own.Failed(NotReady("the gateway is stopping", retry_after_s=1.0)))
+            self.feed(request_id, ev.Failed(NotReady("the gateway is stopping", retry_after_s=1.0)))
         try:
             await self._settle()
         finally:
@@ -259,23 +190,13 @@ class GatewayCore:
         self._num_submitted += 1
         request_id = RequestId(f"{self.gateway_id}-{self._num_submitted}")
         received_s = self.clock.now_s() if submission.received_s is None else submission.received_s
-        machine = own.RequestMachine(
-            self._request(request_id, submission),
-            received_s=received_s,
-            max_early_tokens=self.limits.max_early_tokens,
-        )
-        self._dispatcher.add(
-            DispatchItem(
-                request_id=request_id,
-                prompt_tokens=len(submission.token_ids),
-                max_tokens=submission.sampling.max_tokens,
-            )
-        )
-        stream = RequestStream(self, request_id)
+        machine = RequestMachine(self._request(request_id, submission), received_s=received_s, limits=self.limits)
+        self._dispatcher.add(machine.dispatch_item)
+        stream = RequestStream(request_id, self._on_cancel)
         entry = self._open[request_id] = _Open(machine, stream)
         self._idle.clear()
         remaining_s = max(0.0, received_s + submission.deadline_s - self.clock.now_s())
-        entry.deadline = self._feed_later(remaining_s, request_id, own.DeadlinePassed(submission.deadline_s))
+        entry.deadline = self._feed_later(remaining_s, request_id, ev.DeadlinePassed(submission.deadline_s))
         return stream
 
     async def wait_idle(self) -> None:
@@ -288,16 +209,24 @@ class GatewayCore:
         reply = await channel.call(MEMBERS, Empty(), timeout_s=self.limits.members_timeout_s)
         return reply.members
 
-    def feed(self, request_id: RequestId, event: own.Event) -> None:
-        """Gives a request's machine an event and carries out its instructions; no effect once it is over."""
+    def feed(self, request_id: RequestId, event: ev.Event) -> None:
+        """Gives a request's machine an event and carries out its instructions, in order; no effect once it is
+        over. What the instructions themselves cause is handled after them."""
         entry = self._open.get(request_id)
         if entry is None:
             return
-        instructions = entry.machine.handle(event, self.clock.now_s())
+        entry.events.append(event)
+        if entry.is_handling:
+            return
+        entry.is_handling = True
+        try:
+            while entry.events and not entry.machine.over:
+                for instruction in entry.machine.handle(entry.events.popleft(), self.clock.now_s()):
+                    self._carry_out(entry, instruction)
+        finally:
+            entry.is_handling = False
         if entry.machine.over:
             self._forget(entry)
-        for instruction in instructions:
-            self._carry_out(entry, instruction)
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -321,57 +250,80 @@ class GatewayCore:
 
     def _forget(self, entry: _Open) -> None:
         request_id = entry.machine.request.request_id
-        entry.stop_timers()
-        self._dispatcher.discard(request_id)
         for reason, count in entry.machine.dropped.items():
             self.stats.drop(reason, count)
         del self._open[request_id]
         if not self._open:
             self._idle.set()
 
-    def _carry_out(self, entry: _Open, instruction: own.Instruction) -> None:
-        request_id = entry.machine.request.request_id
+    def _carry_out(self, entry: _Open, instruction: ev.Instruction) -> None:
+        request_id = entry.stream.request_id
         match instruction:
-            case own.Deliver(delta):
+            case ev.Deliver(delta):
                 self._deliver(entry, delta)
-            case own.End(error, timeline):
+            case ev.End(error, timeline):
                 entry.stop_timers()
+                self._dispatcher.discard(request_id)
+                self.stats.failed_after_replays += error is not None and entry.was_replayed
                 entry.stream.end(error, timeline)
-            case own.Accept():
+            case ev.Accept():
                 entry.stream.accept()
-            case own.OpenStreams(placement):
-                self._spawn(self._open_streams(request_id, placement))
-            case own.SendPrefill(placement):
-                self._spawn(self._send_prefill(entry.machine.request, placement))
-            case own.SendCancel(peers, key, reason):
-                self._remember_cancel(key)
+            case ev.AskPlacement(item):
+                try:
+                    self._dispatcher.add(item)
+                except NoCapacity as error:
+                    self.feed(request_id, ev.Unanswered(error))
+            case ev.RetryLater(delay_s):
+                entry.retry = self._feed_later(delay_s, request_id, ev.RetryDue())
+            case ev.OpenStreams(attempt, placement):
+                self._spawn(self._open_streams(request_id, attempt, placement))
+            case ev.SendPrefill(placement, request):
+                self._spawn(self._send_prefill(request, placement))
+            case ev.SendCancel(peers, key, reason):
                 for peer in peers:
-                    self._cancels.add(peer, key, reason)
-            case own.StartGapTimer():
+                    self._send_cancel(peer, key, reason)
+            case ev.AnswerStray(peer, key):
+                self._cancel_stray(peer, key)
+            case ev.StartGapTimer():
                 if entry.gap is None:
-                    entry.gap = self._feed_later(self.limits.gap_timeout_s, request_id, own.GapExpired())
-            case own.StopGapTimer():
-                if entry.gap is not None:
-                    entry.gap.cancel()
-                    entry.gap = None
+                    entry.gap = self._feed_later(self.limits.gap_timeout_s, request_id, ev.GapExpired())
+            case ev.StopGapTimer():
+                entry.stop_gap_timer()
+            case ev.NoteReplay():
+                self._note_replay(entry, instruction)
+            case ev.NoteResumed(after_s):
+                self.stats.resumed.add(after_s)
 
     def _deliver(self, entry: _Open, delta: TokenDelta) -> None:
         stream = entry.stream
         stream.put(delta)
         num_tokens = stream.num_buffered_tokens
         if num_tokens > self.limits.max_buffered_tokens:
-            self.feed(stream.request_id, own.Overflowed(num_tokens))
+            self.feed(stream.request_id, ev.Overflowed(num_tokens))
 
-    async def _open_streams(self, request_id: RequestId, placement: Placement) -> None:
+    def _note_replay(self, entry: _Open, note: ev.NoteReplay) -> None:
+        entry.was_replayed = True
+        self.stats.replay(note.reason)
+        self.log.warning(
+            "request_replayed",
+            request=entry.stream.request_id,
+            attempt=entry.machine.request.attempt,
+            workers=",".join(note.suspects),
+            reason=note.reason,
+            error=note.error.message,
+            delivered=note.num_delivered,
+        )
+
+    async def _open_streams(self, request_id: RequestId, attempt: Attempt, placement: Placement) -> None:
         for peer in (placement.prefill, placement.decode):
             try:
                 await self._links.ensure(peer).wait_open()
             except TandemError as error:
                 self.log.warning("stream_not_opened", worker=peer.worker_id, error=error.message)
                 failure = _for_client(error, f"worker {peer.worker_id}")
-                self.feed(request_id, own.PrefillFailed(failure))
+                self.feed(request_id, ev.StreamsFailed(attempt, peer.worker_id, failure))
                 return
-        self.feed(request_id, own.StreamsOpened())
+        self.feed(request_id, ev.StreamsOpened(attempt))
 
     async def _send_prefill(self, request: GenerateRequest, placement: Placement) -> None:
         """Safe to send twice (request id and attempt fence it), but not repeated: time is short."""
@@ -382,48 +334,57 @@ class GatewayCore:
             await channel.call(PREFILL, body, timeout_s=self.limits.prefill_timeout_s)
         except TandemError as error:
             self.log.warning("prefill_failed", worker=peer.worker_id, error=error.message)
-            event: own.Event = own.PrefillFailed(_for_client(error, f"prefill worker {peer.worker_id}"))
+            failure = _for_client(error, f"prefill worker {peer.worker_id}")
+            event: ev.Event = ev.PrefillFailed(request.attempt, failure)
         else:
-            event = own.PrefillAccepted()
+            event = ev.PrefillAccepted(request.attempt)
         self.feed(request.request_id, event)
 
     # --- what comes in --------------------------------------------------------------------------
 
-    def _on_answer(self, request_id: RequestId, answer: Placement | TandemError) -> None:
-        event = own.Placed(answer) if isinstance(answer, Placement) else own.Refused(answer)
-        self.feed(request_id, event)
+    def _on_cancel(self, request_id: RequestId, reason: str, outcome: str) -> None:
+        self.feed(request_id, ev.CancelAsked(reason, outcome))
+
+    def _on_answer(self, request_id: RequestId, answer: Placement | Rejection | TandemError) -> None:
+        match answer:
+            case Placement():
+                self.feed(request_id, ev.Placed(answer))
+            case Rejection(code=code, message=message, retry_after_s=retry_after_s):
+                kind = ERROR_BY_CODE.get(code, NoCapacity)
+                self.feed(request_id, ev.Refused(kind(message, retry_after_s=retry_after_s)))
+            case TandemError():
+                self.feed(request_id, ev.Unanswered(answer))
 
     def _on_frame(self, peer: Peer, frame: Frame) -> None:
         self.stats.num_frames += 1
         for delta in frame.deltas:
             if delta.request_id in self._open:
-                self.feed(delta.request_id, own.Received(peer.worker_id, peer.incarnation, delta))
-            else:
-                self._cancel_stray(peer, delta)
+                self.feed(delta.request_id, ev.Received(peer, delta))
+                continue
+            # Its Cancel was lost, or crossed these tokens on the way.
+            self.stats.drop("forgotten")
+            if delta.finish is None:
+                self._cancel_stray(peer, RequestKey(delta.request_id, delta.attempt))
 
-    def _cancel_stray(self, peer: Peer, delta: TokenDelta) -> None:
-        """Tokens of a request nobody waits for: its Cancel was lost, or crossed them on the way."""
-        self.stats.drop("forgotten")
-        key = RequestKey(delta.request_id, delta.attempt)
-        cancelled_s = self._cancelled.get(key)
-        is_recent = cancelled_s is not None and self.clock.now_s() - cancelled_s < _CANCEL_AGAIN_AFTER_S
-        if is_recent or delta.finish is not None:
-            return
-        self._remember_cancel(key)
-        self._cancels.add(peer, key, "nobody waits for this request")
+    def _cancel_stray(self, peer: Peer, key: RequestKey) -> None:
+        """Tokens of a try that nobody waits for."""
+        cancelled_s = self._cancelled.get((peer.worker_id, key))
+        if cancelled_s is None or self.clock.now_s() - cancelled_s >= _CANCEL_AGAIN_AFTER_S:
+            self._send_cancel(peer, key, "nobody waits for this request")
 
-    def _remember_cancel(self, key: RequestKey) -> None:
-        self._cancelled.pop(key, None)
-        self._cancelled[key] = self.clock.now_s()
+    def _send_cancel(self, peer: Peer, key: RequestKey, reason: str) -> None:
+        self._cancelled.pop((peer.worker_id, key), None)
+        self._cancelled[peer.worker_id, key] = self.clock.now_s()
         if len(self._cancelled) > _MAX_REMEMBERED_CANCELS:
             del self._cancelled[next(iter(self._cancelled))]
+        self._cancels.add(peer, key, reason)
 
     def _on_lost(self, peer: Peer, reason: str) -> None:
         if self._stopping:
             return
         self.stats.lost_streams += 1
         self.log.warning("worker_lost", worker=peer.worker_id, incarnation=peer.incarnation, reason=reason)
-        lost = own.WorkerLost(peer.worker_id, peer.incarnation, reason)
+        lost = ev.WorkerLost(peer, reason)
         for request_id in list(self._open):
             self.feed(request_id, lost)
 
@@ -435,7 +396,7 @@ class GatewayCore:
         task.add_done_callback(self._running.pop)
         return task
 
-    def _feed_later(self, delay_s: float, request_id: RequestId, event: own.Event) -> asyncio.TimerHandle:
+    def _feed_later(self, delay_s: float, request_id: RequestId, event: ev.Event) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(delay_s, self.feed, request_id, event)
 
 

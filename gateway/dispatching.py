@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from contracts.errors import ERROR_BY_CODE, Internal, NoCapacity, NotReady, TandemError
+from contracts.errors import NoCapacity, NotReady, TandemError
 from contracts.messages import DISPATCH, DispatchItem, DispatchRequest, Placement, Rejection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from contracts.ids import GatewayId, RequestId
     from gateway.limits import GatewayLimits
@@ -20,7 +20,8 @@ _RETRY_AFTER_S = 1.0
 
 
 class Dispatcher:
-    """`on_answer(request_id, placement or error)` is called once for every item that was not discarded."""
+    """`on_answer` is called once for every item that was not discarded: with the coordinator's verdict, or with
+    an error when there is none."""
 
     def __init__(
         self,
@@ -28,7 +29,7 @@ class Dispatcher:
         coordinator_address: str,
         gateway_id: GatewayId,
         limits: GatewayLimits,
-        on_answer: Callable[[RequestId, Placement | TandemError], None],
+        on_answer: Callable[[RequestId, Placement | Rejection | TandemError], None],
     ) -> None:
         self._network = network
         self._address = coordinator_address
@@ -66,23 +67,17 @@ class Dispatcher:
         ids = list(self._waiting)[: self._limits.max_dispatch_batch]
         return tuple(self._waiting.pop(request_id) for request_id in ids)
 
-    async def _ask(self, batch: tuple[DispatchItem, ...]) -> list[Placement | TandemError]:
-        """Answers parallel to `batch`. Not repeated on failure: a placement may have been counted."""
+    async def _ask(self, batch: tuple[DispatchItem, ...]) -> Sequence[Placement | Rejection | TandemError]:
+        """Answers parallel to `batch`."""
         request = DispatchRequest(gateway_id=self._gateway_id, items=batch)
         try:
             channel = self._network.channel(self._address)
             reply = await channel.call(DISPATCH, request, timeout_s=self._limits.dispatch_timeout_s)
         except TandemError as error:
-            return [
-                NotReady(f"the coordinator did not answer ({error.code})", retry_after_s=_RETRY_AFTER_S) for _ in batch
-            ]
+            return [self._no_answer(f"did not answer ({error.code})")] * len(batch)
         if len(reply.verdicts) != len(batch):
-            return [Internal(f"the coordinator answered {len(reply.verdicts)} of {len(batch)} requests") for _ in batch]
-        return [_answer(verdict) for verdict in reply.verdicts]
+            return [self._no_answer(f"answered {len(reply.verdicts)} of {len(batch)} requests")] * len(batch)
+        return reply.verdicts
 
-
-def _answer(verdict: Placement | Rejection) -> Placement | TandemError:
-    if isinstance(verdict, Placement):
-        return verdict
-    kind = ERROR_BY_CODE.get(verdict.code, NoCapacity)
-    return kind(verdict.message, retry_after_s=verdict.retry_after_s)
+    def _no_answer(self, what: str) -> TandemError:
+        return NotReady(f"the coordinator {what}", retry_after_s=_RETRY_AFTER_S)

@@ -17,9 +17,10 @@ from gateway.web import cancel_and_wait
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Sequence
 
-    from gateway.core import GatewayCore, RequestStream
+    from gateway.core import GatewayCore
     from gateway.metrics import Metrics
     from gateway.planning import Plan, Prompt
+    from gateway.stream import RequestStream
     from gateway.timeline import Timeline
     from gateway.tokenizer import TextTokenizer
 

@@ -14,6 +14,8 @@ class GatewayLimits:
     #: Requests in one Dispatch call.
     max_dispatch_batch: int = 64
     dispatch_timeout_s: float = 2.0
+    #: How long a new request waits for a coordinator that does not answer.
+    dispatch_patience_s: float = 5.0
     prefill_timeout_s: float = 5.0
     #: Workers send a frame at least every second: silence this long means the worker is dead or hung.
     frames_idle_timeout_s: float = 3.0
@@ -27,6 +29,13 @@ class GatewayLimits:
     max_early_tokens: int = 1024
     #: How long a missing output token may take, once a later one is here.
     gap_timeout_s: float = 3.0
+    #: How often a request that a worker may have started is taken up again; 0: never, and no failure is retried.
+    max_replays: int = 3
+    #: How long a request that nobody has any more waits for a worker (a restart takes 1 to 8 s).
+    replay_patience_s: float = 30.0
+    #: Between two questions for a place, from the second on; doubles each time.
+    replay_backoff_s: float = 0.1
+    max_replay_backoff_s: float = 1.0
     #: Cancels waiting for one worker; beyond, they are dropped (the worker's own deadline remains).
     max_waiting_cancels: int = 4096
     max_cancel_batch: int = 512

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from gateway.transfer_metrics import TransferCollector
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from contracts.messages import Member
     from gateway.core import GatewayCore
+    from gateway.stats import Durations
     from gateway.timeline import Timeline
 
 _FAST_BUCKETS = (
@@ -137,4 +139,22 @@ class _CoreCollector(Collector):
         yield dropped
         yield CounterMetricFamily("tandem_lost_streams", "Worker streams lost.", value=stats.lost_streams)
         yield CounterMetricFamily("tandem_frames", "Token frames received.", value=stats.num_frames)
+        replays = CounterMetricFamily(
+            "tandem_request_replays", "Requests taken up again on other workers.", labels=["reason"]
+        )
+        for reason, count in stats.replays.items():
+            replays.add_metric([reason], count)
+        yield replays
+        yield _histogram_of("tandem_request_replay_seconds", "From losing a request to its next token.", stats.resumed)
+        yield CounterMetricFamily(
+            "tandem_requests_failed_after_replays",
+            "Requests taken up again that failed all the same.",
+            value=stats.failed_after_replays,
+        )
         yield CounterMetricFamily("tandem_dropped_cancels", "Cancels given up.", value=self._core.num_dropped_cancels)
+
+
+def _histogram_of(name: str, text: str, durations: Durations) -> HistogramMetricFamily:
+    names = [*map(str, durations.bounds_s), "+Inf"]
+    buckets = list(zip(names, accumulate(durations.counts), strict=True))
+    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=durations.sum_s)

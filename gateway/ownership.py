@@ -2,20 +2,24 @@
 
 The gateway owns each client's stream. This machine decides which deltas the client sees (each output token
 once, in order, from the workers that were chosen, of the current attempt and owner epoch), when the request
-fails, and which workers must forget it. It does no I/O and reads no clock; `gateway.core` carries out what
-it returns and feeds back what happens.
+is taken up again on other workers or fails, and which workers must forget it. It does no I/O and reads no clock;
+`gateway.core` carries out what it returns and feeds back what happens.
 
     DISPATCHING --placed--> OPENING --streams open--> SENDING --accepted--> STREAMING --finish--> ENDED
-                                                         |
-                              ended while Prefill is on its way: ABANDONED --its outcome--> ENDED
+        ^  ^                   |                         |                      |
+        |  +------ WAITING <---+------- failed ----------+----------------------+
+        +---------- at once <--+
 
-An ABANDONED request has ended for the client, but the worker may still be about to accept it: Cancel is sent
-only once Prefill was answered, or it could overtake the request it is meant for.
+What a failure means is `gateway.replay`'s to say. A replay is a new attempt under a new owner epoch: the prompt
+and the tokens already delivered are read again elsewhere, and what the earlier attempt still says is dropped.
+
+A try may be given up, or the request end, while its Prefill is on its way: the worker may still be about to
+accept it. Such a try stays *unsettled* until Prefill is answered; only then Cancel is sent, or it could
+overtake the request it is meant for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -28,205 +32,67 @@ from contracts.errors import (
     DeadlineExceeded,
     Internal,
     NoCapacity,
+    NotReady,
     StaleIncarnation,
     TandemError,
     TransferAborted,
     WorkerUnavailable,
 )
-from contracts.messages import RequestKey
-from gateway.timeline import Marks, Timeline, split
+from contracts.ids import Attempt, OwnerEpoch
+from contracts.messages import DispatchItem, RequestKey
+from gateway import events as ev
+from gateway.delivery import Delivery
+from gateway.replay import Failure, GiveUp, History, Stage, decide
+from gateway.timeline import Marks, Timeline, timeline_of
 
 if TYPE_CHECKING:
-    from contracts.ids import Incarnation, WorkerId
+    from contracts.ids import WorkerId
     from contracts.messages import Peer, Placement
     from contracts.requests import GenerateRequest, TokenDelta
+    from gateway.limits import GatewayLimits
 
 
 class Phase(Enum):
     DISPATCHING = "dispatching"
+    #: Nobody has the request; the coordinator is asked again later.
+    WAITING = "waiting"
     OPENING = "opening"
     SENDING = "sending"
     STREAMING = "streaming"
-    ABANDONED = "abandoned"
     ENDED = "ended"
 
 
-# --- events -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    placement: Placement
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """No placement: the coordinator's rejection, or no answer from it."""
-
-    error: TandemError
-
-
-@dataclass(frozen=True, slots=True)
-class StreamsOpened:
-    """Both workers' frames can reach us."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillAccepted:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillFailed:
-    """The streams could not be opened, or the Prefill call failed; the worker may hold the request anyway."""
-
-    error: TandemError
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    worker_id: WorkerId
-    incarnation: Incarnation
-    delta: TokenDelta
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLost:
-    """This life of this worker is over, or its stream is: tokens may be missing."""
-
-    worker_id: WorkerId
-    incarnation: Incarnation
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class GapExpired:
-    """`StartGapTimer` ran out."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeadlinePassed:
-    after_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Overflowed:
-    """The client did not take its tokens."""
-
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class CancelAsked:
-    """By the client or on its behalf. `outcome` names it in the timeline: "cancelled", or "stop"."""
-
-    reason: str
-    outcome: str = "cancelled"
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The gateway itself cannot go on with this request."""
-
-    error: TandemError
-
-
-Event = (
-    Placed
-    | Refused
-    | StreamsOpened
-    | PrefillAccepted
-    | PrefillFailed
-    | Received
-    | WorkerLost
-    | GapExpired
-    | DeadlinePassed
-    | Overflowed
-    | CancelAsked
-    | Failed
-)
-
-
-# --- instructions -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class OpenStreams:
-    """Answer with StreamsOpened or PrefillFailed."""
-
-    placement: Placement
-
-
-@dataclass(frozen=True, slots=True)
-class SendPrefill:
-    """Answer with PrefillAccepted or PrefillFailed, always: also when the request has ended meanwhile."""
-
-    placement: Placement
-
-
-@dataclass(frozen=True, slots=True)
-class Accept:
-    """The request is in a worker's hands: later failures come after the first byte of an answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    delta: TokenDelta
-
-
-@dataclass(frozen=True, slots=True)
-class StartGapTimer:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class StopGapTimer:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class SendCancel:
-    peers: tuple[Peer, ...]
-    key: RequestKey
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The last thing the client hears. `error` is None after a finish or an asked-for cancel."""
-
-    error: TandemError | None
-    timeline: Timeline
-
-
-Instruction = OpenStreams | SendPrefill | Accept | Deliver | StartGapTimer | StopGapTimer | SendCancel | End
-
-
 class RequestMachine:
-    """One request. `dropped` counts, by reason, the deltas that were not for the client."""
+    """One request; made in phase DISPATCHING, for the caller to ask for `dispatch_item`.
 
-    def __init__(self, request: GenerateRequest, *, received_s: float, max_early_tokens: int) -> None:
+    `dropped` counts, by reason, the deltas that were not for the client.
+    """
+
+    def __init__(self, request: GenerateRequest, *, received_s: float, limits: GatewayLimits) -> None:
+        """`request.deadline_s` counts from `received_s`."""
+        #: Attempt and owner epoch are the current ones; the tokens stay the prompt's.
         self.request = request
         self.phase = Phase.DISPATCHING
         self.dropped: dict[str, int] = {}
-        #: Set from OPENING on.
+        #: The current try's, or the last one's; set from OPENING on.
         self.placement: Placement | None = None
-        #: Output tokens delivered, which is the output index the client waits for.
-        self.next_index = 0
-        #: Deltas that start beyond `next_index`, by index; at most `max_early_tokens` tokens.
-        self._early: dict[int, TokenDelta] = {}
-        self._max_early_tokens = max_early_tokens
+        self.history = History()
+        self._limits = limits
+        self._delivery = Delivery()
+        #: Whether tokens of this try came.
+        self._heard = False
         #: Whether the decode worker has sent tokens: from then on the prefill worker may go.
         self._decoding = False
-        #: Why the request ended, for the Cancel of an ABANDONED one.
-        self._end_reason = ""
+        #: Tries whose Prefill is on its way and which nobody wants any more: who may get it, and why not.
+        self._unsettled: dict[Attempt, tuple[tuple[Peer, ...], str]] = {}
+        #: The full prefill worker, until a worker takes the request.
+        self._refusal: tuple[Peer, NoCapacity] | None = None
+        #: Since when the client waits for its next token because of a failure.
+        self._lost_s: float | None = None
         self._marks = Marks(received_s=received_s)
 
     def __repr__(self) -> str:
-        return (
-            f"<Request {self.request.request_id} {self.phase.value} "
-            f"[{self.next_index} delivered, {len(self._early)} early]>"
-        )
+        return f"<Request {self.key.request_id}#{self.key.attempt} {self.phase.value} {self._delivery!r}>"
 
     @property
     def key(self) -> RequestKey:
@@ -235,227 +101,308 @@ class RequestMachine:
     @property
     def over(self) -> bool:
         """Nothing more is sent or expected: the shell may forget the request."""
-        return self.phase is Phase.ENDED
+        return self.phase is Phase.ENDED and not self._unsettled
 
-    def handle(self, event: Event, now_s: float) -> list[Instruction]:
+    @property
+    def dispatch_item(self) -> DispatchItem:
+        """What to ask the coordinator for."""
+        num_delivered = self._delivery.next_index
+        return DispatchItem(
+            request_id=self.request.request_id,
+            prompt_tokens=len(self.request.token_ids) + num_delivered,
+            max_tokens=self.request.sampling.max_tokens - num_delivered,
+            avoid=self.history.avoid,
+        )
+
+    def handle(self, event: ev.Event, now_s: float) -> list[ev.Instruction]:
         """The only thing that changes state."""
-        if self.phase is Phase.ENDED:
-            return []
-        if self.phase is Phase.ABANDONED:
-            return self._settle(event)
         match event:
-            case Placed(placement):
-                return self._open(placement)
-            case StreamsOpened():
-                return self._send(now_s)
-            case PrefillAccepted():
-                return self._accepted()
-            case Received(worker_id, incarnation, delta):
-                return self._receive(worker_id, incarnation, delta, now_s)
-            case PrefillFailed(error):
-                return self._prefill_failed(error, now_s)
-            case WorkerLost():
+            case ev.Received(peer, delta):
+                return self._receive(peer, delta, now_s)
+            case ev.PrefillAccepted(attempt) | ev.PrefillFailed(attempt) if attempt in self._unsettled:
+                return self._settle(event)
+            case ev.StreamsOpened() | ev.StreamsFailed() | ev.PrefillAccepted() | ev.PrefillFailed():
+                return self._answered(event, now_s)
+            case _ if self.phase is Phase.ENDED:
+                return []
+            case ev.Placed(placement):
+                return self._placed(placement, now_s)
+            case ev.RetryDue():
+                return self._ask()
+            case ev.WorkerLost():
                 return self._worker_lost(event, now_s)
-            case CancelAsked(reason, outcome):
+            case ev.CancelAsked(reason, outcome):
                 return self._end(now_s, reason=reason, outcome=outcome)
             case _:
-                return self._fail(self._error_of(event), now_s)
+                return self._trouble(event, now_s)
+
+    def _trouble(self, event: ev.Event, now_s: float) -> list[ev.Instruction]:
+        match event:
+            case ev.Refused(error):
+                return self._fail(Failure(Stage.REJECTED, error), now_s)
+            case ev.Unanswered(error):
+                return self._fail(Failure(Stage.UNANSWERED, error), now_s)
+            case ev.GapExpired():
+                return self._gap_failed("later ones did", now_s)
+            case ev.DeadlinePassed(after_s):
+                return self._end_with(DeadlineExceeded(f"the request was not finished within {after_s:g} s"), now_s)
+            case ev.Overflowed(num_tokens):
+                return self._end_with(NoCapacity(f"the client is too slow: {num_tokens} tokens wait for it"), now_s)
+            case ev.Failed(error):
+                return self._end_with(error, now_s)
+            case _:
+                raise AssertionError(f"{self!r}: {event!r} is no failure")
 
     # --- towards the workers --------------------------------------------------------------------
 
-    def _open(self, placement: Placement) -> list[Instruction]:
+    def _ask(self) -> list[ev.Instruction]:
+        assert self.phase is Phase.WAITING, f"{self!r} was not waiting"
+        self.phase = Phase.DISPATCHING
+        return [ev.AskPlacement(self.dispatch_item)]
+
+    def _placed(self, placement: Placement, now_s: float) -> list[ev.Instruction]:
         assert self.phase is Phase.DISPATCHING, f"{self!r} was placed twice"
+        self.history = self.history.placed()
+        if self._refusal is not None and not self.history.accepted:
+            full, error = self._refusal
+            if full == placement.prefill:
+                return self._fail(Failure(Stage.REJECTED, error), now_s)
         self.placement = placement
         self.phase = Phase.OPENING
-        return [OpenStreams(placement)]
+        return [ev.OpenStreams(self.request.attempt, placement)]
 
-    def _send(self, now_s: float) -> list[Instruction]:
+    def _answered(
+        self, event: ev.StreamsOpened | ev.StreamsFailed | ev.PrefillAccepted | ev.PrefillFailed, now_s: float
+    ) -> list[ev.Instruction]:
+        if self.phase is Phase.ENDED or event.attempt != self.request.attempt:
+            return []
+        match event:
+            case ev.StreamsOpened():
+                return self._send(now_s)
+            case ev.StreamsFailed(_, worker_id, error):
+                return self._fail(Failure(Stage.UNSENT, error, (worker_id,)), now_s)
+            case ev.PrefillAccepted():
+                return self._accepted()
+            case ev.PrefillFailed(_, error):
+                return self._prefill_failed(error, now_s)
+
+    def _send(self, now_s: float) -> list[ev.Instruction]:
         assert self.phase is Phase.OPENING, f"{self!r}: its streams opened twice"
         assert self.placement is not None
         self.phase = Phase.SENDING
-        self._marks.sent_s = now_s
-        return [SendPrefill(self.placement)]
+        if self._marks.sent_s is None:
+            self._marks.sent_s = now_s
+        remaining_s = self._marks.received_s + self.request.deadline_s - now_s
+        request = msgspec.structs.replace(
+            self.request,
+            token_ids=(*self.request.token_ids, *self._delivery.token_ids),
+            deadline_s=max(0.0, remaining_s),
+        )
+        return [ev.SendPrefill(self.placement, request)]
 
-    def _accepted(self) -> list[Instruction]:
+    def _accepted(self) -> list[ev.Instruction]:
+        assert self.phase is Phase.SENDING, f"{self!r}: its Prefill was answered twice"
         self.phase = Phase.STREAMING
-        return [Accept()]
+        return self._taken_up()
 
-    def _prefill_failed(self, error: TandemError, now_s: float) -> list[Instruction]:
-        if self.phase is Phase.SENDING:
-            # The answer that ABANDONED would wait for is this one.
-            self.phase = Phase.STREAMING if _may_hold_it(error) else Phase.OPENING
-        return self._fail(error, now_s)
+    def _taken_up(self) -> list[ev.Instruction]:
+        """A worker shows that it has the request."""
+        is_first, self.history = not self.history.accepted, self.history.taken_up()
+        self._refusal = None
+        return [ev.Accept()] if is_first else []
 
-    def _settle(self, event: Event) -> list[Instruction]:
-        if not isinstance(event, PrefillAccepted | PrefillFailed):
-            return []
-        self.phase = Phase.ENDED
-        if isinstance(event, PrefillFailed) and not _may_hold_it(event.error):
-            return []
-        return self._cancel_instructions(self._end_reason)
-
-    def _cancel_instructions(self, reason: str) -> list[Instruction]:
+    def _prefill_failed(self, error: TandemError, now_s: float) -> list[ev.Instruction]:
         assert self.placement is not None
+        suspects = (self.placement.prefill.worker_id,)
+        if not _may_hold_it(error):
+            if isinstance(error, NoCapacity):
+                self._refusal = (self.placement.prefill, error)
+            return self._fail(Failure(Stage.REFUSED, error, suspects), now_s)
+        # The call is over: a Cancel overtakes nothing any more.
+        self.phase = Phase.STREAMING
+        if self._heard:
+            # The answer was lost, the request was not.
+            return self._taken_up()
+        return self._fail(Failure(Stage.STARTED, error, suspects), now_s)
+
+    def _settle(self, event: ev.PrefillAccepted | ev.PrefillFailed) -> list[ev.Instruction]:
+        peers, reason = self._unsettled.pop(event.attempt)
+        if isinstance(event, ev.PrefillFailed) and not _may_hold_it(event.error):
+            return []
+        return [ev.SendCancel(peers, RequestKey(self.request.request_id, event.attempt), reason)]
+
+    def _give_up_try(self, reason: str) -> list[ev.Instruction]:
+        """Whoever may have the current try must forget it."""
+        if self.placement is None or self.phase not in (Phase.SENDING, Phase.STREAMING):
+            return []
         prefill, decode = self.placement.prefill, self.placement.decode
         peers = (prefill,) if prefill == decode else (prefill, decode)
-        return [SendCancel(peers, self.key, reason)]
+        if self.phase is Phase.SENDING:
+            self._unsettled[self.request.attempt] = (peers, reason)
+            return []
+        return [ev.SendCancel(peers, self.key, reason)]
 
     # --- tokens ---------------------------------------------------------------------------------
 
-    def _receive(
-        self, worker_id: WorkerId, incarnation: Incarnation, delta: TokenDelta, now_s: float
-    ) -> list[Instruction]:
-        reason = self._why_dropped(worker_id, incarnation, delta)
+    def _receive(self, peer: Peer, delta: TokenDelta, now_s: float) -> list[ev.Instruction]:
+        reason = self._why_dropped(peer, delta)
         if reason is not None:
             self.dropped[reason] = self.dropped.get(reason, 0) + 1
-            return []
+            is_stray = delta.attempt < self.request.attempt and delta.finish is None
+            return [ev.AnswerStray(peer, RequestKey(delta.request_id, delta.attempt))] if is_stray else []
         assert self.placement is not None
-        if worker_id == self.placement.decode.worker_id and delta.index + len(delta.token_ids) > 1:
-            self._decoding = True
         if delta.finish == "error":
-            return self._fail(_worker_error(delta, worker_id), now_s)
-        if delta.index > self.next_index:
-            return self._keep_early(delta, now_s)
+            return self._worker_failed(peer, delta, now_s)
+        if delta.finish == "cancelled":
+            error = WorkerUnavailable(f"worker {peer.worker_id} gave the request up")
+            return self._fail(Failure(Stage.STARTED, error, (peer.worker_id,)), now_s)
+        self._heard = True
+        self._decoding = self._decoding or _is_life(peer, self.placement.decode)
         return self._deliver(delta, now_s)
 
-    def _why_dropped(self, worker_id: WorkerId, incarnation: Incarnation, delta: TokenDelta) -> str | None:
-        if self.placement is None or self.phase is Phase.OPENING:
-            return "early"
+    def _why_dropped(self, peer: Peer, delta: TokenDelta) -> str | None:
         if delta.attempt != self.request.attempt:
             return "attempt"
         if delta.owner_epoch != self.request.owner_epoch:
             return "owner_epoch"
-        owners = (self.placement.prefill, self.placement.decode)
-        if all((worker_id, incarnation) != (peer.worker_id, peer.incarnation) for peer in owners):
+        if self.phase is Phase.ENDED:
+            return "over"
+        if self.placement is None or self.phase not in (Phase.SENDING, Phase.STREAMING):
+            return "early"
+        if not any(_is_life(peer, owner) for owner in (self.placement.prefill, self.placement.decode)):
             return "worker"
-        if delta.index + len(delta.token_ids) <= self.next_index and delta.finish is None:
-            return "duplicate"
-        return None
+        if delta.finish == "error" and self._is_done_with(peer):
+            return "handed_off"
+        return None if self._delivery.is_news(delta) else "duplicate"
 
-    def _keep_early(self, delta: TokenDelta, now_s: float) -> list[Instruction]:
-        """Two workers' streams are not ordered with each other: the second token may overtake the first."""
-        known = self._early.get(delta.index)
-        if known is None or len(delta.token_ids) > len(known.token_ids) or delta.finish is not None:
-            self._early[delta.index] = delta
-        num_early = sum(len(early.token_ids) for early in self._early.values())
-        if num_early > self._max_early_tokens:
-            return self._fail(self._gap_error(f"{num_early} later ones did"), now_s)
-        return [StartGapTimer()]
+    def _is_done_with(self, peer: Peer) -> bool:
+        """Whether it is the prefill worker's, which has nothing left to give: the answer is the other's."""
+        assert self.placement is not None
+        is_decode = _is_life(peer, self.placement.decode)
+        return not is_decode and self._decoding and not self._delivery.has_gap
 
-    def _deliver(self, delta: TokenDelta, now_s: float) -> list[Instruction]:
-        had_gap = bool(self._early)
-        out: list[Instruction] = []
-        following: TokenDelta | None = delta
-        while following is not None:
-            fresh = _from_index(following, self.next_index)
-            self.next_index += len(fresh.token_ids)
-            self._marks.note(fresh, now_s)
-            out.append(Deliver(fresh))
-            if fresh.finish is not None:
-                return [*out, *self._finish(fresh, now_s)]
-            following = self._next_early()
-        if had_gap:
-            out.append(StartGapTimer() if self._early else StopGapTimer())
+    def _deliver(self, delta: TokenDelta, now_s: float) -> list[ev.Instruction]:
+        had_gap = self._delivery.has_gap
+        fresh = self._delivery.take(delta)
+        num_early = self._delivery.num_early_tokens
+        if num_early > self._limits.max_early_tokens:
+            return self._gap_failed(f"{num_early} later ones did", now_s)
+        out: list[ev.Instruction] = []
+        for part in fresh:
+            self._marks.note(part, now_s)
+            out.append(ev.Deliver(part))
+        if fresh:
+            out = [*self._resumed(now_s), *out]
+            finish = fresh[-1].finish
+            if finish is not None:
+                self.phase = Phase.ENDED
+                return [*out, ev.End(None, self._timeline(now_s, finish))]
+        if self._delivery.has_gap:
+            out.append(ev.StartGapTimer())
+        elif had_gap:
+            out.append(ev.StopGapTimer())
         return out
 
-    def _next_early(self) -> TokenDelta | None:
-        """Takes the early delta that continues at `next_index`, and forgets those that fell behind it."""
-        for index in sorted(self._early):
-            if index > self.next_index:
-                return None
-            delta = self._early.pop(index)
-            if index + len(delta.token_ids) > self.next_index or delta.finish is not None:
-                return delta
-        return None
+    def _resumed(self, now_s: float) -> list[ev.Instruction]:
+        out = self._taken_up()
+        if self._lost_s is not None:
+            out.append(ev.NoteResumed(now_s - self._lost_s))
+            self._lost_s = None
+        return out
 
-    # --- the end --------------------------------------------------------------------------------
+    # --- failures and the end -------------------------------------------------------------------
 
-    def _finish(self, delta: TokenDelta, now_s: float) -> list[Instruction]:
-        assert delta.finish is not None
-        if delta.finish == "cancelled":
-            return self._fail(WorkerUnavailable("its worker gave the request up"), now_s)
-        self.phase = Phase.ENDED
-        return [StopGapTimer(), End(None, self._timeline(now_s, delta.finish))]
+    def _worker_failed(self, peer: Peer, delta: TokenDelta, now_s: float) -> list[ev.Instruction]:
+        assert self.placement is not None
+        error = _worker_error(delta, peer.worker_id)
+        # Whose fault a failed transfer was, neither side can tell.
+        is_transfer = isinstance(error, TransferAborted)
+        suspects = _owner_ids(self.placement) if is_transfer else (peer.worker_id,)
+        return self._fail(Failure(Stage.STARTED, error, suspects), now_s)
 
-    def _worker_lost(self, lost: WorkerLost, now_s: float) -> list[Instruction]:
-        if self.placement is None:
+    def _worker_lost(self, lost: ev.WorkerLost, now_s: float) -> list[ev.Instruction]:
+        if self.placement is None or self.phase in (Phase.DISPATCHING, Phase.WAITING):
             return []
-        roles = {
-            "prefill": None if self._decoding else self.placement.prefill,
-            "decode": self.placement.decode,
-        }
-        for role, peer in roles.items():
-            if peer is not None and (peer.worker_id, peer.incarnation) == (lost.worker_id, lost.incarnation):
-                where = f"after {self.next_index} output tokens" if self.next_index else "before the answer"
-                return self._fail(
-                    WorkerUnavailable(f"{role} worker {lost.worker_id} was lost {where}: {lost.reason}"),
-                    now_s,
-                )
-        return []
+        roles = {"prefill": self.placement.prefill, "decode": self.placement.decode}
+        role = next((role for role, peer in roles.items() if _is_life(lost.peer, peer)), None)
+        if role is None or self._is_done_with(lost.peer):
+            return []
+        num_delivered = self._delivery.next_index
+        where = f"after {num_delivered} output tokens" if num_delivered else "before the answer"
+        error = WorkerUnavailable(f"{role} worker {lost.peer.worker_id} was lost {where}: {lost.reason}")
+        stage = Stage.UNSENT if self.phase is Phase.OPENING else Stage.STARTED
+        return self._fail(Failure(stage, error, (lost.peer.worker_id,)), now_s)
 
-    def _error_of(self, event: Event) -> TandemError:
-        match event:
-            case Refused(error) | Failed(error):
-                return error
-            case GapExpired():
-                return self._gap_error("later ones did")
-            case DeadlinePassed(after_s):
-                return DeadlineExceeded(f"the request was not finished within {after_s:g} s")
-            case Overflowed(num_tokens):
-                return NoCapacity(f"the client is too slow: {num_tokens} tokens wait for it")
-            case _:
-                raise AssertionError(f"{self!r}: {event!r} is no failure")
+    def _gap_failed(self, evidence: str, now_s: float) -> list[ev.Instruction]:
+        if self.placement is None or not self._delivery.has_gap:
+            return []
+        error = TransferAborted(f"output token {self._delivery.next_index} never arrived, {evidence}")
+        return self._fail(Failure(Stage.STARTED, error, _owner_ids(self.placement)), now_s)
 
-    def _gap_error(self, evidence: str) -> TandemError:
-        return TransferAborted(f"output token {self.next_index} never arrived, {evidence}")
+    def _fail(self, failure: Failure, now_s: float) -> list[ev.Instruction]:
+        """Where every failure passes that another worker might not have."""
+        verdict = decide(self.history, failure, now_s, self._limits)
+        is_refused = failure.stage is Stage.REFUSED
+        if isinstance(verdict, GiveUp):
+            return self._end_with(verdict.error, now_s, is_held=not is_refused)
+        self.history = verdict.history
+        out = [] if is_refused else self._give_up_try(failure.error.message)
+        if self._delivery.has_gap:
+            out.append(ev.StopGapTimer())
+        if verdict.replay_reason is not None:
+            num_delivered = self._delivery.next_index
+            out.append(ev.NoteReplay(verdict.replay_reason, failure.error, failure.suspects, num_delivered))
+            self._lost_s = now_s if self._lost_s is None else self._lost_s
+        self._start_over()
+        if not verdict.delay_s:
+            return [*out, *self._ask()]
+        return [*out, ev.RetryLater(verdict.delay_s)]
 
-    def _fail(self, error: TandemError, now_s: float) -> list[Instruction]:
-        """Where every failure passes: the place from which a request can be replayed instead."""
-        return self._end(now_s, reason=error.message, outcome=error.code, error=error)
+    def _start_over(self) -> None:
+        """From here on the last try's messages are another attempt's, and WAITING for the next."""
+        self._delivery.forget_early()
+        self._heard = self._decoding = False
+        self.phase = Phase.WAITING
+        self.request = msgspec.structs.replace(
+            self.request,
+            attempt=Attempt(self.request.attempt + 1),
+            owner_epoch=OwnerEpoch(self.request.owner_epoch + 1),
+        )
 
-    def _end(self, now_s: float, *, reason: str, outcome: str, error: TandemError | None = None) -> list[Instruction]:
-        end: list[Instruction] = [StopGapTimer(), End(error, self._timeline(now_s, outcome))]
-        before, self.phase = self.phase, Phase.ENDED
-        if before is Phase.SENDING:
-            self.phase, self._end_reason = Phase.ABANDONED, reason
-            return end
-        if before is Phase.STREAMING:
-            return [*end, *self._cancel_instructions(reason)]
-        return end
+    def _end_with(self, error: TandemError, now_s: float, *, is_held: bool = True) -> list[ev.Instruction]:
+        return self._end(now_s, reason=error.message, outcome=error.code, error=error, is_held=is_held)
+
+    def _end(
+        self, now_s: float, *, reason: str, outcome: str, error: TandemError | None = None, is_held: bool = True
+    ) -> list[ev.Instruction]:
+        """`is_held`: a worker may have the current try."""
+        cancels = self._give_up_try(reason) if is_held else []
+        self.phase = Phase.ENDED
+        return [ev.End(error, self._timeline(now_s, outcome)), *cancels]
 
     def _timeline(self, now_s: float, outcome: str) -> Timeline:
-        marks, placement = self._marks, self.placement
-        phases = split(marks, now_s)
-        ttft_s = None if marks.first_token_s is None else marks.first_token_s - marks.received_s
-        return Timeline(
-            request_id=self.request.request_id,
-            total_us=sum(getattr(phases, name) for name in phases.__slots__),
-            gateway_us=phases.gateway_us,
-            queue_us=phases.queue_us,
-            prefill_us=phases.prefill_us,
-            handoff_us=phases.handoff_us,
-            decode_us=phases.decode_us,
-            ttft_us=None if ttft_s is None else round(ttft_s * 1_000_000),
-            num_prompt_tokens=self.request.num_prompt_tokens,
-            num_output_tokens=self.next_index,
+        return timeline_of(
+            self._marks,
+            now_s,
+            request=self.request,
+            placement=self.placement,
+            num_output_tokens=self._delivery.next_index,
+            num_replays=self.history.num_replays,
             outcome=outcome,
-            prefill_worker=None if placement is None else placement.prefill.worker_id,
-            decode_worker=None if placement is None else placement.decode.worker_id,
         )
 
 
-def _from_index(delta: TokenDelta, index: int) -> TokenDelta:
-    """`delta` without its tokens before output index `index`."""
-    skip = index - delta.index
-    if skip <= 0:
-        return delta
-    logprobs = None if delta.logprobs is None else delta.logprobs[skip:]
-    return msgspec.structs.replace(delta, index=index, token_ids=delta.token_ids[skip:], logprobs=logprobs)
+def _is_life(peer: Peer, owner: Peer) -> bool:
+    return (peer.worker_id, peer.incarnation) == (owner.worker_id, owner.incarnation)
+
+
+def _owner_ids(placement: Placement) -> tuple[WorkerId, ...]:
+    return tuple(dict.fromkeys((placement.prefill.worker_id, placement.decode.worker_id)))
 
 
 def _may_hold_it(error: TandemError) -> bool:
     """Whether a worker that answered Prefill so (or not at all) may have started the request."""
-    return not isinstance(error, NoCapacity | BadRequest | StaleIncarnation)
+    return not isinstance(error, NoCapacity | BadRequest | StaleIncarnation | NotReady)
 
 
 def _worker_error(delta: TokenDelta, worker_id: WorkerId) -> TandemError:

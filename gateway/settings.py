@@ -1,4 +1,4 @@
-"""What an operator decides about the HTTP side, checked when made."""
+"""What an operator decides about the gateway, checked when made."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class GatewaySettings:
     max_total_tokens: int = 1024 * 1024
     #: A request not finished by then fails with DeadlineExceeded.
     request_timeout_s: float = 600.0
+    #: How often a request is taken up again after its worker died or hung; 0: never.
+    max_replays: int = 3
     #: Silence on an event stream after which a comment is sent, so that proxies keep it open.
     keep_alive_s: float = 15.0
     #: A client that takes nothing for so long is cut off.
@@ -52,6 +54,8 @@ class GatewaySettings:
             raise ConfigError(f"served_model_names: {self.served_model_names!r} holds no usable name")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port: {self.port} is no TCP port")
+        if self.max_replays < 0:
+            raise ConfigError(f"max_replays: must be at least 0, not {self.max_replays}")
         if not all(self.api_keys):
             raise ConfigError("api_keys: an empty key would let everybody in")
         for name in ("max_model_len", "max_body_bytes", "max_sequences", "max_total_tokens"):

@@ -1,7 +1,8 @@
 """Where one request's time went, in phases that sum exactly to what the gateway measured.
 
 The gateway's own clock gives the marks; workers report durations on theirs (`PhaseTimes`), which are clamped
-into the interval they must lie in, so that skew or transit time never makes the sum wrong:
+into the interval they must lie in, so that skew or transit time never makes the sum wrong. What a lost worker
+cost belongs to the phase in which it was lost:
 
     received      sent       first token    first decode token      end
        |--gateway--|--queue+prefill--|--handoff--|---------decode-----|
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from contracts.ids import RequestId, WorkerId
-    from contracts.requests import PhaseTimes, TokenDelta
+    from contracts.messages import Placement
+    from contracts.requests import GenerateRequest, PhaseTimes, TokenDelta
 
 _US_PER_S = 1_000_000
 
@@ -37,8 +39,11 @@ class Timeline:
     ttft_us: int | None
     num_prompt_tokens: int
     num_output_tokens: int
+    #: How often the request was taken up again on other workers.
+    num_replays: int
     #: "stop", "length", "cancelled", or the code of the error that ended the request.
     outcome: str
+    #: The last ones that it was placed on.
     prefill_worker: WorkerId | None
     decode_worker: WorkerId | None
 
@@ -51,6 +56,7 @@ class Timeline:
             "ttft_ms": None if self.ttft_us is None else self.ttft_us / 1000,
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_output_tokens,
+            "replays": self.num_replays,
             "outcome": self.outcome,
             "prefill_worker": self.prefill_worker,
             "decode_worker": self.decode_worker,
@@ -96,6 +102,37 @@ class Phases:
     prefill_us: int
     handoff_us: int
     decode_us: int
+
+
+def timeline_of(
+    marks: Marks,
+    end_s: float,
+    *,
+    request: GenerateRequest,
+    placement: Placement | None,
+    num_output_tokens: int,
+    num_replays: int,
+    outcome: str,
+) -> Timeline:
+    """The timeline of a request that ends now."""
+    phases = split(marks, end_s)
+    ttft_s = None if marks.first_token_s is None else marks.first_token_s - marks.received_s
+    return Timeline(
+        request_id=request.request_id,
+        total_us=sum(getattr(phases, name) for name in phases.__slots__),
+        gateway_us=phases.gateway_us,
+        queue_us=phases.queue_us,
+        prefill_us=phases.prefill_us,
+        handoff_us=phases.handoff_us,
+        decode_us=phases.decode_us,
+        ttft_us=None if ttft_s is None else round(ttft_s * _US_PER_S),
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_output_tokens=num_output_tokens,
+        num_replays=num_replays,
+        outcome=outcome,
+        prefill_worker=None if placement is None else placement.prefill.worker_id,
+        decode_worker=None if placement is None else placement.decode.worker_id,
+    )
 
 
 def split(marks: Marks, end_s: float) -> Phases:

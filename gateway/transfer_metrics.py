@@ -29,6 +29,7 @@ class TransferCollector(Collector):
         yield from self._pulls()
         yield from self._leases()
         yield from self._links()
+        yield from self._checksums()
 
     def _pulls(self) -> Iterable[Metric]:
         labels = [*_OWN, "transport", "outcome"]
@@ -64,6 +65,22 @@ class TransferCollector(Collector):
                 side, outcome, reason = (*name.split(".", 2), "", "")[:3]
                 ended.add_metric([*own, side, outcome, reason], count)
         return (leases, ended)
+
+    def _checksums(self) -> Iterable[Metric]:
+        families = {
+            "corrupt_blocks": CounterMetricFamily(
+                "tandem_kv_corrupt_blocks", "Blocks that came with a wrong checksum.", labels=_OWN
+            ),
+            "refetched_blocks": CounterMetricFamily(
+                "tandem_kv_refetched_blocks", "Blocks pulled again for a wrong checksum.", labels=_OWN
+            ),
+            "checksum_bytes": CounterMetricFamily("tandem_kv_checksum_bytes", "Bytes hashed.", labels=_OWN),
+            "checksum_s": CounterMetricFamily("tandem_kv_checksum_seconds", "Time spent hashing.", labels=_OWN),
+        }
+        for member in self._members:
+            for name, family in families.items():
+                family.add_metric([member.info.worker_id, member.info.role], getattr(member.transfers, name))
+        return families.values()
 
     def _links(self) -> Iterable[Metric]:
         labels = ["worker_id", "peer", "transport", "chosen"]

@@ -10,14 +10,18 @@ reads no clock: `kvtransfer.holder_service` executes its instructions and feeds 
 Two-sided term: the holder counts `ttl_s` from when it grants (sends an offer, answers a renewal or a
 confirmation), the reader from when it asked. So the reader's lease ends first, whatever the network does.
 
+A reader without room (NoCapacity) is a reader that lives: the lease waits for it, renewed by the holder itself
+and offered again, up to the lease's age. Any other silence costs one term.
+
+Where blocks are prepared (checksums, staging) one preparation per lease runs at a time, and only prepared blocks
+are announced. Those being prepared when their lease ends stay pinned until that is over.
+
 A lease that ended is forgotten: late messages about it are answered as unknown, and counted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING, assert_never
 
 import msgspec
@@ -37,8 +41,6 @@ from contracts.messages import (
     ConfirmReply,
     ConfirmRequest,
     Empty,
-    LeaseTerms,
-    Peer,
     ProgressReply,
     ProgressRequest,
     RenewReply,
@@ -59,6 +61,8 @@ from kvtransfer.holder_events import (
     OfferAnswered,
     OfferFailed,
     Opened,
+    PrepareBlocks,
+    Prepared,
     ProgressAnswered,
     ProgressFailed,
     ReaderGone,
@@ -70,114 +74,41 @@ from kvtransfer.holder_events import (
     SendProgress,
     Withdrawn,
 )
+from kvtransfer.holder_lease import Farewell, HolderCounters, HolderLease, LeaseState
 from kvtransfer.timers import Deadlines, retry_delay_s
 
 if TYPE_CHECKING:
     from contracts.ids import Incarnation, LeaseId
     from kvtransfer.ledger import Ledger
 
-#: Blocks announced by one Progress at most; keeps the message below 64 KiB.
+#: Blocks announced by one Progress at most; keeps the message about 64 KiB at most, checksums included.
 MAX_BLOCKS_PER_PROGRESS = 4096
+
+#: Bytes of one preparation at most, so that the first blocks are announced while the next are prepared.
+MAX_PREPARED_BYTES = 64 << 20
 
 #: Failures of an offer that a repeat may mend. Everything else ends the lease at once.
 RETRIED_ERRORS: tuple[type[TandemError], ...] = (NoCapacity, NotReady, WorkerUnavailable, DeadlineExceeded)
 
 
-class LeaseState(Enum):
-    #: Granted, still growing.
-    OFFERED = "offered"
-    #: Complete: a confirmation may be answered with yes.
-    SEALED = "sealed"
-
-
-# --- the machine ----------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, kw_only=True, repr=False)
-class _Lease:
-    terms: LeaseTerms
-    reader: Peer
-    #: Every block of the lease with its generation at the opening; all are pinned.
-    blocks: tuple[BlockRef, ...]
-    opened_s: float
-    #: End of the term, as far as it was granted to the reader; only grows.
-    expires_s: float
-    #: The reader answered the offer.
-    accepted: bool = False
-    #: `blocks[:num_final]` are never written again; only grows.
-    num_final: int = 0
-    #: None while OFFERED.
-    seal: Seal | None = None
-    #: Position up to which the reader knows the blocks; at most `num_final`.
-    expected: int = 0
-    seal_known: bool = False
-    #: A confirmation was answered with yes.
-    confirmed: bool = False
-    #: The one offer or progress call in flight; what it carried.
-    calling: bool = False
-    sent_seal: bool = False
-    #: Calls that failed in a row, and when to try again.
-    failures: int = 0
-    retry_at_s: float = 0.0
-    last_error: str = ""
-
-    def __repr__(self) -> str:
-        # Not the terms: their endpoint is a secret.
-        blocks = f"{self.expected}/{self.num_final}/{len(self.blocks)}"
-        return f"<lease {self.terms.lease_id} {self.state.value} [{blocks} known/final/all]>"
-
-    @property
-    def state(self) -> LeaseState:
-        return LeaseState.OFFERED if self.seal is None else LeaseState.SEALED
-
-    @property
-    def has_news(self) -> bool:
-        """Something of the lease is not known to the reader yet."""
-        if not self.accepted:
-            return True
-        return self.expected < self.num_final or (self.seal is not None and not self.seal_known)
-
-    def next_due_s(self) -> float:
-        if self.has_news and not self.calling:
-            return min(self.expires_s, self.retry_at_s)
-        return self.expires_s
-
-
-@dataclass(slots=True, kw_only=True)
-class _Farewell:
-    reader: Peer
-    body: ProgressRequest
-    until_s: float
-    calling: bool = False
-    failures: int = 0
-    retry_at_s: float = 0.0
-
-
-@dataclass(slots=True)
-class HolderCounters:
-    """What happened since the start, for metrics."""
-
-    opened: int = 0
-    #: Ended leases by outcome.
-    outcomes: Counter[str] = field(default_factory=Counter[str])
-    #: Events that changed nothing, by what they were and why.
-    ignored: Counter[str] = field(default_factory=Counter[str])
-    #: Calls that failed, by kind and error code.
-    failed_calls: Counter[str] = field(default_factory=Counter[str])
-
-
 class Holder:
     """All leases that one life of a worker grants."""
 
-    def __init__(self, ledger: Ledger, incarnation: Incarnation, *, max_age_s: float = 600.0) -> None:
+    def __init__(
+        self, ledger: Ledger, incarnation: Incarnation, *, max_age_s: float = 600.0, prepares: bool = False
+    ) -> None:
+        """`prepares`: final blocks need work before they can be announced."""
         self._ledger = ledger
         self._incarnation = incarnation
+        self._prepares = prepares
         #: A lease is renewed at most until this age, so that a reader that never finishes cannot hold blocks.
         self._max_age_s = max_age_s
         #: All and only leases that have not ended; each one's pins stand in the ledger.
-        self._leases: dict[LeaseId, _Lease] = {}
+        self._leases: dict[LeaseId, HolderLease] = {}
         #: Withdrawn leases whose reader has not been told yet.
-        self._farewells: dict[LeaseId, _Farewell] = {}
+        self._farewells: dict[LeaseId, Farewell] = {}
+        #: Ended leases with a preparation under way: their pins stand until it is over.
+        self._lingering: set[LeaseId] = set()
         #: One entry per lease and farewell, at or before its next due time.
         self._deadlines: Deadlines[LeaseId] = Deadlines()
         self.counters = HolderCounters()
@@ -189,12 +120,13 @@ class Holder:
 
     @property
     def num_leases(self) -> int:
-        return len(self._leases)
+        """Leases whose pins stand."""
+        return len(self._leases) + len(self._lingering)
 
     @property
     def idle(self) -> bool:
-        """No lease, and nobody left to tell."""
-        return not self._leases and not self._farewells
+        """No lease, no pins, and nobody left to tell."""
+        return not self._leases and not self._farewells and not self._lingering
 
     def lease_ids(self) -> list[LeaseId]:
         return list(self._leases)
@@ -211,9 +143,11 @@ class Holder:
         """Audits what the attributes promise; raises InvariantBroken."""
         for lease_id, lease in self._leases.items():
             stands = all(self._ledger.generation(ref.block_id) == ref.generation for ref in lease.blocks)
-            ordered = 0 <= lease.expected <= lease.num_final <= len(lease.blocks)
-            if not stands or not ordered or lease_id in self._farewells:
+            ended = lease_id in self._farewells or lease_id in self._lingering
+            if not stands or not lease.ordered or ended:
                 raise InvariantBroken(f"lease {lease_id}: {lease}; {self!r}, {self._ledger!r}")
+        if set(self._ledger.pinned_leases()) != self._leases.keys() | self._lingering:
+            raise InvariantBroken(f"pins stand for {self._ledger.pinned_leases()}; {self!r}, {self._ledger!r}")
         if len(self._deadlines) != len(self._leases) + len(self._farewells):
             raise InvariantBroken(f"{len(self._deadlines)} deadlines kept by {self!r}")
 
@@ -233,6 +167,8 @@ class Holder:
                 instructions += self._reader_gone(event)
             case FarewellEnded():
                 instructions += self._farewell_ended(event, now_s)
+            case Prepared():
+                instructions += self._prepared(event, now_s)
             case HolderTick():
                 pass
             case _:
@@ -277,35 +213,40 @@ class Holder:
 
     def _open(self, event: Opened, now_s: float) -> list[HolderInstruction]:
         terms = event.terms
-        if terms.lease_id in self._leases or terms.num_blocks != len(event.blocks) or not event.blocks:
+        known = terms.lease_id in self._leases or terms.lease_id in self._lingering
+        if known or terms.num_blocks != len(event.blocks) or not event.blocks:
             raise InvariantBroken(f"lease {terms.lease_id} opened with {len(event.blocks)} blocks; {self!r}")
         self._ledger.pin(terms.lease_id, event.blocks)
         refs = tuple(BlockRef(block, self._ledger.generation(block)) for block in event.blocks)
-        lease = _Lease(
+        max_age_s = self._max_age_s if event.max_age_s is None else min(self._max_age_s, event.max_age_s)
+        lease = HolderLease(
             terms=terms,
             reader=event.reader,
             blocks=refs,
-            opened_s=now_s,
             expires_s=now_s + terms.ttl_s,
+            last_s=now_s + max(max_age_s, terms.ttl_s),
         )
         self._leases[terms.lease_id] = lease
         self.counters.opened += 1
         return self._drive(lease, now_s)
 
-    def _offer_answered(self, lease: _Lease, now_s: float) -> list[HolderInstruction]:
+    def _offer_answered(self, lease: HolderLease, now_s: float) -> list[HolderInstruction]:
         lease.calling = False
         lease.accepted = True
         lease.failures = 0
         return self._drive(lease, now_s)
 
-    def _offer_failed(self, lease: _Lease, error: TandemError, now_s: float) -> list[HolderInstruction]:
+    def _offer_failed(self, lease: HolderLease, error: TandemError, now_s: float) -> list[HolderInstruction]:
         self.counters.failed_calls[f"offer: {error.code}"] += 1
         if not isinstance(error, RETRIED_ERRORS):
             return self._end(lease, LeaseOutcome.REFUSED, error.message)
+        if isinstance(error, NoCapacity):
+            # It lives, and nothing of the lease has begun there.
+            lease.expires_s = max(lease.expires_s, min(now_s + lease.terms.ttl_s, lease.last_s))
         self._call_failed(lease, error, now_s)
         return self._drive(lease, now_s)
 
-    def _advance(self, lease: _Lease, num_final: int, seal: Seal | None, now_s: float) -> list[HolderInstruction]:
+    def _advance(self, lease: HolderLease, num_final: int, seal: Seal | None, now_s: float) -> list[HolderInstruction]:
         lease_id = lease.terms.lease_id
         if lease.seal is not None or not lease.num_final <= num_final <= len(lease.blocks):
             raise InvariantBroken(f"lease {lease_id} advances to block {num_final}: {lease}; {self!r}")
@@ -313,17 +254,42 @@ class Holder:
             raise InvariantBroken(f"lease {lease_id} sealed without a block: {lease}; {self!r}")
         lease.num_final = num_final
         lease.seal = seal
+        if not self._prepares:
+            lease.num_ready = num_final
         return self._drive(lease, now_s)
 
-    def _progress_answered(self, lease: _Lease, reply: ProgressReply, now_s: float) -> list[HolderInstruction]:
+    def _prepared(self, event: Prepared, now_s: float) -> list[HolderInstruction]:
+        result = event.result
+        self.counters.checksum_bytes += result.num_bytes
+        self.counters.checksum_s += result.checksum_s
+        lease_id = event.lease_id
+        if lease_id in self._lingering:
+            self._lingering.discard(lease_id)
+            self._ledger.unpin(lease_id)
+            return []
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            return self._ignore(event, "unknown lease")
+        if lease.preparing is None:
+            return self._ignore(event, "nothing prepared")
+        stop, lease.preparing = lease.preparing, None
+        if result.error is not None:
+            return self._withdraw(lease, f"its blocks could not be prepared: {result.error.message}", now_s)
+        if lease.terms.checksums and len(result.checksums) != stop - lease.num_ready:
+            raise InvariantBroken(f"{len(result.checksums)} checksums up to block {stop}: {lease}; {self!r}")
+        lease.num_ready = stop
+        lease.checksums += result.checksums
+        return self._drive(lease, now_s)
+
+    def _progress_answered(self, lease: HolderLease, reply: ProgressReply, now_s: float) -> list[HolderInstruction]:
         if not reply.known:
             return self._lose(lease, "the reader does not hold it any more")
         if lease.confirmed:
             # The reader has everything; this answer was overtaken.
             lease.calling = False
             return self._drive(lease, now_s)
-        if not 0 <= reply.expected <= lease.num_final:
-            reason = f"the reader expects block {reply.expected} of {lease.num_final} final ones"
+        if not 0 <= reply.expected <= lease.num_ready:
+            reason = f"the reader expects block {reply.expected} of {lease.num_ready} announced ones"
             return self._end(lease, LeaseOutcome.REFUSED, reason)
         lease.calling = False
         lease.seal_known = lease.sent_seal and reply.expected == lease.num_final
@@ -336,12 +302,12 @@ class Holder:
             lease.retry_at_s = now_s + retry_delay_s(lease.failures)
         return self._drive(lease, now_s)
 
-    def _progress_failed(self, lease: _Lease, error: TandemError, now_s: float) -> list[HolderInstruction]:
+    def _progress_failed(self, lease: HolderLease, error: TandemError, now_s: float) -> list[HolderInstruction]:
         self.counters.failed_calls[f"progress: {error.code}"] += 1
         self._call_failed(lease, error, now_s)
         return self._drive(lease, now_s)
 
-    def _call_failed(self, lease: _Lease, error: TandemError, now_s: float) -> None:
+    def _call_failed(self, lease: HolderLease, error: TandemError, now_s: float) -> None:
         lease.calling = False
         lease.failures += 1
         delay_s = max(retry_delay_s(lease.failures), error.retry_after_s or 0.0)
@@ -380,7 +346,7 @@ class Holder:
         ttl_s = self._common_ttl_s(body.lease_ids)
         for lease_id in body.lease_ids:
             lease = self._leases.get(lease_id)
-            if lease is not None and now_s + ttl_s <= lease.opened_s + self._max_age_s:
+            if lease is not None and now_s + ttl_s <= lease.last_s:
                 self._grant(lease, now_s)
                 alive.append(lease_id)
         return Answer(RenewReply(alive=tuple(alive), ttl_s=ttl_s))
@@ -390,7 +356,7 @@ class Holder:
         terms = [self._leases[lease_id].terms.ttl_s for lease_id in lease_ids if lease_id in self._leases]
         return min(terms, default=0.0)
 
-    def _grant(self, lease: _Lease, now_s: float) -> None:
+    def _grant(self, lease: HolderLease, now_s: float) -> None:
         lease.expires_s = max(lease.expires_s, now_s + lease.terms.ttl_s)
         self._deadlines.set(lease.terms.lease_id, lease.next_due_s())
 
@@ -422,12 +388,12 @@ class Holder:
                 instructions += self._drive(lease, now_s)
         return instructions
 
-    def _expire(self, lease: _Lease) -> list[HolderInstruction]:
+    def _expire(self, lease: HolderLease) -> list[HolderInstruction]:
         if not lease.accepted:
-            return self._lose(lease, f"not taken within {lease.terms.ttl_s:g} s: {lease.last_error}")
+            return self._lose(lease, f"not taken in time: {lease.last_error}")
         return self._lose(lease, "the reader did not renew it")
 
-    def _lose(self, lease: _Lease, reason: str) -> list[HolderInstruction]:
+    def _lose(self, lease: HolderLease, reason: str) -> list[HolderInstruction]:
         """Ends a lease whose reader fell silent. Once it confirmed, that is its own affair."""
         if lease.confirmed:
             return self._end(lease, LeaseOutcome.RELEASED, f"confirmed, not acknowledged: {reason}")
@@ -440,11 +406,11 @@ class Holder:
                 instructions += self._lose(lease, f"life {event.incarnation} of {event.worker_id} is over")
         return instructions
 
-    def _withdraw(self, lease: _Lease, reason: str, now_s: float) -> list[HolderInstruction]:
+    def _withdraw(self, lease: HolderLease, reason: str, now_s: float) -> list[HolderInstruction]:
         lease_id = lease.terms.lease_id
         ended = self._end(lease, LeaseOutcome.WITHDRAWN, reason)
         body = ProgressRequest(lease_id=lease_id, holder_incarnation=self._incarnation, withdrawn=reason)
-        farewell = _Farewell(reader=lease.reader, body=body, until_s=lease.expires_s)
+        farewell = Farewell(reader=lease.reader, body=body, until_s=lease.expires_s)
         self._farewells[lease_id] = farewell
         return [*ended, *self._drive_farewell(lease_id, now_s)]
 
@@ -465,9 +431,12 @@ class Holder:
         del self._farewells[lease_id]
         self._deadlines.discard(lease_id)
 
-    def _end(self, lease: _Lease, outcome: LeaseOutcome, reason: str) -> list[HolderInstruction]:
+    def _end(self, lease: HolderLease, outcome: LeaseOutcome, reason: str) -> list[HolderInstruction]:
         lease_id = lease.terms.lease_id
-        self._ledger.unpin(lease_id)
+        if lease.preparing is None:
+            self._ledger.unpin(lease_id)
+        else:
+            self._lingering.add(lease_id)
         del self._leases[lease_id]
         self._deadlines.discard(lease_id)
         self.counters.outcomes[outcome] += 1
@@ -475,16 +444,25 @@ class Holder:
 
     # --- what to send -----------------------------------------------------------------------------------
 
-    def _drive(self, lease: _Lease, now_s: float) -> list[HolderInstruction]:
-        """Looks at the whole lease, starts the next call if one is due, and sets the next deadline."""
+    def _drive(self, lease: HolderLease, now_s: float) -> list[HolderInstruction]:
+        """Looks at the whole lease, starts what is due of work and calls, and sets the next deadline."""
         instructions: list[HolderInstruction] = []
+        if lease.num_ready < lease.num_final and lease.preparing is None and not lease.confirmed:
+            instructions.append(self._prepare(lease))
         if lease.has_news and not lease.calling and now_s >= lease.retry_at_s:
             lease.calling = True
             instructions.append(self._progress(lease) if lease.accepted else self._offer(lease, now_s))
         self._deadlines.set(lease.terms.lease_id, lease.next_due_s())
         return instructions
 
-    def _offer(self, lease: _Lease, now_s: float) -> SendOffer:
+    def _prepare(self, lease: HolderLease) -> PrepareBlocks:
+        most = max(1, MAX_PREPARED_BYTES // lease.terms.identity.layout.block_bytes)
+        stop = min(lease.num_final, lease.num_ready + most)
+        lease.preparing = stop
+        blocks = tuple(ref.block_id for ref in lease.blocks[lease.num_ready : stop])
+        return PrepareBlocks(lease_id=lease.terms.lease_id, blocks=blocks)
+
+    def _offer(self, lease: HolderLease, now_s: float) -> SendOffer:
         """Offers what is left of the term: a late offer must not outlive the holder's side.
 
         Half of it may pass on the way; the reader counts on the other half (see `Reader`).
@@ -493,14 +471,15 @@ class Holder:
         terms = msgspec.structs.replace(lease.terms, ttl_s=remaining_s)
         return SendOffer(terms=terms, timeout_s=min(lease.terms.ttl_s / 4, remaining_s / 2))
 
-    def _progress(self, lease: _Lease) -> SendProgress:
-        stop = min(lease.num_final, lease.expected + MAX_BLOCKS_PER_PROGRESS)
+    def _progress(self, lease: HolderLease) -> SendProgress:
+        stop = min(lease.num_ready, lease.expected + MAX_BLOCKS_PER_PROGRESS)
         lease.sent_seal = lease.seal is not None and stop == lease.num_final
         body = ProgressRequest(
             lease_id=lease.terms.lease_id,
             holder_incarnation=self._incarnation,
             start=lease.expected,
             blocks=lease.blocks[lease.expected : stop],
+            checksums=tuple(lease.checksums[lease.expected : stop]),
             seal=lease.seal if lease.sent_seal else None,
         )
         return SendProgress(reader=lease.reader, body=body, timeout_s=lease.terms.ttl_s / 4)

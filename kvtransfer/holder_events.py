@@ -22,10 +22,11 @@ if TYPE_CHECKING:
         RenewRequest,
         Seal,
     )
+    from kvtransfer.block_work import Preparation
 
 
 class LeaseOutcome(StrEnum):
-    """How a lease ended at its holder. In each case the pins are gone when it is reported."""
+    """How a lease ended at its holder."""
 
     #: The reader confirmed, and acknowledged or fell silent: it answers for the request now.
     RELEASED = "released"
@@ -42,11 +43,15 @@ class LeaseOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A lease with a new id over `blocks`, whose bytes must stand now; `terms.ttl_s` is its term."""
+    """A lease with a new id over `blocks`, whose bytes must stand now; `terms.ttl_s` is its term.
+
+    `max_age_s`: no grant reaches further than this from now; None: only the holder's own bound counts.
+    """
 
     terms: LeaseTerms
     reader: Peer
     blocks: tuple[BlockId, ...]
+    max_age_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +82,14 @@ class Sealed:
     lease_id: LeaseId
     num_final_blocks: int
     seal: Seal
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What PrepareBlocks asked for has ended: the blocks are not touched any more."""
+
+    lease_id: LeaseId
+    result: Preparation
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +152,7 @@ HolderEvent = (
     | OfferFailed
     | Advanced
     | Sealed
+    | Prepared
     | ProgressAnswered
     | ProgressFailed
     | FarewellEnded
@@ -163,6 +177,14 @@ class SendOffer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareBlocks:
+    """Make these final blocks ready to be pulled (checksums, staging); answer with Prepared."""
+
+    lease_id: LeaseId
+    blocks: tuple[BlockId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SendProgress:
     """Answer with ProgressAnswered or ProgressFailed."""
 
@@ -182,7 +204,8 @@ class SendFarewell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseEnded:
-    """Exactly once per lease; its pins are gone."""
+    """Exactly once per lease. Its pins are gone; while blocks of it are being prepared they go right after that,
+    because a late copy must not meet another's bytes."""
 
     lease_id: LeaseId
     outcome: LeaseOutcome
@@ -203,4 +226,4 @@ class Refuse:
     error: TandemError
 
 
-HolderInstruction = SendOffer | SendProgress | SendFarewell | LeaseEnded | Answer | Refuse
+HolderInstruction = SendOffer | PrepareBlocks | SendProgress | SendFarewell | LeaseEnded | Answer | Refuse

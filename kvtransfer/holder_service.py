@@ -9,7 +9,7 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from contracts.errors import DeadlineExceeded, Internal, TandemError, WorkerUnavailable
 from contracts.ids import LeaseId
@@ -27,6 +27,7 @@ from contracts.messages import (
     RenewReply,
     RenewRequest,
 )
+from kvtransfer.block_work import BlockWork
 from kvtransfer.holder import Holder
 from kvtransfer.holder_events import (
     AckArrived,
@@ -42,6 +43,8 @@ from kvtransfer.holder_events import (
     OfferAnswered,
     OfferFailed,
     Opened,
+    PrepareBlocks,
+    Prepared,
     ProgressAnswered,
     ProgressFailed,
     ReaderGone,
@@ -53,18 +56,20 @@ from kvtransfer.holder_events import (
     SendProgress,
     Withdrawn,
 )
-from kvtransfer.shell import MachineShell
+from kvtransfer.lease_service import LeaseService
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
     from contracts.clock import Clock
     from contracts.ids import BlockId, Incarnation, WorkerId
     from contracts.layout import KvIdentity
     from contracts.messages import Peer, Seal
-    from kvtransfer.holder import HolderCounters
+    from kvtransfer.block_work import Offload
+    from kvtransfer.holder_lease import HolderCounters
     from kvtransfer.ledger import Ledger
+    from kvtransfer.staging import Staging
+    from kvtransfer.transport import Pool
     from kvtransfer.transport_set import TransportSet
     from rpc import CallContext, Network, Server
 
@@ -85,7 +90,7 @@ class _Caller:
     on_ended: EndedCallback
 
 
-class HolderService:
+class HolderService(LeaseService[HolderEvent, HolderInstruction]):
     """Grants leases. An async context manager; leaving it withdraws every open lease.
 
     One per worker life. `worker` is this worker as its readers address it.
@@ -102,38 +107,41 @@ class HolderService:
         transports: TransportSet,
         ttl_s: float = DEFAULT_TTL_S,
         max_age_s: float = 600.0,
+        pool: Pool | None = None,
+        checksum: bool = False,
+        staging: Staging | None = None,
+        offload: Offload | None = None,
+        on_settled: Callable[[], None] = lambda: None,
         log: Callable[[str], None],
     ) -> None:
-        self._network = network
+        """`checksum`: blocks are announced with their checksums, read from `pool`. `staging`: they are copied to
+        the pool first. Both happen on a thread of this service, or where `offload` puts them. `on_settled` is
+        called when blocks are no longer read for that: pins of an ended lease may have gone.
+
+        Raises ConfigError for checksums without a pool.
+        """
         self._worker = worker
         self._identity = identity
         self._transports = transports
         self._ttl_s = ttl_s
-        self._log = log
+        self._on_settled = on_settled
         self._numbers = itertools.count(1)
-        self._machine = Holder(ledger, worker.incarnation, max_age_s=max_age_s)
         #: One per lease that has not ended.
         self._callers: dict[LeaseId, _Caller] = {}
-        self._shell = MachineShell[HolderEvent, HolderInstruction](
+        work = BlockWork(pool=pool, checksum=checksum, staging=staging, clock=clock, offload=offload)
+        self._machine = Holder(ledger, worker.incarnation, max_age_s=max_age_s, prepares=work.wanted)
+        super().__init__(
             self._machine,
+            network=network,
             clock=clock,
-            perform=self._perform,
             tick=HolderTick(),
-            stop=self._withdraw_all,
+            work=work,
             close_grace_s=CLOSE_GRACE_S,
+            log=log,
         )
 
     def __repr__(self) -> str:
         return f"<HolderService {self._worker.worker_id} {self._machine!r}>"
-
-    async def __aenter__(self) -> Self:
-        await self._shell.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._shell.__aexit__(kind, error, trace)
 
     def register(self, server: Server) -> None:
         """Answers Confirm, Renew and Ack there. All three are idempotent, and fenced by incarnation."""
@@ -150,14 +158,19 @@ class HolderService:
         *,
         send_offer: SendOfferCall,
         on_ended: EndedCallback,
+        max_age_s: float | None = None,
     ) -> LeaseId:
         """Grants a lease over `blocks` (not empty, held by the caller, in the order of the tokens), pins
         them, and begins to offer it.
 
         `send_offer` is called again after a failure that a repeat may mend, until the term is over; it raises
-        what the reader answered. `on_ended(lease_id, outcome, reason)` is called exactly once, when the pins
-        are gone: until then the caller may drop its own references but the bytes stand. Neither may raise
-        anything but a TandemError (`send_offer`). Raises WorkerUnavailable when the service is stopping.
+        what the reader answered. To a reader without room (NoCapacity) the offer is repeated until the lease is
+        `max_age_s` old (None: as old as any lease may get); nor is it renewed past that.
+
+        `on_ended(lease_id, outcome, reason)` is called exactly once, when the pins are gone (or go as soon as
+        blocks are no longer read for a checksum, see `on_settled`): until then the caller may drop its own
+        references but the bytes stand. Neither may raise anything but a TandemError (`send_offer`). Raises
+        WorkerUnavailable when the service is stopping.
         """
         if not self._shell.running:
             raise WorkerUnavailable(f"{self._worker.worker_id} is stopping: no lease is granted")
@@ -170,9 +183,10 @@ class HolderService:
             endpoints=self._transports.endpoints(),
             num_blocks=len(blocks),
             ttl_s=self._ttl_s,
+            checksums=self._work.checksum,
         )
         self._callers[lease_id] = _Caller(send_offer, on_ended)
-        self._shell.feed(Opened(terms=terms, reader=reader, blocks=tuple(blocks)))
+        self._shell.feed(Opened(terms=terms, reader=reader, blocks=tuple(blocks), max_age_s=max_age_s))
         return lease_id
 
     def advance(self, lease_id: LeaseId, num_final_blocks: int) -> None:
@@ -236,6 +250,8 @@ class HolderService:
         match instruction:
             case SendOffer(terms=terms):
                 self._shell.spawn(self._send_offer(instruction), f"offer {terms.lease_id}")
+            case PrepareBlocks(lease_id=lease_id):
+                self._shell.spawn(self._prepare(instruction), f"prepare {lease_id}")
             case SendProgress(body=body):
                 self._shell.spawn(self._send_progress(instruction), f"progress {body.lease_id}")
             case SendFarewell(body=body):
@@ -269,24 +285,22 @@ class HolderService:
 
     async def _send_progress(self, order: SendProgress) -> None:
         lease_id = order.body.lease_id
-        try:
-            channel = self._network.channel(order.reader.address)
-            reply = await channel.call(PROGRESS, order.body, timeout_s=order.timeout_s)
-        except TandemError as error:
-            self._shell.feed(ProgressFailed(lease_id, error))
+        reply = await self._call(order.reader, PROGRESS, order.body, order.timeout_s)
+        if isinstance(reply, TandemError):
+            self._shell.feed(ProgressFailed(lease_id, reply))
         else:
             self._shell.feed(ProgressAnswered(lease_id, reply))
 
     async def _send_farewell(self, order: SendFarewell) -> None:
-        lease_id = order.body.lease_id
-        failure: TandemError | None = None
-        try:
-            channel = self._network.channel(order.reader.address)
-            await channel.call(PROGRESS, order.body, timeout_s=order.timeout_s)
-        except TandemError as error:
-            failure = error
-        self._shell.feed(FarewellEnded(lease_id, failure))
+        reply = await self._call(order.reader, PROGRESS, order.body, order.timeout_s)
+        failure = reply if isinstance(reply, TandemError) else None
+        self._shell.feed(FarewellEnded(order.body.lease_id, failure))
 
-    def _withdraw_all(self) -> None:
+    async def _prepare(self, order: PrepareBlocks) -> None:
+        result = await self._work.prepare(order.blocks)
+        self._shell.feed(Prepared(order.lease_id, result))
+        self._on_settled()
+
+    def _end_all(self) -> None:
         for lease_id in self._machine.lease_ids():
             self.withdraw(lease_id, f"{self._worker.worker_id} is stopping")

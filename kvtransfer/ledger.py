@@ -131,6 +131,10 @@ class Ledger:
         """The blocks set aside (or in quarantine) for a lease read here, in the lease's order."""
         return list(self._reservation(lease_id).blocks)
 
+    def is_reserved(self, lease_id: LeaseId) -> bool:
+        """Blocks are set aside (or in quarantine) for this lease."""
+        return lease_id in self._reservations
+
     # --- requests ---------------------------------------------------------------------------------------
 
     def allocate(self, owner: str, num_blocks: int) -> list[BlockId] | None:
@@ -187,6 +191,10 @@ class Ledger:
         for block in reversed(blocks):
             self._pins[block] -= 1
             self._reclass(block)
+
+    def pinned_leases(self) -> list[LeaseId]:
+        """The leases that pin blocks."""
+        return list(self._pinned)
 
     # --- leases read here -------------------------------------------------------------------------------
 

@@ -3,6 +3,9 @@
     WAITING ─▶ RESERVED ─▶ PULLING ─▶ CONFIRMING ─▶ ended ADOPTED
     any ──fault / cancel / term over──▶ ended ABORTED, by way of QUARANTINED while a pull is in flight
 
+Where blocks need work after their pull (checksums, staging), that belongs to the pull: PULLING lasts until it is
+over, and so does the quarantine. A block whose checksum is wrong is pulled again.
+
 A WAITING offer holds no blocks: it is renewed, and reserves in the order of arrival. RESERVED and PULLING
 pull what the holder announces while it still computes. CONFIRMING has every byte and asks whether the lease
 stood after the last of them; the yes that ends it confirms and adopts in one.
@@ -16,26 +19,20 @@ Two-sided term: an offer grants half of what it names (the other half may have p
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING, assert_never
 
 from contracts.errors import (
     BadRequest,
     Cancelled,
-    IncompatiblePeer,
+    CorruptKv,
     InvariantBroken,
     NoCapacity,
     StaleIncarnation,
     TandemError,
     TransferAborted,
 )
-from contracts.ids import BlockId, LeaseId
 from contracts.messages import (
-    AckRequest,
-    BlockRef,
     ConfirmReply,
     ConfirmRequest,
     HandoffReply,
@@ -43,20 +40,21 @@ from contracts.messages import (
     Peer,
     ProgressReply,
     ProgressRequest,
-    RenewReply,
-    RenewRequest,
 )
+from kvtransfer.pairing import Pairing
+from kvtransfer.reader_calls import OFFER_RENEW_SHARE, HolderCalls
 from kvtransfer.reader_events import (
     AbortReason,
     AckEnded,
     AskConfirm,
-    AskRenew,
     BlocksFreed,
     CancelRequested,
     ConfirmAnswered,
     ConfirmFailed,
     HolderGone,
     HolderKey,
+    LandBlocks,
+    Landed,
     LeaseAborted,
     LeaseAdopted,
     Offered,
@@ -70,27 +68,24 @@ from kvtransfer.reader_events import (
     RenewAnswered,
     RenewFailed,
     ReplyProgress,
-    SendAck,
     StartPull,
     StopPull,
     Verdict,
 )
+from kvtransfer.reader_lease import ReaderCounters, ReaderLease, ReaderState
 from kvtransfer.timers import Deadlines, retry_delay_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from contracts.ids import Incarnation, WorkerId
+    from contracts.ids import Incarnation, LeaseId, WorkerId
     from contracts.layout import KvIdentity
-    from contracts.messages import Seal
+    from kvtransfer.block_work import Landing
     from kvtransfer.ledger import Ledger
     from kvtransfer.transport import PullResult
 
 #: Bytes of one pull at most, so that leases share the wire in turns.
 MAX_PULL_BYTES = 64 << 20
-
-#: Lease ids in one Renew or Ack at most; the rest follow in the next.
-MAX_LEASES_PER_CALL = 1024
 
 #: Ended leases remembered, so that a repeated offer does not revive one.
 MAX_ENDED_LEASES = 4096
@@ -98,124 +93,8 @@ MAX_ENDED_LEASES = 4096
 #: How long one Confirm may take before it is asked again.
 CONFIRM_TIMEOUT_S = 1.0
 
-
-class ReaderState(Enum):
-    WAITING = "waiting"
-    RESERVED = "reserved"
-    PULLING = "pulling"
-    CONFIRMING = "confirming"
-    QUARANTINED = "quarantined"
-
-
-# --- the machine ----------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, kw_only=True, repr=False)
-class _Lease:
-    terms: LeaseTerms
-    owner: str
-    state: ReaderState
-    #: End of the term, as far as the holder granted it for certain.
-    expires_s: float
-    #: When to ask for more of it; past while a renewal is in flight.
-    renew_at_s: float
-    #: Final blocks of the holder, in the lease's order.
-    announced: list[BlockRef] = field(default_factory=list[BlockRef])
-    #: Where they go; parallel to the lease's block list, empty while WAITING.
-    blocks: list[BlockId] = field(default_factory=list[BlockId])
-    #: `blocks[:num_pulled]` hold the announced bytes; up to `num_pulling` they are under way.
-    num_pulled: int = 0
-    num_pulling: int = 0
-    seal: Seal | None = None
-    #: The one Confirm in flight; failures in a row, and when to try again.
-    calling: bool = False
-    failures: int = 0
-    retry_at_s: float = 0.0
-
-    def __repr__(self) -> str:
-        # Not the terms: their endpoint is a secret.
-        blocks = f"{self.num_pulled}/{self.num_pulling}/{len(self.announced)}/{self.terms.num_blocks}"
-        sealed = ", sealed" if self.seal is not None else ""
-        return f"<lease {self.lease_id} {self.state.value} [{blocks} pulled/pulling/known/all{sealed}]>"
-
-    @property
-    def lease_id(self) -> LeaseId:
-        return self.terms.lease_id
-
-    @property
-    def holder_key(self) -> HolderKey:
-        return (self.terms.holder.worker_id, self.terms.holder.incarnation)
-
-    @property
-    def pull_in_flight(self) -> bool:
-        return self.num_pulling > self.num_pulled
-
-    @property
-    def complete(self) -> bool:
-        return self.seal is not None and self.num_pulled == len(self.announced)
-
-    def next_due_s(self) -> float | None:
-        """None in quarantine: only the transport ends that."""
-        if self.state is ReaderState.QUARANTINED:
-            return None
-        if self.state is ReaderState.CONFIRMING and not self.calling:
-            return min(self.expires_s, self.retry_at_s)
-        return self.expires_s
-
-
-@dataclass(slots=True)
-class _Holder:
-    """Calls to one life of one holder, batched over its leases."""
-
-    peer: Peer
-    #: Leases that are renewed: all of this holder that have not ended.
-    leases: dict[LeaseId, _Lease] = field(default_factory=dict[LeaseId, _Lease])
-    #: Ended leases it has not been told of, and until when that is worth while.
-    acks_owed: dict[LeaseId, float] = field(default_factory=dict[LeaseId, float])
-    #: The ids in the one Renew in flight, and when it was asked; None when none is.
-    renewing: tuple[LeaseId, ...] | None = None
-    renew_asked_s: float = 0.0
-    renew_failures: int = 0
-    renew_retry_at_s: float = 0.0
-    #: The ids in the one Ack in flight; None when none is.
-    acking: tuple[LeaseId, ...] | None = None
-    ack_failures: int = 0
-    ack_retry_at_s: float = 0.0
-
-    def renew_due_s(self) -> float | None:
-        if self.renewing is not None or not self.leases:
-            return None
-        return max(self.renew_retry_at_s, min(lease.renew_at_s for lease in self.leases.values()))
-
-    def next_due_s(self) -> float | None:
-        due = [self.renew_due_s()]
-        if self.acks_owed and self.acking is None:
-            due.append(self.ack_retry_at_s)
-        return min((each for each in due if each is not None), default=None)
-
-    @property
-    def done_with(self) -> bool:
-        return not self.leases and not self.acks_owed and self.renewing is None and self.acking is None
-
-
-@dataclass(slots=True)
-class ReaderCounters:
-    """What happened since the start, for metrics."""
-
-    offered: int = 0
-    #: Refused offers by error code.
-    refused: Counter[str] = field(default_factory=Counter[str])
-    adopted: int = 0
-    #: Aborted leases by reason.
-    aborted: Counter[str] = field(default_factory=Counter[str])
-    #: Events that changed nothing, by what they were and why.
-    ignored: Counter[str] = field(default_factory=Counter[str])
-    #: Calls that failed, by kind and error code.
-    failed_calls: Counter[str] = field(default_factory=Counter[str])
-    pulls: int = 0
-    #: Bytes that landed, useful or not, and the time they took on the wire.
-    pulled_bytes: int = 0
-    wire_s: float = 0.0
+#: How often a block with a wrong checksum is pulled again before its lease is given up.
+MAX_REFETCHES = 2
 
 
 class Reader:
@@ -230,21 +109,22 @@ class Reader:
         max_waiting: int = 256,
         max_pull_bytes: int = MAX_PULL_BYTES,
         may_reserve: Callable[[], bool] = lambda: True,
+        lands: bool = False,
+        checksum: bool = False,
     ) -> None:
-        """`may_reserve` says whether offers may take blocks now; while it says no they wait."""
+        """`may_reserve` says whether offers may take blocks now; while it says no they wait. `lands`: pulled
+        blocks need work before they can be used. `checksum`: only offers that carry checksums are taken."""
         self._may_reserve = may_reserve
+        self._lands = lands
         self._ledger = ledger
-        self._identity = identity
-        self._transports = tuple(transports)
+        self._pairing = Pairing(identity, tuple(transports), checksum=checksum)
         self._max_waiting = max_waiting
         self._max_pull_blocks = max(1, max_pull_bytes // identity.layout.block_bytes)
         #: All leases that have not ended, and aborted ones whose pull is in flight (QUARANTINED). Each one
         #: that is not WAITING has its blocks reserved or quarantined in the ledger.
-        self._leases: dict[LeaseId, _Lease] = {}
+        self._leases: dict[LeaseId, ReaderLease] = {}
         #: All and only WAITING leases, in the order of arrival.
-        self._waiting: dict[LeaseId, _Lease] = {}
-        #: Lives of holders that have leases here or are owed an Ack.
-        self._holders: dict[HolderKey, _Holder] = {}
+        self._waiting: dict[LeaseId, ReaderLease] = {}
         #: The newest life of each worker that offered something.
         self._newest: dict[WorkerId, Incarnation] = {}
         #: How recent leases ended; oldest first.
@@ -252,10 +132,11 @@ class Reader:
         #: One entry per lease that has a next due time, one per holder that has; at or before it.
         self._deadlines: Deadlines[LeaseId | HolderKey] = Deadlines()
         self.counters = ReaderCounters()
+        self._calls = HolderCalls(self._deadlines, self.counters.failed_calls)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in self.leases_by_state().items())
-        return f"<Reader [{counts} | {len(self._holders)} holders]>"
+        return f"<Reader [{counts} | {len(self._calls)} holders]>"
 
     @property
     def num_leases(self) -> int:
@@ -268,7 +149,7 @@ class Reader:
     @property
     def idle(self) -> bool:
         """No lease, no quarantine, and nobody left to tell."""
-        return not self._leases and not self._holders
+        return not self._leases and not self._calls
 
     def lease_ids(self) -> list[LeaseId]:
         """Leases that have not ended."""
@@ -289,18 +170,17 @@ class Reader:
         waiting = [each for each, lease in self._leases.items() if lease.state is ReaderState.WAITING]
         if waiting != list(self._waiting) or len(waiting) > self._max_waiting:
             raise InvariantBroken(f"{len(waiting)} leases wait, {len(self._waiting)} queued; {self!r}")
-        live = [lease for lease in self._leases.values() if lease.state is not ReaderState.QUARANTINED]
-        if sum(len(holder.leases) for holder in self._holders.values()) != len(live):
-            raise InvariantBroken(f"{len(live)} live leases, not what the holders' lists say; {self!r}")
-        if any(holder.done_with for holder in self._holders.values()):
-            raise InvariantBroken(f"a holder without business is kept; {self!r}")
+        live = sorted(self.lease_ids())
+        if sorted(lease.lease_id for key in self._calls.lives() for lease in self._calls.leases_of(key)) != live:
+            raise InvariantBroken(f"live leases are {live}, not what the holders' lists say; {self!r}")
+        if problems := self._calls.problems():
+            raise InvariantBroken(f"{'; '.join(problems)}; {self!r}")
 
-    def _check_lease(self, lease: _Lease) -> None:
+    def _check_lease(self, lease: ReaderLease) -> None:
         reserved = [] if lease.state is ReaderState.WAITING else self._ledger.reserved_blocks(lease.lease_id)
-        ordered = 0 <= lease.num_pulled <= lease.num_pulling <= len(lease.announced) <= lease.terms.num_blocks
         quarantined = lease.state is ReaderState.QUARANTINED
-        live = lease.lease_id in self._holders[lease.holder_key].leases if not quarantined else True
-        if reserved != lease.blocks or not ordered or not live or (quarantined and not lease.pull_in_flight):
+        windowed = lease.pull_in_flight == bool(lease.window) and (lease.pull_in_flight or not lease.landing)
+        if reserved != lease.blocks or not lease.ordered or not windowed or (quarantined and not lease.window):
             raise InvariantBroken(f"{lease}; {self!r}, {self._ledger!r}")
 
     def handle(self, event: ReaderEvent, now_s: float) -> list[ReaderInstruction]:
@@ -323,18 +203,22 @@ class Reader:
         return instructions
 
     def _lease_event(
-        self, event: PullEnded | ConfirmAnswered | ConfirmFailed | CancelRequested, now_s: float
+        self, event: PullEnded | Landed | ConfirmAnswered | ConfirmFailed | CancelRequested, now_s: float
     ) -> list[ReaderInstruction]:
         lease = self._leases.get(event.lease_id)
         if lease is None:
             return self._ignore(event, "unknown lease")
         match event:
-            case PullEnded() if not lease.pull_in_flight:
+            case PullEnded() if not lease.pull_in_flight or lease.landing:
                 return self._ignore(event, "no pull in flight")
+            case Landed() if not lease.landing:
+                return self._ignore(event, "nothing landing")
             case ConfirmAnswered() | ConfirmFailed() if not lease.calling:
                 return self._ignore(event, "no confirmation asked")
             case PullEnded(_, result):
                 return self._pull_ended(lease, result, now_s)
+            case Landed(_, result):
+                return self._landed(lease, result, now_s)
             case _ if lease.state is ReaderState.QUARANTINED:
                 return self._ignore(event, "already aborted")
             case ConfirmAnswered(_, reply):
@@ -363,22 +247,21 @@ class Reader:
             self.counters.refused[refusal.code] += 1
             return [*instructions, RefuseOffer(refusal)]
         self.counters.offered += 1
-        lease = _Lease(
+        lease = ReaderLease(
             terms=terms,
             owner=event.owner,
             state=ReaderState.WAITING,
             expires_s=now_s + terms.ttl_s / 2,
-            renew_at_s=now_s + terms.ttl_s / 4,
+            renew_at_s=now_s + terms.ttl_s * OFFER_RENEW_SHARE,
         )
         self._leases[terms.lease_id] = lease
         self._waiting[terms.lease_id] = lease
-        holder = self._holders.setdefault(lease.holder_key, _Holder(terms.holder))
-        holder.leases[terms.lease_id] = lease
+        self._calls.add(lease)
         instructions += self._reserve_waiting(now_s)
         instructions += self._drive(lease, now_s)
-        return [*instructions, self._verdict(lease), *self._drive_holder(lease.holder_key, now_s)]
+        return [*instructions, self._verdict(lease), *self._calls.drive(lease.holder_key, now_s)]
 
-    def _verdict(self, lease: _Lease) -> Verdict:
+    def _verdict(self, lease: ReaderLease) -> Verdict:
         waiting = lease.state is ReaderState.WAITING
         return Verdict(HandoffReply(verdict="waiting" if waiting else "reserved"))
 
@@ -394,18 +277,7 @@ class Reader:
                 f"lease {lease_id} is of life {terms.holder.incarnation} of {terms.holder.worker_id}; "
                 f"life {newest} has been heard of"
             )
-        if (mismatch := self._identity.mismatch(terms.identity)) is not None:
-            return IncompatiblePeer(f"KV of {terms.holder.worker_id}: {mismatch}")
-        if terms.endpoints.keys().isdisjoint(self._transports):
-            ours, theirs = ", ".join(self._transports), ", ".join(terms.endpoints)
-            return IncompatiblePeer(f"transports: {ours} here, {theirs} there")
-        if not 0 < terms.num_blocks <= self._ledger.num_blocks:
-            return BadRequest(
-                f"lease {lease_id} of {terms.num_blocks} blocks can never fit: this pool has {self._ledger.num_blocks}"
-            )
-        if not terms.ttl_s > 0:
-            return BadRequest(f"lease {lease_id}: ttl_s must be positive, not {terms.ttl_s}")
-        return self._no_room(terms)
+        return self._pairing.refusal(terms, self._ledger.num_blocks) or self._no_room(terms)
 
     def _no_room(self, terms: LeaseTerms) -> NoCapacity | None:
         room = terms.num_blocks <= self._ledger.available_blocks and self._may_reserve()
@@ -424,7 +296,7 @@ class Reader:
             return []
         self._newest[holder.worker_id] = holder.incarnation
         instructions: list[ReaderInstruction] = []
-        for worker_id, incarnation in list(self._holders):
+        for worker_id, incarnation in self._calls.lives():
             if worker_id == holder.worker_id and incarnation < holder.incarnation:
                 instructions += self._lose_holder((worker_id, incarnation), now_s)
         return instructions
@@ -457,53 +329,79 @@ class Reader:
             text = f"lease {body.lease_id} is of life {ours} of its holder, not {body.holder_incarnation}"
             return [RefuseProgress(StaleIncarnation(text))]
         if body.withdrawn is not None:
-            error = TransferAborted(f"lease {body.lease_id} was withdrawn: {body.withdrawn}")
+            # Whoever withdraws also answers for the request: nobody is to be told twice.
+            error = Cancelled(f"lease {body.lease_id} was withdrawn: {body.withdrawn}")
             aborted = self._abort(lease, AbortReason.WITHDRAWN, error, now_s)
             return [*aborted, ReplyProgress(ProgressReply(known=True))]
-        if (problem := self._misfit(lease, body)) is not None:
+        if (problem := lease.misfit(body)) is not None:
             return [RefuseProgress(BadRequest(f"progress of lease {body.lease_id}: {problem}"))]
-        return self._announce(lease, body, now_s)
-
-    def _misfit(self, lease: _Lease, body: ProgressRequest) -> str | None:
-        """What of the message contradicts the lease."""
-        stop = body.start + len(body.blocks)
-        if body.start < 0 or stop > lease.terms.num_blocks:
-            return f"blocks [{body.start}, {stop}) of {lease.terms.num_blocks}"
-        known = len(lease.announced)
-        if lease.seal is not None and stop > known:
-            return f"blocks [{body.start}, {stop}) after it was sealed at {known}"
-        if body.seal is not None and (stop < known or stop == 0):
-            return f"sealed at block {stop}, {known} known"
-        return None
-
-    def _announce(self, lease: _Lease, body: ProgressRequest, now_s: float) -> list[ReaderInstruction]:
-        known = len(lease.announced)
-        if body.start <= known:
-            lease.announced += body.blocks[known - body.start :]
-            if lease.seal is None:
-                lease.seal = body.seal
+        lease.announce(body)
         reply = ReplyProgress(ProgressReply(known=True, expected=len(lease.announced)))
         return [reply, *self._drive(lease, now_s)]
 
     # --- pulls and the confirmation ---------------------------------------------------------------------
 
-    def _pull_ended(self, lease: _Lease, result: PullResult, now_s: float) -> list[ReaderInstruction]:
+    def _pull_ended(self, lease: ReaderLease, result: PullResult, now_s: float) -> list[ReaderInstruction]:
         self.counters.pulls += 1
         self.counters.pulled_bytes += result.num_bytes
         self.counters.wire_s += result.wire_s
         if lease.state is ReaderState.QUARANTINED:
-            self._ledger.settle(lease.lease_id)
-            del self._leases[lease.lease_id]
-            return []
-        self._ledger.end_pull(lease.lease_id)
+            return self._settle(lease)
         if result.error is not None:
-            lease.num_pulling = lease.num_pulled
             error = TransferAborted(f"pull of lease {lease.lease_id} failed: {result.error.message}")
-            return self._abort(lease, AbortReason.PULL_FAILED, error, now_s)
-        lease.num_pulled = lease.num_pulling
+            return self._give_up(lease, AbortReason.PULL_FAILED, error, now_s)
+        if self._lands:
+            lease.landing = True
+            return [self._land(lease)]
+        return self._window_done(lease, now_s)
+
+    def _landed(self, lease: ReaderLease, result: Landing, now_s: float) -> list[ReaderInstruction]:
+        self.counters.checksum_bytes += result.num_bytes
+        self.counters.checksum_s += result.checksum_s
+        self.counters.corrupt_blocks += len(result.corrupt)
+        lease.landing = False
+        if lease.state is ReaderState.QUARANTINED:
+            return self._settle(lease)
+        if result.error is not None:
+            error = TransferAborted(f"blocks of lease {lease.lease_id} did not land: {result.error.message}")
+            return self._give_up(lease, AbortReason.PULL_FAILED, error, now_s)
+        if not result.corrupt:
+            return self._window_done(lease, now_s)
+        corrupt = tuple(lease.window[each] for each in result.corrupt)
+        if lease.refetches == MAX_REFETCHES:
+            return self._give_up(lease, AbortReason.CORRUPT, self._corrupt(lease, corrupt), now_s)
+        lease.refetches += 1
+        lease.window = corrupt
+        self.counters.refetched_blocks += len(corrupt)
+        return [self._start_pull(lease)]
+
+    def _corrupt(self, lease: ReaderLease, positions: tuple[int, ...]) -> CorruptKv:
+        ways = " or ".join(self._pairing.common_transports(lease.terms))
+        first = lease.announced[positions[0]]
+        return CorruptKv(
+            f"lease {lease.lease_id}: block {positions[0]} of {lease.terms.num_blocks} ({first.block_id} of "
+            f"{lease.terms.holder.worker_id}, {lease.blocks[positions[0]]} here) did not have its checksum in "
+            f"{MAX_REFETCHES + 1} pulls over {ways}; {len(positions)} such blocks"
+        )
+
+    def _settle(self, lease: ReaderLease) -> list[ReaderInstruction]:
+        self._ledger.settle(lease.lease_id)
+        del self._leases[lease.lease_id]
+        return []
+
+    def _give_up(
+        self, lease: ReaderLease, reason: AbortReason, error: TandemError, now_s: float
+    ) -> list[ReaderInstruction]:
+        """Aborts at a moment when nothing lands any more."""
+        self._ledger.end_pull(lease.lease_id)
+        return self._abort(lease, reason, error, now_s)
+
+    def _window_done(self, lease: ReaderLease, now_s: float) -> list[ReaderInstruction]:
+        self._ledger.end_pull(lease.lease_id)
+        lease.landed()
         return self._drive(lease, now_s)
 
-    def _confirm_answered(self, lease: _Lease, reply: ConfirmReply, now_s: float) -> list[ReaderInstruction]:
+    def _confirm_answered(self, lease: ReaderLease, reply: ConfirmReply, now_s: float) -> list[ReaderInstruction]:
         if not reply.stands:
             error = TransferAborted(f"lease {lease.lease_id} does not stand: {reply.reason}")
             return self._abort(lease, AbortReason.NOT_CONFIRMED, error, now_s)
@@ -514,9 +412,9 @@ class Reader:
         del self._leases[lease.lease_id]
         self._leave(lease, "adopted", acknowledge=True, now_s=now_s)
         adopted = LeaseAdopted(lease_id=lease.lease_id, owner=lease.owner, blocks=blocks, seal=seal)
-        return [adopted, *self._drive_holder(lease.holder_key, now_s)]
+        return [adopted, *self._calls.drive(lease.holder_key, now_s)]
 
-    def _confirm_failed(self, lease: _Lease, error: TandemError, now_s: float) -> list[ReaderInstruction]:
+    def _confirm_failed(self, lease: ReaderLease, error: TandemError, now_s: float) -> list[ReaderInstruction]:
         self.counters.failed_calls[f"confirm: {error.code}"] += 1
         if isinstance(error, StaleIncarnation):
             gone = TransferAborted(f"the holder of lease {lease.lease_id} restarted: {error.message}")
@@ -526,7 +424,7 @@ class Reader:
         lease.retry_at_s = now_s + retry_delay_s(lease.failures)
         return self._drive(lease, now_s)
 
-    def _drive(self, lease: _Lease, now_s: float) -> list[ReaderInstruction]:
+    def _drive(self, lease: ReaderLease, now_s: float) -> list[ReaderInstruction]:
         """Looks at the whole lease, starts what is next, and sets the next deadline."""
         instructions: list[ReaderInstruction] = []
         if lease.state in (ReaderState.RESERVED, ReaderState.PULLING) and not lease.pull_in_flight:
@@ -539,22 +437,31 @@ class Reader:
         self._set_deadline(lease.lease_id, lease.next_due_s())
         return instructions
 
-    def _pull(self, lease: _Lease) -> StartPull:
+    def _pull(self, lease: ReaderLease) -> StartPull:
         start = lease.num_pulled
         stop = min(len(lease.announced), start + self._max_pull_blocks)
         self._ledger.begin_pull(lease.lease_id)
         lease.state = ReaderState.PULLING
         lease.num_pulling = stop
-        sources = [ref.block_id for ref in lease.announced[start:stop]]
-        pairs = tuple(zip(sources, lease.blocks[start:stop], strict=True))
+        lease.window = range(start, stop)
+        return self._start_pull(lease)
+
+    def _start_pull(self, lease: ReaderLease) -> StartPull:
         return StartPull(
             lease_id=lease.lease_id,
             holder=lease.terms.holder,
             endpoints=lease.terms.endpoints,
-            pairs=pairs,
+            pairs=lease.pairs(),
         )
 
-    def _ask_confirm(self, lease: _Lease, now_s: float) -> AskConfirm:
+    def _land(self, lease: ReaderLease) -> LandBlocks:
+        return LandBlocks(
+            lease_id=lease.lease_id,
+            blocks=tuple(lease.targets()),
+            checksums=tuple(lease.checksums[each] for each in lease.window) if lease.checksums else (),
+        )
+
+    def _ask_confirm(self, lease: ReaderLease, now_s: float) -> AskConfirm:
         lease.calling = True
         return AskConfirm(
             lease_id=lease.lease_id,
@@ -565,7 +472,9 @@ class Reader:
 
     # --- ends -------------------------------------------------------------------------------------------
 
-    def _abort(self, lease: _Lease, reason: AbortReason, error: TandemError, now_s: float) -> list[ReaderInstruction]:
+    def _abort(
+        self, lease: ReaderLease, reason: AbortReason, error: TandemError, now_s: float
+    ) -> list[ReaderInstruction]:
         """Ends the lease without adoption. Blocks that a pull may still write go into quarantine."""
         lease_id = lease.lease_id
         instructions: list[ReaderInstruction] = []
@@ -575,19 +484,17 @@ class Reader:
             del self._leases[lease_id]
         else:
             lease.state = ReaderState.QUARANTINED
-            instructions.append(StopPull(lease_id))
+            if not lease.landing:
+                instructions.append(StopPull(lease_id))
         self.counters.aborted[reason] += 1
         holder_knows = reason in (AbortReason.WITHDRAWN, AbortReason.HOLDER_GONE)
         self._leave(lease, f"{reason}: {error.message}", acknowledge=not holder_knows, now_s=now_s)
         instructions.append(LeaseAborted(lease_id=lease_id, reason=reason, error=error))
-        return [*instructions, *self._drive_holder(lease.holder_key, now_s)]
+        return [*instructions, *self._calls.drive(lease.holder_key, now_s)]
 
-    def _leave(self, lease: _Lease, how: str, *, acknowledge: bool, now_s: float) -> None:
+    def _leave(self, lease: ReaderLease, how: str, *, acknowledge: bool, now_s: float) -> None:
         """Takes an ended lease out of its holder's list, and the holder's Ack in."""
-        holder = self._holders[lease.holder_key]
-        del holder.leases[lease.lease_id]
-        if acknowledge:
-            holder.acks_owed[lease.lease_id] = max(lease.expires_s, now_s) + lease.terms.ttl_s
+        self._calls.leave(lease, max(lease.expires_s, now_s) + lease.terms.ttl_s if acknowledge else None)
         self._deadlines.discard(lease.lease_id)
         self._remember_end(lease.lease_id, how)
 
@@ -598,24 +505,23 @@ class Reader:
 
     def _holder_gone(self, event: HolderGone, now_s: float) -> list[ReaderInstruction]:
         key = (event.worker_id, event.incarnation)
-        if key not in self._holders:
+        if key not in self._calls:
             return self._ignore(event, "unknown holder")
         return self._lose_holder(key, now_s)
 
     def _lose_holder(self, key: HolderKey, now_s: float) -> list[ReaderInstruction]:
         instructions: list[ReaderInstruction] = []
-        holder = self._holders[key]
-        holder.acks_owed.clear()
-        for lease in list(holder.leases.values()):
+        self._calls.tell_nothing(key)
+        for lease in self._calls.leases_of(key):
             error = TransferAborted(f"life {key[1]} of {key[0]}, holder of lease {lease.lease_id}, is over")
             instructions += self._abort(lease, AbortReason.HOLDER_GONE, error, now_s)
-        return [*instructions, *self._drive_holder(key, now_s)]
+        return [*instructions, *self._calls.drive(key, now_s)]
 
     def _pass_time(self, now_s: float) -> list[ReaderInstruction]:
         instructions: list[ReaderInstruction] = []
         for key in self._deadlines.pop_due(now_s):
             if isinstance(key, tuple):
-                instructions += self._drive_holder(key, now_s)
+                instructions += self._calls.drive(key, now_s)
             elif now_s >= self._leases[key].expires_s:
                 error = TransferAborted(f"lease {key} ended: its holder did not renew it")
                 instructions += self._abort(self._leases[key], AbortReason.EXPIRED, error, now_s)
@@ -629,91 +535,29 @@ class Reader:
         else:
             self._deadlines.set(key, due_s)
 
-    # --- renewals and acknowledgements, batched by holder -----------------------------------------------
+    # --- answers to renewals and acknowledgements -------------------------------------------------------
 
     def _holder_event(self, event: RenewAnswered | RenewFailed | AckEnded, now_s: float) -> list[ReaderInstruction]:
-        holder = self._holders.get(event.holder)
-        if holder is None:
+        key = event.holder
+        if key not in self._calls:
             return self._ignore(event, "unknown holder")
         match event:
-            case AckEnded(_, error):
-                if holder.acking is None:
-                    return self._ignore(event, "nothing acknowledged")
-                self._ack_ended(holder, error, now_s)
-            case _ if holder.renewing is None:
+            case AckEnded() if not self._calls.acking(key):
+                return self._ignore(event, "nothing acknowledged")
+            case RenewAnswered() | RenewFailed() if not self._calls.renewing(key):
                 return self._ignore(event, "nothing renewed")
+            case AckEnded(_, error):
+                self._calls.ack_ended(key, error, now_s)
             case RenewAnswered(_, reply):
-                return [*self._renewed(holder, reply, now_s), *self._drive_holder(event.holder, now_s)]
+                instructions: list[ReaderInstruction] = []
+                for lease in self._calls.renewed(key, reply, now_s):
+                    error = TransferAborted(f"the holder let lease {lease.lease_id} go")
+                    instructions += self._abort(lease, AbortReason.EXPIRED, error, now_s)
+                return [*instructions, *self._calls.drive(key, now_s)]
             case RenewFailed(_, error):
-                return [*self._renew_failed(holder, error, now_s), *self._drive_holder(event.holder, now_s)]
+                self._calls.renew_failed(key, error, now_s)
+                if isinstance(error, StaleIncarnation):
+                    return self._lose_holder(key, now_s)
             case _:
                 assert_never(event)
-        return self._drive_holder(event.holder, now_s)
-
-    def _renewed(self, holder: _Holder, reply: RenewReply, now_s: float) -> list[ReaderInstruction]:
-        asked, holder.renewing, holder.renew_failures = holder.renewing or (), None, 0
-        holder.renew_retry_at_s = now_s
-        alive = frozenset(reply.alive)
-        leases = [holder.leases[each] for each in asked if each in holder.leases]
-        for lease in leases:
-            granted = lease.lease_id in alive
-            lease.renew_at_s = holder.renew_asked_s + reply.ttl_s / 3 if granted else math.inf
-            if granted:
-                lease.expires_s = max(lease.expires_s, holder.renew_asked_s + reply.ttl_s)
-                self._set_deadline(lease.lease_id, lease.next_due_s())
-        instructions: list[ReaderInstruction] = []
-        for lease in leases:
-            if lease.lease_id not in alive:
-                error = TransferAborted(f"the holder let lease {lease.lease_id} go")
-                instructions += self._abort(lease, AbortReason.EXPIRED, error, now_s)
-        return instructions
-
-    def _renew_failed(self, holder: _Holder, error: TandemError, now_s: float) -> list[ReaderInstruction]:
-        self.counters.failed_calls[f"renew: {error.code}"] += 1
-        holder.renewing = None
-        if isinstance(error, StaleIncarnation):
-            return self._lose_holder((holder.peer.worker_id, holder.peer.incarnation), now_s)
-        holder.renew_failures += 1
-        holder.renew_retry_at_s = now_s + retry_delay_s(holder.renew_failures)
-        return []
-
-    def _ack_ended(self, holder: _Holder, error: TandemError | None, now_s: float) -> None:
-        sent, holder.acking = holder.acking or (), None
-        if error is None or isinstance(error, StaleIncarnation):
-            holder.ack_failures = 0
-            holder.ack_retry_at_s = now_s
-            for lease_id in sent:
-                holder.acks_owed.pop(lease_id, None)
-            return
-        self.counters.failed_calls[f"ack: {error.code}"] += 1
-        holder.ack_failures += 1
-        holder.ack_retry_at_s = now_s + retry_delay_s(holder.ack_failures)
-        for lease_id in [each for each, until_s in holder.acks_owed.items() if now_s >= until_s]:
-            del holder.acks_owed[lease_id]
-
-    def _drive_holder(self, key: HolderKey, now_s: float) -> list[ReaderInstruction]:
-        """Starts the calls to one holder that are due, sets its next deadline, and forgets it when done."""
-        holder = self._holders.get(key)
-        if holder is None:
-            return []
-        instructions: list[ReaderInstruction] = []
-        renew_due_s = holder.renew_due_s()
-        if renew_due_s is not None and now_s >= renew_due_s:
-            instructions.append(self._ask_renew(holder, now_s))
-        if holder.acks_owed and holder.acking is None and now_s >= holder.ack_retry_at_s:
-            holder.acking = tuple(holder.acks_owed)[:MAX_LEASES_PER_CALL]
-            body = AckRequest(holder_incarnation=key[1], lease_ids=holder.acking)
-            instructions.append(SendAck(holder=holder.peer, body=body, timeout_s=1.0))
-        self._set_deadline(key, holder.next_due_s())
-        if holder.done_with:
-            del self._holders[key]
-        return instructions
-
-    def _ask_renew(self, holder: _Holder, now_s: float) -> AskRenew:
-        """Renews every lease of the holder, those due soonest first where not all fit in one call."""
-        leases = sorted(holder.leases.values(), key=lambda lease: lease.renew_at_s)[:MAX_LEASES_PER_CALL]
-        holder.renewing = tuple(lease.lease_id for lease in leases)
-        holder.renew_asked_s = now_s
-        ends_s = min(lease.expires_s for lease in leases)
-        body = RenewRequest(holder_incarnation=holder.peer.incarnation, lease_ids=holder.renewing)
-        return AskRenew(holder=holder.peer, body=body, timeout_s=max(0.05, min(1.0, ends_s - now_s)))
+        return [*self._calls.drive(key, now_s)]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         RenewRequest,
         Seal,
     )
+    from kvtransfer.block_work import Landing
     from kvtransfer.transport import BlockPair, PullResult
 
 #: A holder's life: acknowledgements and renewals are batched by it.
@@ -37,6 +38,8 @@ class AbortReason(StrEnum):
     EXPIRED = "expired"
     WITHDRAWN = "withdrawn"
     PULL_FAILED = "pull_failed"
+    #: Pulled again and again, some block never had the checksum that its holder announced.
+    CORRUPT = "corrupt"
     NOT_CONFIRMED = "not_confirmed"
     HOLDER_GONE = "holder_gone"
 
@@ -65,6 +68,14 @@ class PullEnded:
 
     lease_id: LeaseId
     result: PullResult
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What LandBlocks asked for has ended: the blocks are not touched any more."""
+
+    lease_id: LeaseId
+    result: Landing
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +138,7 @@ ReaderEvent = (
     Offered
     | ProgressArrived
     | PullEnded
+    | Landed
     | ConfirmAnswered
     | ConfirmFailed
     | RenewAnswered
@@ -172,6 +184,16 @@ class StartPull:
     holder: Peer
     endpoints: Mapping[str, bytes]
     pairs: tuple[BlockPair, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LandBlocks:
+    """Check these pulled blocks, and move them on to the device; answer with Landed."""
+
+    lease_id: LeaseId
+    blocks: tuple[BlockId, ...]
+    #: Parallel to `blocks`; empty where the holder announced none.
+    checksums: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +257,7 @@ ReaderInstruction = (
     | ReplyProgress
     | RefuseProgress
     | StartPull
+    | LandBlocks
     | StopPull
     | AskConfirm
     | AskRenew

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from contracts.errors import Internal, TandemError, WorkerUnavailable
 from contracts.ids import BlockId, LeaseId
@@ -22,6 +22,8 @@ from contracts.messages import (
     ProgressRequest,
     Seal,
 )
+from kvtransfer.block_work import BlockWork
+from kvtransfer.lease_service import LeaseService
 from kvtransfer.reader import Reader
 from kvtransfer.reader_events import (
     AckEnded,
@@ -32,6 +34,8 @@ from kvtransfer.reader_events import (
     ConfirmAnswered,
     ConfirmFailed,
     HolderGone,
+    LandBlocks,
+    Landed,
     LeaseAborted,
     LeaseAdopted,
     Offered,
@@ -50,19 +54,18 @@ from kvtransfer.reader_events import (
     StopPull,
     Verdict,
 )
-from kvtransfer.shell import MachineShell
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from contracts.clock import Clock
     from contracts.ids import Incarnation, WorkerId
     from contracts.layout import KvIdentity
     from contracts.messages import LeaseTerms
+    from kvtransfer.block_work import Offload
     from kvtransfer.ledger import Ledger
-    from kvtransfer.reader import ReaderCounters
     from kvtransfer.reader_events import HolderKey
-    from kvtransfer.transport import Pull
+    from kvtransfer.reader_lease import ReaderCounters
+    from kvtransfer.staging import Staging
+    from kvtransfer.transport import Pool, Pull
     from kvtransfer.transport_set import TransportSet
     from rpc import CallContext, Network, Server
 
@@ -79,7 +82,7 @@ class _Caller:
     on_aborted: AbortedCallback
 
 
-class ReaderService:
+class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
     """Takes leases. An async context manager; leaving it cancels every lease that was not adopted.
 
     One per worker life. `transports` have this worker's pool registered, the one that `ledger` keeps.
@@ -96,39 +99,47 @@ class ReaderService:
         max_waiting: int = 256,
         may_reserve: Callable[[], bool] = lambda: True,
         on_settled: Callable[[], None] = lambda: None,
+        pool: Pool | None = None,
+        checksum: bool = False,
+        staging: Staging | None = None,
+        offload: Offload | None = None,
         log: Callable[[str], None],
     ) -> None:
         """`may_reserve`: whether offers may take blocks now (not while something admitted starves).
-        `on_settled` is called when a pull became terminal: blocks may have left the quarantine."""
-        self._network = network
+        `on_settled` is called when a pull became terminal: blocks may have left the quarantine.
+
+        `checksum`: only offers with checksums are taken, and every pulled block is compared with its own, in
+        `pool`. `staging`: pulled blocks are copied on from the pool before they are confirmed. Both happen on a
+        thread of this service, or where `offload` puts them. Raises ConfigError for checksums without a pool.
+        """
         self._transports = transports
-        self._log = log
         self._on_settled = on_settled
-        self._machine = Reader(ledger, identity, transports.names, max_waiting=max_waiting, may_reserve=may_reserve)
         #: One per lease that has not ended.
         self._callers: dict[LeaseId, _Caller] = {}
         #: Pulls that are not terminal.
         self._pulls: dict[LeaseId, Pull] = {}
-        self._shell = MachineShell[ReaderEvent, ReaderInstruction](
+        work = BlockWork(pool=pool, checksum=checksum, staging=staging, clock=clock, offload=offload)
+        self._machine = Reader(
+            ledger,
+            identity,
+            transports.names,
+            max_waiting=max_waiting,
+            may_reserve=may_reserve,
+            lands=work.wanted,
+            checksum=checksum,
+        )
+        super().__init__(
             self._machine,
+            network=network,
             clock=clock,
-            perform=self._perform,
             tick=ReaderTick(),
-            stop=self._cancel_all,
+            work=work,
             close_grace_s=CLOSE_GRACE_S,
+            log=log,
         )
 
     def __repr__(self) -> str:
         return f"<ReaderService {self._machine!r}>"
-
-    async def __aenter__(self) -> Self:
-        await self._shell.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._shell.__aexit__(kind, error, trace)
 
     def register(self, server: Server) -> None:
         """Answers Progress there; it is idempotent, and fenced by the holder's incarnation."""
@@ -216,6 +227,8 @@ class ReaderService:
         match instruction:
             case StartPull():
                 self._start_pull(instruction)
+            case LandBlocks(lease_id=lease_id):
+                self._shell.spawn(self._land(instruction), f"land {lease_id}")
             case StopPull(lease_id):
                 self._pulls[lease_id].request_stop()
             case AskConfirm(lease_id=lease_id):
@@ -240,32 +253,26 @@ class ReaderService:
         self._shell.feed(PullEnded(lease_id, result))
         self._on_settled()
 
+    async def _land(self, order: LandBlocks) -> None:
+        result = await self._work.land(order.blocks, order.checksums)
+        self._shell.feed(Landed(order.lease_id, result))
+        self._on_settled()
+
     async def _ask_confirm(self, order: AskConfirm) -> None:
-        try:
-            channel = self._network.channel(order.holder.address)
-            reply = await channel.call(CONFIRM, order.body, timeout_s=order.timeout_s)
-        except TandemError as error:
-            self._shell.feed(ConfirmFailed(order.lease_id, error))
+        reply = await self._call(order.holder, CONFIRM, order.body, order.timeout_s)
+        if isinstance(reply, TandemError):
+            self._shell.feed(ConfirmFailed(order.lease_id, reply))
         else:
             self._shell.feed(ConfirmAnswered(order.lease_id, reply))
 
     async def _ask_renew(self, order: AskRenew) -> None:
         key: HolderKey = (order.holder.worker_id, order.holder.incarnation)
-        try:
-            channel = self._network.channel(order.holder.address)
-            reply = await channel.call(RENEW, order.body, timeout_s=order.timeout_s)
-        except TandemError as error:
-            self._shell.feed(RenewFailed(key, error))
-        else:
-            self._shell.feed(RenewAnswered(key, reply))
+        reply = await self._call(order.holder, RENEW, order.body, order.timeout_s)
+        self._shell.feed(RenewFailed(key, reply) if isinstance(reply, TandemError) else RenewAnswered(key, reply))
 
     async def _send_ack(self, order: SendAck) -> None:
-        failure: TandemError | None = None
-        try:
-            channel = self._network.channel(order.holder.address)
-            await channel.call(ACK, order.body, timeout_s=order.timeout_s)
-        except TandemError as error:
-            failure = error
+        reply = await self._call(order.holder, ACK, order.body, order.timeout_s)
+        failure = reply if isinstance(reply, TandemError) else None
         self._shell.feed(AckEnded((order.holder.worker_id, order.holder.incarnation), failure))
 
     def _lease_ended(self, ended: LeaseAdopted | LeaseAborted) -> None:
@@ -276,6 +283,6 @@ class ReaderService:
         self._log(f"lease {ended.lease_id} aborted, {ended.reason}: {ended.error.message}")
         self._shell.notify(lambda: caller.on_aborted(ended.lease_id, ended.error))
 
-    def _cancel_all(self) -> None:
+    def _end_all(self) -> None:
         for lease_id in self._machine.lease_ids():
             self.cancel(lease_id, "the reader is stopping")

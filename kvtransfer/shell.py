@@ -36,7 +36,8 @@ class MachineShell(Generic[Event, Instruction]):
     """Feeds a machine, performs its instructions, and ticks it when it is due. Holds no state of its own.
 
     An async context manager: the tasks live inside it. It ends with what `stop` feeds the machine, and gives
-    that `close_grace_s` to reach peers and transports.
+    that `close_grace_s` to reach peers and transports. A machine that finds state which cannot be, or a callback
+    that raises, ends the service, whichever event led there: the body is cancelled, and leaving raises the error.
     """
 
     def __init__(
@@ -67,6 +68,9 @@ class MachineShell(Generic[Event, Instruction]):
         #: Callbacks into other rooms; run one after the other, outside of `Machine.handle`.
         self._notices: deque[Callable[[], None]] = deque()
         self._notifying = False
+        #: What ends the service.
+        self._error: Exception | None = None
+        self._broken = asyncio.Event()
 
     @property
     def running(self) -> bool:
@@ -74,7 +78,11 @@ class MachineShell(Generic[Event, Instruction]):
 
     def feed(self, event: Event) -> list[Instruction]:
         """Applies an event and performs what it leads to; returns the instructions for their answers."""
-        instructions = self._machine.handle(event, self._clock.now_s())
+        try:
+            instructions = self._machine.handle(event, self._clock.now_s())
+        except InvariantBroken as error:
+            self._break(error)
+            raise
         for instruction in instructions:
             self._perform(instruction)
         self._fed.set()
@@ -85,7 +93,7 @@ class MachineShell(Generic[Event, Instruction]):
         return instructions
 
     def notify(self, notice: Callable[[], None]) -> None:
-        """Queues a callback. It runs within the outermost `feed`, and may feed again."""
+        """Queues a callback. It runs within the outermost `feed`, whatever becomes of others, and may feed again."""
         self._notices.append(notice)
 
     def spawn(self, work: Coroutine[object, object, None], name: str) -> None:
@@ -100,6 +108,7 @@ class MachineShell(Generic[Event, Instruction]):
         self._group = asyncio.TaskGroup()
         await self._group.__aenter__()
         self.spawn(self._keep_time(), f"{self._machine!r} clock")
+        self.spawn(self._end_when_broken(), f"{self._machine!r} end")
         return self
 
     async def __aexit__(
@@ -119,6 +128,9 @@ class MachineShell(Generic[Event, Instruction]):
             else:
                 # The body's own error leaves as it is, not as part of a group.
                 await group.__aexit__(None, None, None)
+        if self._error is not None:
+            # It came too late for the group.
+            raise self._error
 
     async def _settle(self) -> None:
         """Waits until the machine is idle, within the grace."""
@@ -152,6 +164,24 @@ class MachineShell(Generic[Event, Instruction]):
         self._notifying = True
         try:
             while self._notices:
-                self._notices.popleft()()
+                notice = self._notices.popleft()
+                try:
+                    notice()
+                except Exception as error:
+                    # Who fed has done nothing wrong, and the notices behind this one are owed all the same.
+                    self._break(error)
         finally:
             self._notifying = False
+
+    def _break(self, error: Exception) -> None:
+        """Ends the service with this error; the first one counts."""
+        if self._group is None:
+            raise error
+        if self._error is None:
+            self._error = error
+            self._broken.set()
+
+    async def _end_when_broken(self) -> None:
+        await self._broken.wait()
+        assert self._error is not None, "set together"
+        raise self._error

@@ -19,6 +19,7 @@ from kvtransfer.host_pool import address_of
 from kvtransfer.shm_door import HELLO, WELCOME, WRONG_LIFE, peer_uid
 
 if TYPE_CHECKING:
+    from contracts.errors import TandemError
     from kvtransfer.shm_door import Endpoint
 
 
@@ -30,6 +31,7 @@ class Link:
         self.connection = connection
         self._mapping = mapping
         self.address = address_of(mapping)
+        self.num_blocks = endpoint.num_blocks
 
     def __repr__(self) -> str:
         return f"<Link to {self.endpoint!r}>"
@@ -49,49 +51,58 @@ class Link:
         self.connection.close()
 
 
-def attach(endpoint: Endpoint, timeout_s: float) -> Link:
-    """Asks the door of `endpoint` for its pool and maps it. Blocks for a few times `timeout_s` at most.
+class Attaching:
+    """An attach under way: asks the door of `endpoint` for its pool, and maps it. Nothing here waits.
 
-    Raises WorkerUnavailable (nobody answers), Unauthorized (another user's process, or a wrong secret),
-    StaleIncarnation, IncompatiblePeer (the memory is not what the endpoint says).
+    All but `close` raises WorkerUnavailable (nobody answers), Unauthorized (another user's process, or a wrong
+    secret), StaleIncarnation or IncompatiblePeer (the memory is not what the endpoint says); then all that is left to
+    do is to close it.
     """
-    with contextlib.ExitStack() as undo:
-        connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        #: Readable once `take` may have more to say.
+        self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.connection.close)
+            self.connection.setblocking(False)
+            try:
+                # Of a unix socket connects at once, or not at all where too many callers wait already.
+                self.connection.connect("\0" + endpoint.socket_name)
+                if peer_uid(self.connection) != os.getuid():
+                    raise Unauthorized(f"{endpoint!r} belongs to another user")
+                self.connection.send(HELLO.pack(endpoint.secret, endpoint.incarnation))
+            except OSError as error:
+                raise WorkerUnavailable(f"cannot attach to {endpoint!r}: {error}") from error
+            undo.pop_all()
+
+    def take(self) -> Link | None:
+        """The link, which owns the connection from then on; None while the door has not answered."""
         try:
-            mapping = _attach(endpoint, connection, timeout_s)
+            answer, descriptors, _flags, _sender = socket.recv_fds(self.connection, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return None
         except OSError as error:
-            raise WorkerUnavailable(f"cannot attach to {endpoint!r}: {error}") from error
-        undo.pop_all()
-    # With a timeout set, `alive` would wait for it before it looks.
-    connection.setblocking(False)
-    return Link(endpoint, connection, mapping)
+            raise WorkerUnavailable(f"cannot attach to {self.endpoint!r}: {error}") from error
+        try:
+            if answer != WELCOME or len(descriptors) != 1:
+                raise self._refusal(answer)
+            return Link(self.endpoint, self.connection, _map(self.endpoint, descriptors[0]))
+        finally:
+            for each in descriptors:
+                os.close(each)
 
+    def _refusal(self, answer: bytes) -> TandemError:
+        if answer == WELCOME:
+            return WorkerUnavailable(f"the pool of {self.endpoint!r} did not come: too many open files?")
+        if answer == b"":
+            return WorkerUnavailable(f"{self.endpoint!r} turned the reader away")
+        if answer == WRONG_LIFE:
+            return StaleIncarnation(f"{self.endpoint!r} is not of life {self.endpoint.incarnation}")
+        return Unauthorized(f"{self.endpoint!r} does not accept the secret")
 
-def _attach(endpoint: Endpoint, connection: socket.socket, timeout_s: float) -> mmap.mmap:
-    connection.settimeout(timeout_s)
-    connection.connect("\0" + endpoint.socket_name)
-    if peer_uid(connection) != os.getuid():
-        raise Unauthorized(f"{endpoint!r} belongs to another user")
-    descriptor = _say_hello(endpoint, connection)
-    try:
-        return _map(endpoint, descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _say_hello(endpoint: Endpoint, connection: socket.socket) -> int:
-    """Returns the pool's descriptor, which the caller closes."""
-    connection.sendall(HELLO.pack(endpoint.secret, endpoint.incarnation))
-    answer, descriptors, _flags, _sender = socket.recv_fds(connection, 1, 1, socket.MSG_CMSG_CLOEXEC)
-    if answer == WELCOME and len(descriptors) == 1:
-        return descriptors[0]
-    for each in descriptors:
-        os.close(each)
-    if answer == b"":
-        raise WorkerUnavailable(f"{endpoint!r} turned the reader away")
-    if answer == WRONG_LIFE:
-        raise StaleIncarnation(f"{endpoint!r} is not of life {endpoint.incarnation}")
-    raise Unauthorized(f"{endpoint!r} does not accept the secret")
+    def close(self) -> None:
+        self.connection.close()
 
 
 def _map(endpoint: Endpoint, descriptor: int) -> mmap.mmap:
@@ -105,4 +116,7 @@ def _map(endpoint: Endpoint, descriptor: int) -> mmap.mmap:
     num_bytes = os.fstat(descriptor).st_size
     if num_bytes < endpoint.num_bytes:
         raise IncompatiblePeer(f"{endpoint!r} has {num_bytes} bytes, {endpoint.num_bytes} were announced")
-    return mmap.mmap(descriptor, endpoint.num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    try:
+        return mmap.mmap(descriptor, endpoint.num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    except OSError as error:
+        raise WorkerUnavailable(f"cannot map {endpoint!r}: {error}") from error

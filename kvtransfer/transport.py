@@ -49,6 +49,8 @@ class PullResult:
     wire_s: float
     #: Time from the asking to the first byte: for other pulls, connecting, or the holder's own queue.
     wait_s: float = 0.0
+    #: The way it took, where there was a choice.
+    transport: str = ""
     error: TandemError | None = None
 
 

@@ -7,10 +7,10 @@ reached by the first transport that connects, in the order of preference, until 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from contracts.errors import IncompatiblePeer
+from contracts.errors import IncompatiblePeer, WorkerUnavailable
 from contracts.messages import LinkReport, PullTally
 from kvtransfer.links import LinkChoice, LinkPolicy, Measured, choose
 from kvtransfer.routes import FailedPull, RoutedPull
@@ -40,7 +40,7 @@ class _CountedPull:
         if not self._counted:
             self._counted = True
             self._tallies.add(self._life.way or "none", result)
-        return result
+        return replace(result, transport=self._life.way or "")
 
     def request_stop(self) -> None:
         self._pull.request_stop()
@@ -177,7 +177,8 @@ class TransportSet:
     ) -> LinkChoice:
         """Measures every common transport to this holder, one after the other, and settles the way.
 
-        Raises ConfigError when no transport is common.
+        Raises ConfigError when no transport is common, WorkerUnavailable when none could be measured: that says
+        nothing about its speed, and nothing is settled.
         """
         measured: list[Measured] = []
         life = self._life(holder)
@@ -185,6 +186,8 @@ class TransportSet:
             if name in endpoints:
                 life.used[name] = endpoints[name]
                 measured.append(await prober.measure(transport, endpoints[name], holder_blocks))
+        if measured and all(each.bandwidth_bytes_per_s is None for each in measured):
+            raise WorkerUnavailable("; ".join(str(each) for each in measured))
         choice = choose(measured, self._policy)
         life.measured, life.choice, life.way = tuple(measured), choice, choice.transport
         return choice

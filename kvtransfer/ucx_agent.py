@@ -116,15 +116,19 @@ class Read:
 class Agent:
     """One NIXL agent over UCX, with what it registered."""
 
-    def __init__(self, name: str, interface: str | None) -> None:
+    def __init__(self, name: str, interface: str | None, *, serves: bool) -> None:
         """Listens on that network interface alone; None: on loopback. Raises ConfigError where NIXL is missing
-        or cannot start. Takes half a second."""
+        or cannot start. Takes a quarter of a second.
+
+        `serves`: others read from it, and a thread of NIXL's answers them. Otherwise nothing moves but in
+        `Read.post`, `Read.poll` and `progress`.
+        """
         devices = net_devices(interface)
         chosen = {name: os.environ.get(name, default) for name, default in DEFAULTS.items()}
         with _environment({**chosen, "UCX_NET_DEVICES": devices}):
             self._bindings, self.software = load()
             config = self._bindings.nixlAgentConfig()
-            config.useProgThread = True
+            config.useProgThread = serves
             config.pthrDelay = PROGRESS_INTERVAL_US
             # Metadata travels over Tandem's own authenticated calls.
             config.useListenThread = False
@@ -183,6 +187,12 @@ class Agent:
         read = Read(self._agent, self._bindings, handle, num_bytes)
         read.post()
         return read
+
+    def progress(self) -> None:
+        """Takes note of what the peers' connections brought. One that does not serve must come here, or poll, every
+        now and then: what nobody takes fills a connection until it breaks."""
+        with contextlib.suppress(Exception):
+            self._agent.getNotifs({}, [self._backend])
 
     def close(self) -> None:
         """No read may be under way. The sockets and NIXL's threads are gone afterwards."""

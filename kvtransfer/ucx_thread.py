@@ -52,6 +52,9 @@ SLEEP_SHARE = 1 / 16
 SHORTEST_SLEEP_S = 50e-6
 LONGEST_SLEEP_S = 5e-3
 
+#: How often idle connections are looked after. Their keep-alives arrive all the time.
+PROGRESS_INTERVAL_S = 1.0
+
 #: After a connection broke, pulls from that peer fail at once for so long; then one tries again. UCX keeps a
 #: socket for good with every vain attempt at a process of this machine that has died.
 RECONNECT_AFTER_S = 1.0
@@ -130,15 +133,16 @@ class UcxThread:
         # Probes read into it. The agent must be gone before it is.
         scratch = mmap.mmap(-1, mmap.PAGESIZE)
         try:
-            agent = self._start(name, interface, incarnation, scratch)
+            serving, reading = self._start(name, interface, incarnation, scratch)
         except TandemError as error:
             self._start_error = error
         except Exception as error:
             self._start_error = Internal(f"UCX transport: {type(error).__name__}: {error}")
         else:
             self._started.set()
-            self._work(agent)
-            agent.close()
+            self._work(reading)
+            reading.close()
+            serving.close()
         self._mapping = None
         self._started.set()
         if self._loop is not None:
@@ -146,28 +150,35 @@ class UcxThread:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._ended.set)
 
-    def _start(self, name: str, interface: str | None, incarnation: Incarnation, scratch: mmap.mmap) -> Agent:
-        agent = Agent(name, interface)
+    def _start(
+        self, name: str, interface: str | None, incarnation: Incarnation, scratch: mmap.mmap
+    ) -> tuple[Agent, Agent]:
+        """The agent that others read from, and the one that reads."""
         device = device_of(self._pool)
+        agents: list[Agent] = []
         try:
-            agent.register(self._pool.address, self._pool.num_blocks * self._pool.block_bytes, device)
-        except ConfigError:
-            agent.close()
+            for serves in (True, False):
+                agent = Agent(name if serves else f"{name}/reader", interface, serves=serves)
+                agents.append(agent)
+                agent.register(self._pool.address, self._pool.num_blocks * self._pool.block_bytes, device)
+            serving, reading = agents
+            self.scratch_address = address_of(scratch)
+            reading.register(self.scratch_address, mmap.PAGESIZE, None)
+        except BaseException:
+            for agent in agents:
+                agent.close()
             raise
         self.endpoint = UcxEndpoint(
             agent=name,
-            metadata=agent.metadata(),
-            software=agent.software,
+            metadata=serving.metadata(),
+            software=serving.software,
             address=self._pool.address,
             num_blocks=self._pool.num_blocks,
             block_bytes=self._pool.block_bytes,
             device=device,
             incarnation=incarnation,
         )
-        # Only now: other workers have no business there.
-        self.scratch_address = address_of(scratch)
-        agent.register(self.scratch_address, mmap.PAGESIZE, None)
-        return agent
+        return serving, reading
 
     def _work(self, agent: Agent) -> None:
         """Until it is closing, and everything is terminal."""
@@ -182,14 +193,15 @@ class UcxThread:
                     self._forget(job.endpoint)
             for endpoint, peer in list(self._peers.items()):
                 moved = self._advance(agent, endpoint, peer) or moved
-            self._pause(moved)
+            self._pause(agent, moved)
 
-    def _pause(self, moved: bool) -> None:
+    def _pause(self, agent: Agent, moved: bool) -> None:
         now_s = self._clock.now_s()
         if moved:
             self._quiet_since_s = now_s
         elif all(peer.idle for peer in self._peers.values()):
-            self._awake.wait()
+            if not self._awake.wait(PROGRESS_INTERVAL_S if self._peers else None):
+                agent.progress()
         else:
             sleep_s = (now_s - self._quiet_since_s) * SLEEP_SHARE
             self._awake.wait(min(max(sleep_s, SHORTEST_SLEEP_S), LONGEST_SLEEP_S))
@@ -255,8 +267,8 @@ class UcxThread:
         while peer.waiting and len(peer.active) < MAX_ACTIVE_PULLS:
             peer.active.append(peer.waiting.popleft())
         for work in list(peer.active):
-            moved = self._collect(peer, work) or moved
             moved = self._post(agent, peer, work) or moved
+            moved = self._collect(peer, work) or moved
             if self._is_over(peer, work):
                 peer.active.remove(work)
                 work.finish(self._clock.now_s())
@@ -300,9 +312,7 @@ class UcxThread:
             # Whatever went wrong, who waits must know.
             work.error = Internal(f"UCX transfer: {type(error).__name__}: {error}")
         else:
-            if read is None:
-                work.exhausted = True
-            else:
+            if read is not None:
                 if work.first_post_s is None:
                     work.first_post_s = posted_s
                 work.reads.append(read)

@@ -13,7 +13,7 @@ import numpy as np
 from kvtransfer.transport import PullResult, check_pairs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
     from kvtransfer.ucx_agent import Agent, Pieces, Read
     from kvtransfer.ucx_endpoint import UcxEndpoint
 
-    #: A row per pair: source block, target block.
-    BlockTable = NDArray[np.int64]
+    Blocks = NDArray[np.int64]
 
     #: Source blocks, target blocks, and how many blocks follow each other from there on.
-    Part = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+    Runs = tuple[Blocks, Blocks, Blocks]
 
 #: Bytes posted at a time, in whole blocks. Small enough that other pulls soon get a turn.
 PART_BYTES = 8 << 20
@@ -41,31 +40,34 @@ def device_of(pool: Pool) -> int | None:
     return device
 
 
-def checked_table(pairs: Sequence[BlockPair], num_source_blocks: int, num_own_blocks: int) -> BlockTable:
-    """One row per pair. Raises BadRequest where a pair names a block that one of the two pools does not have."""
-    table = np.fromiter(itertools.chain.from_iterable(pairs), np.int64, 2 * len(pairs)).reshape(-1, 2)
-    if len(table) and (table.min() < 0 or (table.max(axis=0) >= (num_source_blocks, num_own_blocks)).any()):
+def checked_columns(pairs: Sequence[BlockPair], num_source_blocks: int, num_own_blocks: int) -> tuple[Blocks, Blocks]:
+    """Source blocks, target blocks. Raises BadRequest where a pair names a block that one of the two pools does not
+    have."""
+    flat = np.fromiter(itertools.chain.from_iterable(pairs), np.int64, 2 * len(pairs))
+    sources, targets = flat[::2].copy(), flat[1::2].copy()
+    # A negative number is a very large one without its sign.
+    if len(pairs) and (
+        sources.view(np.uint64).max() >= num_source_blocks or targets.view(np.uint64).max() >= num_own_blocks
+    ):
         check_pairs(pairs, num_source_blocks, num_own_blocks)
-    return table
+    return sources, targets
 
 
-def parts(table: BlockTable, block_bytes: int, part_bytes: int) -> Iterator[Part]:
-    """Whole blocks of at most `part_bytes` together, or a single one; neighbours joined, in the order of `table`.
+def joined(sources: Blocks, targets: Blocks) -> Runs:
+    """As `kvtransfer.transport.runs`, but at a cost per block that does not show beside that of copying it. There is
+    at least one pair."""
+    num_pairs = len(sources)
+    begins = np.empty(num_pairs, np.bool_)
+    begins[0] = True
+    begins[1:] = (sources[1:] - sources[:-1] != 1) | (targets[1:] - targets[:-1] != 1)
+    firsts = np.flatnonzero(begins)
+    lengths = np.empty_like(firsts)
+    lengths[:-1] = firsts[1:] - firsts[:-1]
+    lengths[-1] = num_pairs - firsts[-1]
+    return sources[firsts], targets[firsts], lengths
 
-    As `kvtransfer.transport.runs`, but at a cost per block that does not show beside that of copying it.
-    """
-    blocks_per_part = max(1, part_bytes // block_bytes)
-    for start in range(0, len(table), blocks_per_part):
-        part = table[start : start + blocks_per_part]
-        breaks = np.flatnonzero((np.diff(part, axis=0) != 1).any(axis=1)) + 1
-        firsts = np.concatenate(([0], breaks))
-        lengths = np.diff(np.concatenate((firsts, [len(part)])))
-        yield part[firsts, 0], part[firsts, 1], lengths
 
-
-def pieces(
-    address: int, device: int | None, blocks: NDArray[np.int64], lengths: NDArray[np.int64], size: int
-) -> Pieces:
+def pieces(address: int, device: int | None, blocks: Blocks, lengths: Blocks, size: int) -> Pieces:
     """Where runs of blocks lie in a pool, as NIXL wants it."""
     table = np.empty((len(blocks), 3), np.uint64)
     table[:, 0] = blocks * size + address
@@ -111,7 +113,8 @@ class Work:
         self._loop = asyncio.get_running_loop()
 
     def next_read(self, agent: Agent, peer: Peer, pool: Pool) -> Read | None:
-        """Posts the next part; None when there is no other. Raises Unreachable or BadRequest."""
+        """Posts the next part, None where there is none, and sets `exhausted` with the last. Raises Unreachable or
+        BadRequest."""
         raise NotImplementedError
 
     def finish(self, now_s: float) -> None:
@@ -131,7 +134,9 @@ class UcxPull(Work):
         super().__init__(endpoint, asked_s)
         self.pairs = tuple(pairs)
         self._rouse = rouse
-        self._parts: Iterator[Part] | None = None
+        #: Source and target blocks, once checked, and how many of them were posted.
+        self._columns: tuple[Blocks, Blocks] | None = None
+        self._num_posted = 0
         self._result: asyncio.Future[PullResult] = self._loop.create_future()
 
     async def wait(self) -> PullResult:
@@ -143,13 +148,14 @@ class UcxPull(Work):
 
     def next_read(self, agent: Agent, peer: Peer, pool: Pool) -> Read | None:
         size = pool.block_bytes
-        if self._parts is None:
-            table = checked_table(self.pairs, peer.endpoint.num_blocks, pool.num_blocks)
-            self._parts = parts(table, size, PART_BYTES)
-        part = next(self._parts, None)
-        if part is None:
+        if self._columns is None:
+            self._columns = checked_columns(self.pairs, peer.endpoint.num_blocks, pool.num_blocks)
+        start, stop = self._num_posted, self._num_posted + max(1, PART_BYTES // size)
+        self._num_posted = stop
+        self.exhausted = stop >= len(self.pairs)
+        if start >= len(self.pairs):
             return None
-        sources, targets, lengths = part
+        sources, targets, lengths = joined(*(column[start:stop] for column in self._columns))
         source_device, target_device = peer.endpoint.device, device_of(pool)
         return agent.read(
             peer.name,
@@ -174,13 +180,10 @@ class Probe(Work):
         """`scratch_address`: of registered host memory."""
         super().__init__(endpoint, asked_s)
         self._scratch_address = scratch_address
-        self._posted = False
         self.done: asyncio.Future[TandemError | None] = self._loop.create_future()
 
     def next_read(self, agent: Agent, peer: Peer, pool: Pool) -> Read | None:
-        if self._posted:
-            return None
-        self._posted = True
+        self.exhausted = True
         source = np.array([[peer.endpoint.address, PROBE_BYTES, peer.endpoint.device or 0]], np.uint64)
         target = np.array([[self._scratch_address, PROBE_BYTES, 0]], np.uint64)
         return agent.read(peer.name, source, peer.endpoint.device, target, None)

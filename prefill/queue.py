@@ -3,36 +3,43 @@
 A prompt gets all its blocks when it is admitted, first come first served; the lease to its decode worker is
 opened then, so that the reader can reserve while the first chunk computes. After each chunk the lease
 advances over the blocks that will never be written again. After the last one the first token is sampled
-and streamed at once, and the lease is sealed; from then on only the lease holds the blocks. Blocks that wait
-for a slow reader are the backpressure: what they hold, no new prompt can have.
+and streamed at once, and the lease is sealed; from then on only the lease holds the blocks, until the reader took
+them or the request's deadline passes. Backpressure, from the reader on: KV that waits for it has a budget
+(`prefill.admission`); when that is full prompts wait as token ids; when too many do, the next one is refused.
 
 Not thread-safe: everything runs on the worker's loop. Nothing here waits or does I/O.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from contracts.errors import BadRequest, NoCapacity
+from contracts.errors import BadRequest, DeadlineExceeded, NoCapacity, TandemError
 from contracts.messages import Seal
 from contracts.requests import PhaseTimes
 from engine.compose import Candidate
 from engine.recent import RecentTries
+from engine.room import Demand
 from engine.sequence import Sequence, failure, finish_after, request_key
 from kvtransfer import LeaseOutcome
+from prefill.admission import Handoffs, PromptVerdict, admit, handoffs_full, queue_full, retry_after_s
+from prefill.prompts import Prompt, WaitingPrompts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from contracts.errors import TandemError
     from contracts.ids import GatewayId, LeaseId
     from contracts.messages import HandoffReply, LeaseTerms, Peer, PrefillRequest, RequestKey
     from contracts.requests import GenerateRequest
     from engine.plan import Engine, Sampled, SequenceStep
+    from engine.room import Room
     from engine.sequence import Emit
     from kvtransfer import HolderService, Ledger
+    from prefill.admission import PrefillLimits
+
+
+#: How long after its deadline a prompt's lease may stand at most: `PrefillQueue.expire` is called more often.
+DEADLINE_SLACK_S = 5.0
 
 
 class LocalHandoff(Protocol):
@@ -49,31 +56,6 @@ class SendOffer(Protocol):
     ) -> HandoffReply: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillLimits:
-    #: Prompts accepted and not yet admitted; the next one is refused.
-    max_waiting: int = 512
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Prompt:
-    """One try of a request on this side."""
-
-    sequence: Sequence
-    #: The reader, or None when this worker writes the answer itself.
-    reader: Peer | None
-    received_s: float
-    #: Start of the first step that computed it.
-    started_s: float | None = None
-    lease_id: LeaseId | None = None
-    #: A step is writing its blocks.
-    in_step: bool = False
-    #: The first token is out and the lease sealed: the engine is done with it.
-    sealed: bool = False
-    #: It was cancelled or failed while in a step; dropped when that step ends.
-    doomed: bool = False
-
-
 class PrefillQueue:
     """Implements `engine.source.StepSource`."""
 
@@ -84,42 +66,47 @@ class PrefillQueue:
         ledger: Ledger,
         holder: HolderService,
         own_worker_id: str,
+        room: Room,
         limits: PrefillLimits,
         emit: Emit,
         send_offer: SendOffer,
         hand_over: LocalHandoff,
-        may_admit: Callable[[], bool],
+        also_writes: bool,
         on_blocks_freed: Callable[[], None],
         sequence_ids: Iterator[int],
     ) -> None:
-        """`may_admit` says whether new prompts may take blocks now (not while preempted answers starve);
-        `on_blocks_freed` is called after a lease let blocks go."""
+        """`also_writes`: this worker writes answers too (role mixed); `on_blocks_freed` is called after a lease let
+        blocks go."""
         self._engine = engine
-        self._block_tokens = engine.identity.layout.block_tokens
+        self._layout = engine.identity.layout
         self._ledger = ledger
         self._holder = holder
         self._own_worker_id = own_worker_id
+        self._room = room
         self._limits = limits
         self._emit = emit
         self._send_offer = send_offer
         self._hand_over = hand_over
-        self._may_admit = may_admit
+        self._also_writes = also_writes
+        self._budget_blocks = max(1, int(limits.handoff_share * engine.num_blocks))
         self._on_blocks_freed = on_blocks_freed
         self._sequence_ids = sequence_ids
         #: All and only prompts known here, by try.
-        self._prompts: dict[RequestKey, _Prompt] = {}
+        self._prompts: dict[RequestKey, Prompt] = {}
         #: Tries that ended here, or were cancelled before they came.
         self._over = RecentTries()
-        #: All and only prompts without blocks, oldest first.
-        self._waiting: deque[_Prompt] = deque()
+        self._waiting = WaitingPrompts()
         #: All and only prompts with blocks whose first token is not sampled, in order of admission.
-        self._running: dict[int, _Prompt] = {}
+        self._running: dict[int, Prompt] = {}
         #: All and only prompts whose lease has not ended.
-        self._leased: dict[LeaseId, _Prompt] = {}
+        self._leased: dict[LeaseId, Prompt] = {}
+        #: Those of `_leased` that are sealed, and their blocks.
+        self._untaken_count = 0
+        self._untaken_blocks = 0
 
     def __repr__(self) -> str:
-        sealed = sum(prompt.sealed for prompt in self._prompts.values())
-        return f"<PrefillQueue [{len(self._waiting)} waiting, {len(self._running)} running, {sealed} sealed]>"
+        counts = f"{len(self._waiting)} waiting, {len(self._running)} running, {self._untaken_count} untaken"
+        return f"<PrefillQueue [{counts}]>"
 
     @property
     def waiting_count(self) -> int:
@@ -136,8 +123,7 @@ class PrefillQueue:
     @property
     def pending_tokens(self) -> int:
         """Prompt tokens not computed yet, waiting ones included."""
-        waiting = sum(len(prompt.sequence.token_ids) for prompt in self._waiting)
-        return waiting + sum(prompt.sequence.num_remaining for prompt in self._running.values())
+        return self._waiting.num_tokens + sum(prompt.sequence.num_remaining for prompt in self._running.values())
 
     def keys_of(self, gateway_id: GatewayId) -> list[RequestKey]:
         """The tries whose tokens go to this gateway."""
@@ -154,30 +140,31 @@ class PrefillQueue:
     def submit(self, ask: PrefillRequest, now_s: float) -> None:
         """Takes a prompt. A repeat of a known try, or one cancelled already, changes nothing.
 
-        Raises NoCapacity when the queue is full, BadRequest when the prompt can never fit.
+        Raises NoCapacity when the queue is full (with numbers, and when to ask again), BadRequest when the prompt
+        can never fit.
         """
         request = ask.request
         key = request_key(request)
         if key in self._prompts or key in self._over:
             return
         self._check_fits(request)
-        if len(self._waiting) >= self._limits.max_waiting:
-            raise NoCapacity(
-                f"{self._own_worker_id} has {len(self._waiting)} prompts waiting, the limit", retry_after_s=1.0
-            )
+        self._check_queue(len(request.token_ids), now_s)
         sequence = Sequence(
             sequence_id=next(self._sequence_ids),
             request=request,
             deadline_s=now_s + request.deadline_s,
             token_ids=list(request.token_ids),
         )
-        prompt = _Prompt(
+        num_blocks = self._layout.blocks_for(len(request.token_ids))
+        prompt = Prompt(
             sequence=sequence,
-            reader=None if ask.decode.worker_id == self._own_worker_id else ask.decode,
+            reader=ask.decode if self._hands_over(ask, num_blocks) else None,
             received_s=now_s,
+            num_blocks=num_blocks,
         )
         self._prompts[sequence.key] = prompt
-        self._waiting.append(prompt)
+        self._waiting.add(prompt)
+        self._note_head()
 
     def cancel(self, key: RequestKey, reason: str) -> None:
         """Forgets a try; its reader is told through the lease. Unknown tries are no error."""
@@ -190,13 +177,19 @@ class PrefillQueue:
     def expire(self, now_s: float) -> None:
         """Ends the tries whose deadline has passed."""
         for prompt in [prompt for prompt in self._prompts.values() if now_s > prompt.sequence.deadline_s]:
-            if not prompt.doomed and not prompt.sealed:
-                self._fail(prompt, "deadline_exceeded", "the request's deadline passed during prefill")
+            if prompt.doomed:
+                continue
+            message = "the request's deadline passed during prefill"
+            if prompt.sealed and prompt.reader is not None:
+                message = f"the request's deadline passed before {prompt.reader.worker_id} had taken its KV"
+            if prompt.refusal is not None:
+                message += f": {prompt.refusal.message}"
+            self._fail(prompt, DeadlineExceeded.code, message)
 
     # --- steps ------------------------------------------------------------------------------------
 
     def candidates(self, now_s: float) -> tuple[list[Candidate], list[Candidate]]:
-        self._admit()
+        self._admit(now_s)
         chunks = [
             Candidate(
                 sequence_id=sequence_id,
@@ -225,7 +218,7 @@ class PrefillQueue:
         elif sampled is not None:
             self._first_token(prompt, sampled, now_s)
         elif prompt.lease_id is not None:
-            self._holder.advance(prompt.lease_id, prompt.sequence.num_computed // self._block_tokens)
+            self._holder.advance(prompt.lease_id, prompt.sequence.num_computed // self._layout.block_tokens)
 
     def fail(self, sequence_id: int, error: TandemError) -> None:
         prompt = self._running[sequence_id]
@@ -248,48 +241,137 @@ class PrefillQueue:
                 f"{num_tokens} prompt tokens leave no room for an answer in a context of "
                 f"{self._engine.max_context_tokens}"
             )
-        needed = self._engine.identity.layout.blocks_for(num_tokens)
+        needed = self._layout.blocks_for(num_tokens)
         if needed > self._engine.num_blocks:
             raise BadRequest(
                 f"the prompt needs {needed} KV blocks, {self._own_worker_id} has {self._engine.num_blocks} in all"
             )
 
-    def _admit(self) -> None:
-        while self._waiting and self._may_admit():
-            sequence = self._waiting[0].sequence
-            needed = self._engine.identity.layout.blocks_for(len(sequence.token_ids))
-            blocks = self._ledger.allocate(sequence.owner, needed)
-            if blocks is None:
-                return
-            sequence.block_ids = blocks
-            prompt = self._waiting.popleft()
-            self._running[sequence.sequence_id] = prompt
-            if prompt.reader is not None:
-                self._open_lease(prompt, prompt.reader)
+    def _check_queue(self, num_tokens: int, now_s: float) -> None:
+        problem = queue_full(
+            self._limits,
+            self._layout,
+            num_blocks=self._engine.num_blocks,
+            waiting=len(self._waiting),
+            waiting_tokens=self._waiting.num_tokens,
+            num_tokens=num_tokens,
+        )
+        if problem is not None:
+            waited_s = now_s - self._waiting.first().received_s
+            raise NoCapacity(f"{self._own_worker_id} has {problem}", retry_after_s=retry_after_s(waited_s))
 
-    def _open_lease(self, prompt: _Prompt, reader: Peer) -> None:
+    def _hands_over(self, ask: PrefillRequest, num_blocks: int) -> bool:
+        """Whether another worker gets this KV. An answer of one token ends here, and a worker that writes answers too
+        keeps a prompt that is larger than its whole budget: waiting for its reader it would hold up what waits
+        for nobody."""
+        request = ask.request
+        num_to_write = request.num_prompt_tokens + request.sampling.max_tokens - len(request.token_ids)
+        if ask.decode.worker_id == self._own_worker_id or num_to_write <= 1:
+            return False
+        return not (self._also_writes and num_blocks > self._budget_blocks)
+
+    # --- admission --------------------------------------------------------------------------------
+
+    def _admit(self, now_s: float) -> None:
+        while self._waiting:
+            prompt = self._waiting.first()
+            verdict = admit(self._demand(prompt), self._room.view(), self._handoffs(prompt))
+            if verdict is not PromptVerdict.ADMIT:
+                break
+            self._take_blocks(prompt, now_s)
+        self._note_head()
+
+    def _take_blocks(self, prompt: Prompt, now_s: float) -> None:
+        sequence = prompt.sequence
+        blocks = self._ledger.allocate(sequence.owner, prompt.num_blocks)
+        assert blocks is not None, (self._ledger, prompt.num_blocks)
+        sequence.block_ids = blocks
+        self._waiting.discard(prompt)
+        self._running[sequence.sequence_id] = prompt
+        if prompt.reader is None:
+            self._room.promise(sequence.owner, self._demand(prompt).growth_blocks)
+        else:
+            self._open_lease(prompt, prompt.reader, now_s)
+
+    def _demand(self, prompt: Prompt) -> Demand:
+        growth_blocks = 0
+        if prompt.reader is None:
+            growth_blocks = self._room.growth(
+                prompt.sequence.request, prompt.num_blocks, max_context_tokens=self._engine.max_context_tokens
+            )
+        return Demand(arrival_s=prompt.received_s, num_blocks=prompt.num_blocks, growth_blocks=growth_blocks)
+
+    def _handoffs(self, prompt: Prompt) -> Handoffs | None:
+        if prompt.reader is None:
+            return None
+        return Handoffs(
+            untaken_blocks=self._untaken_blocks,
+            untaken_count=self._untaken_count,
+            budget_blocks=self._budget_blocks,
+            max_count=self._limits.max_handoffs,
+            is_shared=self._also_writes,
+        )
+
+    def _note_head(self) -> None:
+        """Tells the other side which prompt waits for blocks; not one that waits for other workers."""
+        self._room.prompt = None
+        if not self._waiting:
+            return
+        prompt = self._waiting.first()
+        demand, handoffs = self._demand(prompt), self._handoffs(prompt)
+        if handoffs is None or not handoffs_full(demand, handoffs, self._room.view().lent_blocks):
+            self._room.prompt = demand
+
+    # --- leases -----------------------------------------------------------------------------------
+
+    def _open_lease(self, prompt: Prompt, reader: Peer, now_s: float) -> None:
         request = prompt.sequence.request
 
         async def send(terms: LeaseTerms, timeout_s: float) -> HandoffReply:
-            return await self._send_offer(reader, terms, request, timeout_s)
+            try:
+                reply = await self._send_offer(reader, terms, request, timeout_s)
+            except TandemError as error:
+                prompt.refusal = error
+                raise
+            prompt.refusal, prompt.accepted = None, True
+            return reply
 
-        lease_id = self._holder.open(prompt.sequence.block_ids, reader, send_offer=send, on_ended=self._lease_ended)
+        # A reader without room is asked again until the request's deadline; `expire` comes first and says so.
+        max_age_s = prompt.sequence.deadline_s - now_s + DEADLINE_SLACK_S
+        lease_id = self._holder.open(
+            prompt.sequence.block_ids, reader, send_offer=send, on_ended=self._lease_ended, max_age_s=max_age_s
+        )
         prompt.lease_id = lease_id
         self._leased[lease_id] = prompt
+        self._room.lend(prompt.num_blocks)
+
+    def _end_lease(self, lease_id: LeaseId) -> Prompt | None:
+        """Takes a lease out of the books; None where it is out already."""
+        prompt = self._leased.pop(lease_id, None)
+        if prompt is not None:
+            prompt.lease_id = None
+            self._room.take_back(prompt.num_blocks)
+            if prompt.sealed:
+                self._untaken_count -= 1
+                self._untaken_blocks -= prompt.num_blocks
+            self._note_head()
+        return prompt
 
     def _lease_ended(self, lease_id: LeaseId, outcome: LeaseOutcome, reason: str) -> None:
         """The holder's one report of how a lease ended; its pins are dropped already."""
-        prompt = self._leased.pop(lease_id, None)
+        prompt = self._end_lease(lease_id)
         if prompt is None:
             return
-        prompt.lease_id = None
         if outcome is LeaseOutcome.RELEASED:
             self._forget(prompt)
+        elif outcome is LeaseOutcome.REFUSED and prompt.accepted:
+            # A reader that gives up what it had accepted tells the client why.
+            self._drop(prompt, reason)
         else:
-            self._fail(prompt, "transfer_aborted", f"handoff {lease_id} {outcome}: {reason}")
+            self._fail(prompt, prompt.refusal_code, f"handoff {lease_id} {outcome}: {reason}")
         self._on_blocks_freed()
 
-    def _first_token(self, prompt: _Prompt, sampled: Sampled, now_s: float) -> None:
+    def _first_token(self, prompt: Prompt, sampled: Sampled, now_s: float) -> None:
         sequence = prompt.sequence
         started_s = prompt.started_s
         assert started_s is not None, "sampled before any step"
@@ -312,20 +394,22 @@ class PrefillQueue:
         else:
             del self._running[sequence.sequence_id]
             prompt.sealed = True
+            self._untaken_count += 1
+            self._untaken_blocks += prompt.num_blocks
             seal = Seal(num_tokens=sequence.num_computed, first_delta=delta)
             self._holder.seal(prompt.lease_id, len(sequence.block_ids), seal)
             self._release(prompt)
 
-    def _fail(self, prompt: _Prompt, code: str, message: str) -> None:
+    def _fail(self, prompt: Prompt, code: str, message: str) -> None:
         sequence = prompt.sequence
         self._emit(sequence.request, failure(sequence.request, sequence.output_count, code, message))
         self._drop(prompt, message)
 
-    def _drop(self, prompt: _Prompt, reason: str) -> None:
+    def _drop(self, prompt: Prompt, reason: str) -> None:
         """Ends a try on this side: lease withdrawn, blocks released (after the step that writes them)."""
         if prompt.lease_id is not None:
-            lease_id, prompt.lease_id = prompt.lease_id, None
-            self._leased.pop(lease_id, None)
+            lease_id = prompt.lease_id
+            self._end_lease(lease_id)
             self._holder.withdraw(lease_id, reason)
         if prompt.in_step:
             prompt.doomed = True
@@ -333,14 +417,16 @@ class PrefillQueue:
         self._release(prompt)
         self._forget(prompt)
 
-    def _release(self, prompt: _Prompt) -> None:
+    def _release(self, prompt: Prompt) -> None:
+        if prompt.reader is None:
+            self._room.forget(prompt.sequence.owner)
         if prompt.sequence.block_ids:
             self._ledger.release(prompt.sequence.owner, prompt.sequence.block_ids)
             prompt.sequence.block_ids = []
 
-    def _forget(self, prompt: _Prompt) -> None:
+    def _forget(self, prompt: Prompt) -> None:
         self._prompts.pop(prompt.sequence.key, None)
         self._over.add(prompt.sequence.key)
         self._running.pop(prompt.sequence.sequence_id, None)
-        if prompt in self._waiting:
-            self._waiting.remove(prompt)
+        self._waiting.discard(prompt)
+        self._note_head()

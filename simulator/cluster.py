@@ -2,15 +2,18 @@
 
 Gateway core, coordinator and workers are those of a live cluster; only network, transport, engine and clock are
 others. Each worker is a program of its own on its own host, with a clock that starts elsewhere, so that code
-which compares clocks of two processes fails here.
+which compares clocks of two processes fails here. One that ends its own life is started anew, as a node agent
+does; one that is crashed or frozen is left to the test.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import Counter
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import structlog
 
@@ -23,18 +26,20 @@ from gateway.limits import GatewayLimits
 from kvtransfer import MemoryFabric, TransportSet
 from kvtransfer.memory import FateModel, steady_link
 from rpc import MemoryNetwork
+from rpc.memory import loopback_latency
 from simulator.clock import VirtualClock
 from simulator.engine import ModelledEngine, StepTiming, modelled_identity
+from simulator.loop import HOST, VirtualLoop
 from worker import WorkerLimits, WorkerShell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
     from types import TracebackType
 
-    from contracts.messages import AuditReply, Role
+    from contracts.messages import AuditReply, Method, ReplyT, RequestT, Role, StreamMethod
     from kvtransfer import MemoryTransport
-    from rpc import Server
-    from rpc.memory import MemoryProcess
+    from rpc import CallContext, Server
+    from rpc.memory import Latency, MemoryProcess
     from simulator.program import Program
 
 COORDINATOR = "coordinator:1"
@@ -43,6 +48,8 @@ GATEWAY = GatewayId("gateway")
 STOP_GRACE_S = 1.0
 #: How long a cluster may take until all its workers are registered.
 START_LIMIT_S = 10.0
+#: From the end of a life that ended itself to the start of the next.
+RESTART_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,21 +63,69 @@ class ClusterSpec:
     max_context_tokens: int = 1024
     max_batch_tokens: int = 64
     max_sequences: int = 16
+    #: Offers that one worker lets wait without blocks.
+    max_waiting_offers: int = 256
     lease_ttl_s: float = 10.0
     timing: StepTiming = field(default_factory=StepTiming)
     fate: FateModel = steady_link
+    #: Hosts are the worker ids, "gateway" and "coordinator".
+    latency_s: Latency = loopback_latency
+    gateway: GatewayLimits = field(default_factory=GatewayLimits)
 
 
 @dataclass(slots=True)
 class _Life:
     """One life of one worker."""
 
+    #: What its tasks run under: see `simulator.loop.HOST`.
+    host: str
     program: MemoryProcess
     engine: ModelledEngine
     transport: MemoryTransport
     shell: WorkerShell
     server: Server
-    task: asyncio.Task[None]
+    task: asyncio.Task[str]
+
+
+class _HostedServer:
+    """Registers a worker's handlers so that they freeze with it."""
+
+    def __init__(self, server: Server, host: str) -> None:
+        self._server = server
+        self._host = host
+
+    def register(
+        self, method: Method[RequestT, ReplyT], handler: Callable[[RequestT, CallContext], Awaitable[ReplyT]]
+    ) -> None:
+        async def hosted(ask: RequestT, context: CallContext) -> ReplyT:
+            await self._enter()
+            return await handler(ask, context)
+
+        self._server.register(method, hosted)
+
+    def register_stream(
+        self,
+        method: StreamMethod[RequestT, ReplyT],
+        handler: Callable[[RequestT, CallContext], AsyncIterator[ReplyT]],
+    ) -> None:
+        async def hosted(ask: RequestT, context: CallContext) -> AsyncIterator[ReplyT]:
+            await self._enter()
+            async with aclosing(cast("AsyncGenerator[ReplyT, None]", handler(ask, context))) as bodies:
+                async for body in bodies:
+                    yield body
+
+        self._server.register_stream(method, hosted)
+
+    async def start(self) -> str:
+        return await self._server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
+
+    async def _enter(self) -> None:
+        """From its next turn on, this task is the host's."""
+        HOST.set(self._host)
+        await asyncio.sleep(0)
 
 
 class SimulatedCluster:
@@ -79,22 +134,26 @@ class SimulatedCluster:
     def __init__(self, program: Program, spec: ClusterSpec) -> None:
         self._program = program
         self._spec = spec
-        self._network = MemoryNetwork(rng=program.rng("network"), host="gateway", log=self._log("network"))
+        self._network = MemoryNetwork(
+            rng=program.rng("network"), latency_s=spec.latency_s, host="observer", log=self._log("network")
+        )
+        self._gateway_program = self._network.process("gateway")
         self._fabric = MemoryFabric(spec.fate)
         self._incarnations: Counter[str] = Counter()
         #: The current life of each worker that is up.
         self._lives: dict[str, _Life] = {}
+        #: Workers whose lives ended themselves, and why, in order.
+        self.ended: list[tuple[str, str]] = []
+        self._restarts: dict[asyncio.Task[None], None] = {}
+        self._restarting = True
+        self._coordinator: CoordinatorShell | None = None
+        self._coordinator_program: MemoryProcess
         self.core: GatewayCore
 
     async def __aenter__(self) -> Self:
-        coordinator_program = self._network.process("coordinator")
-        server = coordinator_program.server(COORDINATOR)
-        self._coordinator = CoordinatorShell(VirtualClock(offset_s=500.0), log=self._log("coordinator"))
-        self._coordinator.register_on(server)
-        await self._coordinator.__aenter__()
-        await server.start()
+        await self.start_coordinator()
         self.core = GatewayCore(
-            self._network, VirtualClock(), GATEWAY, COORDINATOR, GatewayLimits(), structlog.get_logger()
+            self._gateway_program, VirtualClock(), GATEWAY, COORDINATOR, self._spec.gateway, structlog.get_logger()
         )
         await self.core.__aenter__()
         await asyncio.gather(*(self.start(worker_id) for worker_id in self._spec.roles))
@@ -104,9 +163,31 @@ class SimulatedCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.core.__aexit__(None, None, None)
-        for worker_id in list(self._lives):
-            await self.stop(worker_id)
-        await self._coordinator.__aexit__(kind, error, trace)
+        for restart in list(self._restarts):
+            restart.cancel()
+        self._restarting = False
+        while self._lives:
+            await self.stop(next(iter(self._lives)))
+        await self.crash_coordinator()
+
+    # --- coordinator ------------------------------------------------------------------------------
+
+    async def start_coordinator(self) -> None:
+        """A new life, which knows nothing of the one before."""
+        assert self._coordinator is None, "the coordinator is up"
+        self._coordinator_program = self._network.process("coordinator")
+        server = self._coordinator_program.server(COORDINATOR)
+        self._coordinator = CoordinatorShell(VirtualClock(offset_s=500.0), log=self._log("coordinator"))
+        self._coordinator.register_on(server)
+        await self._coordinator.__aenter__()
+        await server.start()
+
+    async def crash_coordinator(self) -> None:
+        """SIGKILL; of one that is down: nothing."""
+        coordinator, self._coordinator = self._coordinator, None
+        if coordinator is not None:
+            self._coordinator_program.kill()
+            await coordinator.__aexit__(None, None, None)
 
     # --- workers ----------------------------------------------------------------------------------
 
@@ -149,12 +230,16 @@ class SimulatedCluster:
             limits=WorkerLimits(
                 budget=StepBudget(max_tokens=spec.max_batch_tokens, max_sequences=spec.max_sequences),
                 lease_ttl_s=spec.lease_ttl_s,
+                max_waiting_offers=spec.max_waiting_offers,
             ),
             log=self._log(name),
         )
-        shell.register_on(server)
-        task = asyncio.create_task(shell.run(), name=name)
-        self._lives[worker_id] = _Life(program, engine, transport, shell, server, task)
+        shell.register_on(_HostedServer(server, name))
+        context = contextvars.copy_context()
+        context.run(HOST.set, name)
+        task = asyncio.get_running_loop().create_task(shell.live(), name=name, context=context)
+        life = self._lives[worker_id] = _Life(name, program, engine, transport, shell, server, task)
+        task.add_done_callback(lambda _: self._life_ended(worker_id, life), context=contextvars.copy_context())
         async with asyncio.timeout(START_LIMIT_S):
             await shell.registered.wait()
 
@@ -164,16 +249,35 @@ class SimulatedCluster:
         self._program.trace.add(f"{worker_id} is killed")
         life.program.kill()
         life.transport.crash()
+        _loop().thaw(life.host)
         life.task.cancel()
 
+    def freeze(self, worker_id: str) -> None:
+        """SIGSTOP: nothing of this life runs; its connections stay, and what is sent to it waits."""
+        self._program.trace.add(f"{worker_id} freezes")
+        _loop().freeze(self._lives[worker_id].host)
+
+    def thaw(self, worker_id: str) -> None:
+        """SIGCONT."""
+        self._program.trace.add(f"{worker_id} thaws")
+        _loop().thaw(self._lives[worker_id].host)
+
+    def stick(self, worker_id: str) -> None:
+        """From now on no engine step of this life ends; everything else of it goes on."""
+        self._program.trace.add(f"the engine of {worker_id} is stuck")
+        self._lives[worker_id].engine.get_stuck()
+
     async def stop(self, worker_id: str) -> None:
-        """SIGTERM: the worker says goodbye and ends."""
+        """SIGTERM: the worker says goodbye and ends; SIGKILL for an engine that is stuck."""
         life = self._lives.pop(worker_id)
+        _loop().thaw(life.host)
         life.task.cancel()
         await asyncio.wait([life.task])
         await life.server.stop(STOP_GRACE_S)
         life.program.kill()
-        await life.engine.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STOP_GRACE_S):
+                await life.engine.close()
         await life.transport.close()
 
     def up(self) -> Sequence[str]:
@@ -186,7 +290,36 @@ class SimulatedCluster:
             for worker_id in self._lives
         }
 
+    def crash_gateway(self) -> None:
+        """SIGKILL. `core` is of no use any more."""
+        self._gateway_program.kill()
+
     # --- inside -----------------------------------------------------------------------------------
+
+    def _life_ended(self, worker_id: str, life: _Life) -> None:
+        if life.task.cancelled():
+            return
+        if (error := life.task.exception()) is not None:
+            raise error
+        if self._lives.get(worker_id) is life:
+            self.ended.append((worker_id, life.task.result()))
+            self.crash(worker_id)
+            if not self._restarting:
+                return
+            restart = asyncio.create_task(self._restart(worker_id))
+            self._restarts[restart] = None
+            restart.add_done_callback(self._restarts.pop)
+
+    async def _restart(self, worker_id: str) -> None:
+        await asyncio.sleep(RESTART_S)
+        if worker_id not in self._lives:
+            await self.start(worker_id)
 
     def _log(self, name: str) -> Callable[[str], None]:
         return lambda line: self._program.trace.add(f"{name:14s} {line}")
+
+
+def _loop() -> VirtualLoop:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop), f"a simulated cluster runs on virtual time, not on {loop!r}"
+    return loop

@@ -112,6 +112,9 @@ class ModelledEngine:
         #: The step that touches the pool now; outlives the await of a cancelled caller.
         self._running: asyncio.Task[StepResult] | None = None
         self._closed = False
+        #: Cleared for good by `get_stuck`.
+        self._moving = asyncio.Event()
+        self._moving.set()
 
     @property
     def identity(self) -> KvIdentity:
@@ -158,6 +161,10 @@ class ModelledEngine:
         self._closed = True
         await self.quiesce()
 
+    def get_stuck(self) -> None:
+        """From now on no step ends, as when a kernel hangs: `quiesce` and `close` do not return either."""
+        self._moving.clear()
+
     def read_block(self, block_id: BlockId) -> BlockContent:
         """The block as it is now, for a simulated transport. Slots that a step is writing are None."""
         return self._pool.read(block_id)
@@ -170,6 +177,7 @@ class ModelledEngine:
         duration_s = self._timing.duration_s(plan)
         try:
             await self._clock.sleep(duration_s)
+            await self._moving.wait()
         finally:
             self._running = None
         sampled: dict[int, Sampled] = {}

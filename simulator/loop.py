@@ -3,6 +3,9 @@
 What runs on it is deterministic: one thread, no selector, no real clock, and tasks and futures whose hashes
 are their ordinals, so that the sets inside `asyncio.wait` and `asyncio.TaskGroup` iterate the same way in
 every run. A program that can never go on ends with `StuckProgram`; one that never ends, with `LimitReached`.
+
+Parts of a program can be frozen, as SIGSTOP freezes a process: what was scheduled in a context where `HOST` names
+a frozen host runs, in order, when the host is thawed.
 """
 
 from __future__ import annotations
@@ -11,12 +14,16 @@ import asyncio
 import gc
 import itertools
 import threading
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, TypeVarTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
     from contextvars import Context
     from types import FrameType
+
+#: The simulated process that a task belongs to; inherited by what it starts. Only named ones can be frozen.
+HOST: ContextVar[str | None] = ContextVar("HOST", default=None)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -79,6 +86,34 @@ class _OrdinalTask(asyncio.Task[T]):
         return self.ordinal
 
 
+class _Gate:
+    """A scheduled callback of a host: held while the host is frozen."""
+
+    __slots__ = ("_args", "_callback", "_held", "_host", "context", "handle")
+
+    def __init__(
+        self,
+        held: dict[str, list[_Gate]],
+        host: str,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        context: Context,
+    ) -> None:
+        self._held = held
+        self._host = host
+        self._callback = callback
+        self._args = args
+        self.context = context
+        #: What the scheduler was given, who may cancel it while it is held.
+        self.handle: asyncio.Handle
+
+    def __call__(self) -> None:
+        if self._host in self._held:
+            self._held[self._host].append(self)
+        elif not self.handle.cancelled():
+            self._callback(*self._args)
+
+
 class VirtualLoop(asyncio.BaseEventLoop):
     """`time()` starts at 0 and counts virtual seconds.
 
@@ -96,6 +131,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._turns_at_jump = 0
         self._ordinals = itertools.count(1)
         self._thread = threading.get_ident()
+        #: By frozen host: what would have run, in order.
+        self._held: dict[str, list[_Gate]] = {}
         # The base class asks it for I/O once a turn, saying how long it may wait at most.
         self._selector = _NeverWaits(self)
         self.set_task_factory(self._make_task)
@@ -140,6 +177,37 @@ class VirtualLoop(asyncio.BaseEventLoop):
         context: Context | None = None,
     ) -> asyncio.Task[T]:
         return _OrdinalTask(coroutine, next(self._ordinals), loop=loop, context=context)
+
+    # --- freezing ---------------------------------------------------------------------------------
+
+    def freeze(self, host: str) -> None:
+        """Nothing of this host runs until `thaw`. Repeats change nothing."""
+        self._held.setdefault(host, [])
+
+    def thaw(self, host: str) -> None:
+        """What came due meanwhile runs now; timers that would have come due at different times run together."""
+        for gate in self._held.pop(host, ()):
+            super().call_soon(gate, context=gate.context)
+
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        host = HOST.get() if context is None else context.get(HOST)
+        if host is None:
+            return super().call_soon(callback, *args, context=context)
+        gate = _Gate(self._held, host, callback, args, context or copy_context())
+        gate.handle = super().call_soon(gate, context=gate.context)
+        return gate.handle
+
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        host = HOST.get() if context is None else context.get(HOST)
+        if host is None:
+            return super().call_at(when, callback, *args, context=context)
+        gate = _Gate(self._held, host, callback, args, context or copy_context())
+        gate.handle = handle = super().call_at(when, gate, context=gate.context)
+        return handle
 
     def create_future(self) -> asyncio.Future[Any]:
         return _OrdinalFuture(next(self._ordinals), loop=self)

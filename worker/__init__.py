@@ -7,5 +7,6 @@ together by a composition root, which brings engine, transport, network and cloc
 from worker.frames import FrameOutbox
 from worker.shell import WorkerLimits, WorkerShell
 from worker.step_loop import StepLoop
+from worker.watchdog import LifeOver, Watchdog, WatchdogLimits
 
-__all__ = ["FrameOutbox", "StepLoop", "WorkerLimits", "WorkerShell"]
+__all__ = ["FrameOutbox", "LifeOver", "StepLoop", "Watchdog", "WatchdogLimits", "WorkerLimits", "WorkerShell"]

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 #: An empty frame goes out after this much silence, so that a gateway can tell idle from hung.
 SIGN_OF_LIFE_S = 1.0
-#: A gateway without a stream for this long is gone; nobody waits for its requests' tokens.
-UNATTENDED_S = 10.0
+#: A gateway without a stream for this long is gone; nobody waits for its requests' tokens. One that lives opens a
+#: lost stream again within a fraction of a second, and replays the requests of one that it cannot.
+UNATTENDED_S = 3.0
 
 
 class _Mailbox:

@@ -6,6 +6,7 @@ knows it. What is too slow for its class is refused before a request meets it.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from contracts.errors import IncompatiblePeer, NoCapacity, TandemError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from contracts.clock import Clock
+    from contracts.ids import WorkerId
     from contracts.messages import Member, WorkerInfo
     from kvtransfer import Prober, TransportSet
     from rpc import Network
@@ -25,6 +27,9 @@ EAGER_FOR_S = 20.0
 CALM_INTERVAL_S = 5.0
 
 ASK_TIMEOUT_S = 1.0
+
+#: A peer whose transports were all too slow is measured again after this long: the machine may have been busy.
+REPEAT_AFTER_S = 10.0
 
 #: Tries to describe and measure one life before it is left to its first pull.
 MAX_TRIES = 3
@@ -53,6 +58,8 @@ class PeerWatch:
         self._log = log
         #: Failed tries of lives that are not measured yet.
         self._tries: dict[Peer, int] = {}
+        #: When the refused are measured again.
+        self._repeat_at_s: dict[WorkerId, float] = {}
 
     async def run(self) -> None:
         started_s = self._clock.now_s()
@@ -74,7 +81,9 @@ class PeerWatch:
     def _concerns(self, other: WorkerInfo) -> bool:
         if self._info.role == "prefill" or other.role == "decode" or other.worker_id == self._info.worker_id:
             return False
-        return not self._transports.is_probed(other.worker_id, other.incarnation)
+        if not self._transports.is_probed(other.worker_id, other.incarnation):
+            return True
+        return self._clock.now_s() >= self._repeat_at_s.get(other.worker_id, math.inf)
 
     async def _meet(self, member: Member) -> None:
         other = member.info
@@ -94,7 +103,9 @@ class PeerWatch:
             self._log(f"{peer.worker_id} was not measured: {error.message}")
             return
         self._tries.pop(peer, None)
+        self._repeat_at_s.pop(peer.worker_id, None)
         if choice.transport is None:
+            self._repeat_at_s[peer.worker_id] = self._clock.now_s() + REPEAT_AFTER_S
             self._log(f"ERROR: no KV is taken from {peer.worker_id}: {choice.reason}")
         else:
             self._log(f"KV from {peer.worker_id} comes by {choice.reason}")

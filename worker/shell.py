@@ -8,37 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from contracts.errors import IncompatiblePeer, InvariantBroken, NotReady, StaleIncarnation, TandemError
+from contracts.errors import IncompatiblePeer, Internal, InvariantBroken, NotReady, StaleIncarnation
 from contracts.messages import (
     AUDIT,
     CANCEL,
-    DEREGISTER,
     DESCRIBE,
     FRAMES,
     HANDOFF,
-    HEARTBEAT,
     PREFILL,
-    REGISTER,
     AuditReply,
-    DeregisterRequest,
     DescribeReply,
     Empty,
     HandoffRequest,
-    HeartbeatRequest,
     Peer,
     WorkerLoad,
 )
 from decode import DecodeBatch, DecodeLimits
 from engine.compose import StepBudget
+from engine.room import Room
 from kvtransfer import HolderService, Ledger, Prober, ReaderService
 from prefill import PrefillLimits, PrefillQueue
 from worker.frames import FrameOutbox
 from worker.peers import PeerWatch
+from worker.registration import Registration
 from worker.step_loop import StepLoop
 from worker.transfers import transfer_report
+from worker.watchdog import LOOK_INTERVAL_S, LifeOver, Watchdog, WatchdogLimits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -54,10 +53,12 @@ if TYPE_CHECKING:
         PrefillRequest,
         RequestKey,
         WorkerInfo,
+        WorkerLife,
     )
     from contracts.requests import Frame, GenerateRequest
     from engine.plan import Engine
-    from kvtransfer import TransportSet
+    from kvtransfer import Pool, TransportSet
+    from kvtransfer.staging import Staging
     from rpc import CallContext, Network, Server
 
 AskT = TypeVar("AskT")
@@ -65,7 +66,8 @@ ReplyT = TypeVar("ReplyT")
 
 #: How often deadlines of requests are looked at.
 SWEEP_INTERVAL_S = 0.5
-COORDINATOR_TIMEOUT_S = 1.0
+#: What a worker whose life is over gets to tell everybody.
+LAST_WORDS_S = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,7 @@ class WorkerLimits:
     max_waiting_offers: int = 256
     #: Deltas waiting for one gateway's stream before that gateway is given up.
     max_pending_deltas: int = 20_000
+    watchdog: WatchdogLimits = field(default_factory=WatchdogLimits)
     #: Whether the ways to peers are measured before they are needed.
     probe: bool = True
 
@@ -94,17 +97,23 @@ class WorkerShell:
         clock: Clock,
         coordinator_address: str,
         limits: WorkerLimits,
+        pool: Pool | None = None,
+        checksum: bool = False,
+        staging: Staging | None = None,
         log: Callable[[str], None],
     ) -> None:
+        """`checksum` needs `pool`, whose bytes it covers; `staging` is for pools in device memory."""
         self._info = info
         self._network = network
         self._clock = clock
-        self._coordinator_address = coordinator_address
         self._log = log
         self._engine = engine
         self._transports = transports
-        #: Set once the coordinator has taken this life up.
-        self.registered = asyncio.Event()
+        #: Set as soon as it is clear that `run` will raise LifeOver.
+        self._life_over = asyncio.Event()
+        #: What requests and coordinator are told when this life ends.
+        self._end_reason = "it is stopping"
+        self._watchdog = Watchdog(limits.watchdog)
         #: No new request is taken any more.
         self._stopping = False
         #: Found by an rpc handler; ends `run`.
@@ -121,6 +130,10 @@ class WorkerShell:
             identity=info.identity,
             transports=transports,
             ttl_s=limits.lease_ttl_s,
+            pool=pool,
+            checksum=checksum,
+            staging=staging,
+            on_settled=self._blocks_may_be_free,
             log=log,
         )
         self.reader = ReaderService(
@@ -130,7 +143,10 @@ class WorkerShell:
             transports=transports,
             identity=info.identity,
             max_waiting=limits.max_waiting_offers,
-            may_reserve=lambda: not self.decode.starving,
+            may_reserve=lambda: self.decode.may_reserve(),
+            pool=pool,
+            checksum=checksum,
+            staging=staging,
             on_settled=self._blocks_may_be_free,
             log=log,
         )
@@ -140,6 +156,18 @@ class WorkerShell:
             block_bytes=info.identity.layout.block_bytes,
             on_settled=self._blocks_may_be_free,
         )
+        self._registration = Registration(
+            info=info,
+            network=network,
+            coordinator_address=coordinator_address,
+            clock=clock,
+            load=self.load,
+            transfers=lambda: transfer_report(self.holder, self.reader, transports),
+            on_gone=self._bury,
+            log=log,
+        )
+        #: Set once the coordinator has taken this life up.
+        self.registered = self._registration.registered
         self._peers = PeerWatch(
             info=info,
             network=network,
@@ -158,10 +186,17 @@ class WorkerShell:
             on_given_up=self._gateway_given_up,
         )
         sequence_ids = itertools.count()
+        room = Room(
+            layout=info.identity.layout,
+            num_blocks=engine.num_blocks,
+            growth_tokens=limits.decode.growth_tokens,
+            available_blocks=lambda: self.ledger.available_blocks,
+        )
         self.decode = DecodeBatch(
             engine=engine,
             ledger=self.ledger,
             reader=self.reader,
+            room=room,
             own_worker_id=info.worker_id,
             limits=limits.decode,
             emit=self.outbox.emit,
@@ -173,12 +208,13 @@ class WorkerShell:
             engine=engine,
             ledger=self.ledger,
             holder=self.holder,
+            room=room,
             own_worker_id=info.worker_id,
             limits=limits.prefill,
             emit=self.outbox.emit,
             send_offer=self._send_offer,
             hand_over=self.decode.take_over,
-            may_admit=lambda: not self.decode.starving,
+            also_writes=info.role == "mixed",
             on_blocks_freed=self._blocks_may_be_free,
             sequence_ids=sequence_ids,
         )
@@ -187,6 +223,7 @@ class WorkerShell:
             sources=(self.decode, self.prefill),
             budget=limits.budget,
             clock=clock,
+            watchdog=self._watchdog,
             after_step=self.outbox.flush,
             log=log,
         )
@@ -202,7 +239,10 @@ class WorkerShell:
         self.reader.register(server)
 
     async def run(self) -> None:
-        """Serves until cancelled, or until something cannot be; then ends what is open and says goodbye."""
+        """Serves until cancelled, or until something cannot be; then ends what is open and says goodbye.
+
+        Raises LifeOver (in a group) when this life must end.
+        """
         async with self.holder, self.reader:
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -210,11 +250,36 @@ class WorkerShell:
                     tasks.create_task(self._sweep(), name="sweep")
                     tasks.create_task(self._keep_registered(), name="heartbeat")
                     tasks.create_task(self._end_on_a_bug(), name="bugs")
+                    tasks.create_task(self._watch_over(), name="watchdog")
                     if self._probe:
                         tasks.create_task(self._peers.run(), name="peers")
             finally:
                 await self._leave()
                 await self._prober.close()
+
+    async def live(self) -> str:
+        """As `run`, but returns why this life must end, at most `LAST_WORDS_S` after that was clear.
+
+        The process is to exit then without waiting for engine or transports: what is stuck in them is why it
+        ends, or may be. Every request's gateway, the coordinator and the peers have been told, if they listened.
+        """
+        serving = asyncio.create_task(self.run(), name="serving")
+        over = asyncio.create_task(self._life_over.wait(), name="life-over")
+        try:
+            await asyncio.wait([serving, over], return_when=asyncio.FIRST_COMPLETED)
+            if not self._life_over.is_set():
+                await serving
+                raise Internal(f"{self._info.worker_id} ended without a reason")
+            await asyncio.wait([serving], timeout=LAST_WORDS_S)
+            return self._end_reason
+        except asyncio.CancelledError:
+            serving.cancel()
+            await asyncio.wait([serving])
+            raise
+        finally:
+            over.cancel()
+            serving.cancel()
+            serving.add_done_callback(_heard)
 
     # --- rpc handlers -----------------------------------------------------------------------------
 
@@ -238,8 +303,10 @@ class WorkerShell:
 
     async def _on_frames(self, ask: FramesRequest, context: CallContext) -> AsyncIterator[Frame]:
         self._require(ask.target, "Frames")
-        async for frame in self.outbox.stream(ask.gateway_id):
-            yield frame
+        # Closed with this call, and not when its garbage is collected: from then on the gateway is unattended.
+        async with aclosing(self.outbox.stream(ask.gateway_id)) as frames:
+            async for frame in frames:
+                yield frame
 
     async def _on_audit(self, ask: Empty, context: CallContext) -> AuditReply:
         return AuditReply(
@@ -303,8 +370,7 @@ class WorkerShell:
         return await self._network.channel(reader.address).call(HANDOFF, ask, timeout_s=timeout_s)
 
     def _blocks_may_be_free(self) -> None:
-        if not self.decode.starving:
-            self.reader.blocks_freed()
+        self.reader.blocks_freed()
         self.loop.wake()
 
     def _gateway_given_up(self, gateway_id: GatewayId, reason: str) -> None:
@@ -331,47 +397,42 @@ class WorkerShell:
             # What ended may have stood in the way of something that fits.
             self.loop.wake()
 
-    async def _keep_registered(self) -> None:
-        """Registers, then beats; registers again whenever the coordinator does not know this life."""
-        known = False
-        interval_s = SWEEP_INTERVAL_S
+    async def _watch_over(self) -> None:
+        """Ends this life when the watchdog says so."""
         while True:
-            channel = self._network.channel(self._coordinator_address)
-            try:
-                if known:
-                    beat = HeartbeatRequest(
-                        worker_id=self._info.worker_id,
-                        incarnation=self._info.incarnation,
-                        load=self.load(),
-                        transfers=transfer_report(self.holder, self.reader, self._transports),
-                    )
-                    known = (await channel.call(HEARTBEAT, beat, timeout_s=COORDINATOR_TIMEOUT_S)).known
-                else:
-                    reply = await channel.call(REGISTER, self._info, timeout_s=COORDINATOR_TIMEOUT_S)
-                    known, interval_s = True, reply.heartbeat_interval_s
-                    self.registered.set()
-            except StaleIncarnation:
-                raise
-            except TandemError as error:
-                self._log(f"coordinator at {self._coordinator_address}: {error.message}")
-            await self._clock.sleep(interval_s)
+            await self._clock.sleep(LOOK_INTERVAL_S)
+            reason = self._watchdog.look(
+                self._clock.now_s(),
+                quarantined_blocks=self.ledger.load()["quarantined_blocks"],
+                total_blocks=self._engine.num_blocks,
+            )
+            if reason is not None:
+                raise self._over(reason)
+
+    def _over(self, reason: str) -> LifeOver:
+        self._end_reason = reason
+        self._life_over.set()
+        return LifeOver(f"{self._info.worker_id} incarnation {self._info.incarnation} ends: {reason}")
+
+    async def _keep_registered(self) -> None:
+        try:
+            await self._registration.keep()
+        except LifeOver as error:
+            raise self._over(error.message) from error
+
+    def _bury(self, life: WorkerLife) -> None:
+        """Ends the leases with a life that the coordinator has given up."""
+        self.holder.reader_gone(life.worker_id, life.incarnation)
+        self.reader.holder_gone(life.worker_id, life.incarnation)
 
     async def _leave(self) -> None:
         """Nothing new from here on, and no request left to wait for its deadline."""
         self._stopping = True
-        message = f"{self._info.worker_id} is stopping"
+        message = f"{self._info.worker_id} ends: {self._end_reason}"
         self.decode.fail_all("worker_unavailable", message)
         self.prefill.fail_all("worker_unavailable", message)
         self.outbox.flush()
-        await self._deregister()
-
-    async def _deregister(self) -> None:
-        leave = DeregisterRequest(worker_id=self._info.worker_id, incarnation=self._info.incarnation, reason="stopped")
-        channel = self._network.channel(self._coordinator_address)
-        try:
-            await channel.call(DEREGISTER, leave, timeout_s=COORDINATOR_TIMEOUT_S)
-        except TandemError as error:
-            self._log(f"could not say goodbye to the coordinator: {error.message}")
+        await self._registration.leave(self._end_reason)
 
     def load(self) -> WorkerLoad:
         return WorkerLoad(
@@ -380,9 +441,15 @@ class WorkerShell:
             pending_prompt_tokens=self.prefill.pending_tokens,
             running_requests=self.prefill.running_count + self.decode.running_count,
             context_tokens=self.decode.context_tokens,
-            step_age_s=self.loop.step_age_s(self._clock.now_s()),
+            step_age_s=self._watchdog.step_age_s(self._clock.now_s()),
         )
 
     def problems(self) -> tuple[str, ...]:
         """What is wrong with the books; empty in a healthy worker."""
         return tuple(self.ledger.problems())
+
+
+def _heard(task: asyncio.Task[None]) -> None:
+    """Its error is known."""
+    if not task.cancelled():
+        task.exception()

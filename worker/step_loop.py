@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from engine.compose import Candidate, Grant, StepBudget
     from engine.plan import Engine, StepResult
     from engine.source import StepSource
+    from worker.watchdog import Watchdog
 
 
 class StepLoop:
@@ -32,6 +33,7 @@ class StepLoop:
         sources: Sequence[StepSource],
         budget: StepBudget,
         clock: Clock,
+        watchdog: Watchdog,
         after_step: Callable[[], None],
         log: Callable[[str], None],
     ) -> None:
@@ -39,20 +41,16 @@ class StepLoop:
         self._sources = sources
         self._budget = budget
         self._clock = clock
+        self._watchdog = watchdog
         self._after_step = after_step
         self._log = log
         self._work = asyncio.Event()
-        #: Start of the engine step in progress; None between steps.
-        self._step_started_s: float | None = None
         self.steps_total = 0
         self.failed_steps_total = 0
 
     def wake(self) -> None:
         """Something changed that may make work possible."""
         self._work.set()
-
-    def step_age_s(self, now_s: float) -> float:
-        return 0.0 if self._step_started_s is None else now_s - self._step_started_s
 
     async def run(self) -> None:
         while True:
@@ -79,10 +77,11 @@ class StepLoop:
         return compose(decodes, chunks, self._budget)
 
     async def _step(self, grants: Sequence[Grant], owners: dict[int, StepSource]) -> None:
-        started_s = self._step_started_s = self._clock.now_s()
+        started_s = self._clock.now_s()
         plan = StepPlan(
             tuple(owners[grant.sequence_id].build(grant.sequence_id, grant.num_tokens, started_s) for grant in grants)
         )
+        self._watchdog.step_started(plan.num_tokens, started_s)
         try:
             result = await self._engine.step(plan)
         except InvariantBroken as error:
@@ -94,7 +93,7 @@ class StepLoop:
         else:
             self._apply(grants, owners, result)
         finally:
-            self._step_started_s = None
+            self._watchdog.step_ended(self._clock.now_s())
         self.steps_total += 1
         self._after_step()
 

@@ -19,4 +19,13 @@ def transfer_report(holder: HolderService, reader: ReaderService, transports: Tr
     ended |= {f"reader.refused.{code}": count for code, count in reader.counters.refused.items()}
     if reader.counters.adopted:
         ended["reader.adopted"] = reader.counters.adopted
-    return TransferReport(pulls=transports.tallies(), leases=leases, ended=ended, links=transports.links())
+    return TransferReport(
+        pulls=transports.tallies(),
+        leases=leases,
+        ended=ended,
+        links=transports.links(),
+        corrupt_blocks=reader.counters.corrupt_blocks,
+        refetched_blocks=reader.counters.refetched_blocks,
+        checksum_bytes=holder.counters.checksum_bytes + reader.counters.checksum_bytes,
+        checksum_s=holder.counters.checksum_s + reader.counters.checksum_s,
+    )

@@ -1,9 +1,12 @@
-"""Which prefill and which decode worker a request gets: least loaded, compatible, not avoided.
+"""Which prefill and which decode worker a request gets: compatible, not avoided if possible, least loaded.
 
 Both workers are chosen at arrival (Splitwise, ISCA'24, section 4.3), so that the copy can overlap the
 prefill. Prefill load is prompt tokens not yet computed, decode load is context tokens held; ties go to the
 smaller worker id, so that one view always gives one answer. Tokens placed by this call and by earlier ones
 that no heartbeat reports yet count as load (`booked_*`), else a burst would land on one worker.
+
+A replayed request names the workers that it was just lost on. They are avoided as long as another worker of the
+role can take it, and used when there is none: the failure may be over, a new life may be behind the name.
 """
 
 from __future__ import annotations
@@ -87,33 +90,53 @@ def dispatch(
 
 
 def _place(item: DispatchItem, views: list[WorkerView], limits: DispatchLimits) -> Placement | Rejection:
-    allowed = [view for view in views if view.info.worker_id not in item.avoid]
-    usable = [view for view in allowed if view.can_hold(item.prompt_tokens)]
-    if allowed and not usable:
-        return _too_long(item, allowed)
+    usable = [view for view in views if view.can_hold(item.prompt_tokens)]
+    if views and not usable:
+        return _too_long(item, views)
     readers = sorted(
         (view for view in usable if view.info.role != "decode"),
-        key=lambda view: (view.prefill_load_tokens, view.info.worker_id),
+        key=lambda view: (view.info.worker_id in item.avoid, view.prefill_load_tokens, view.info.worker_id),
     )
     if not readers:
         return _not_ready(item, "prefill", views, limits)
     open_readers = [view for view in readers if view.waiting_requests < limits.max_waiting_requests]
     if not open_readers:
-        return _full(item, readers)
-    for reader in open_readers:
+        return _full(item, min(readers, key=lambda view: view.prefill_load_tokens), len(readers))
+    pair = _pair_for(item, open_readers, usable)
+    if pair is None:
+        return _not_ready(item, "decode", views, limits)
+    reader, writer = pair
+    again = dict.fromkeys(view.info.worker_id for view in pair if view.info.worker_id in item.avoid)
+    reason = (
+        f"least loaded: prefill {reader.prefill_load_tokens} tokens pending of {len(readers)} workers, "
+        f"decode {writer.decode_load_tokens} context tokens"
+        + (f"; nobody else than {', '.join(again)}, to be avoided" if again else "")
+    )
+    return Placement(request_id=item.request_id, prefill=reader.peer, decode=writer.peer, reason=reason)
+
+
+def _pair_for(
+    item: DispatchItem, readers: list[WorkerView], usable: list[WorkerView]
+) -> tuple[WorkerView, WorkerView] | None:
+    """The first reader that has a writer, both not avoided; else the pair with the fewest avoided."""
+    best: tuple[WorkerView, WorkerView] | None = None
+    fewest = 3
+    for reader in readers:
         writer = _writer_for(item, reader, usable)
-        if writer is not None:
-            reason = (
-                f"least loaded: prefill {reader.prefill_load_tokens} tokens pending of {len(readers)} workers, "
-                f"decode {writer.decode_load_tokens} context tokens"
-            )
-            return Placement(request_id=item.request_id, prefill=reader.peer, decode=writer.peer, reason=reason)
-    return _not_ready(item, "decode", views, limits)
+        if writer is None:
+            continue
+        num_avoided = sum(view.info.worker_id in item.avoid for view in (reader, writer))
+        if num_avoided < fewest:
+            best, fewest = (reader, writer), num_avoided
+        if not fewest:
+            break
+    return best
 
 
 def _writer_for(item: DispatchItem, reader: WorkerView, usable: list[WorkerView]) -> WorkerView | None:
     """The decode worker for a prompt read by `reader`: itself when mixed, else the least loaded whose KV
-    means the same, one that can hold the whole answer before one that cannot. None when there is none."""
+    means the same; not avoided before avoided, one that can hold the whole answer before one that cannot. None
+    when there is none."""
     whole_tokens = item.prompt_tokens + item.max_tokens
     if reader.info.role == "mixed":
         return reader
@@ -123,20 +146,20 @@ def _writer_for(item: DispatchItem, reader: WorkerView, usable: list[WorkerView]
         if view.info.role == "decode" and reader.info.identity.mismatch(view.info.identity) is None
     ]
 
-    def preference(view: WorkerView) -> tuple[bool, int, str]:
+    def preference(view: WorkerView) -> tuple[bool, bool, int, str]:
+        is_avoided = view.info.worker_id in item.avoid
         too_small = view.info.max_context_tokens < whole_tokens
-        return (too_small, view.decode_load_tokens, view.info.worker_id)
+        return (is_avoided, too_small, view.decode_load_tokens, view.info.worker_id)
 
     return min(writers, key=preference, default=None)
 
 
 def _not_ready(item: DispatchItem, role: str, views: list[WorkerView], limits: DispatchLimits) -> Rejection:
     present = ", ".join(f"{view.info.worker_id} ({view.info.role})" for view in views) or "none"
-    avoided = f", avoiding {', '.join(item.avoid)}" if item.avoid else ""
     return Rejection(
         request_id=item.request_id,
         code="not_ready",
-        message=f"no {role} worker can take the request (workers up: {present}{avoided})",
+        message=f"no {role} worker can take the request (workers up: {present})",
         retry_after_s=limits.not_ready_retry_after_s,
     )
 
@@ -155,13 +178,12 @@ def _too_long(item: DispatchItem, views: list[WorkerView]) -> Rejection:
     )
 
 
-def _full(item: DispatchItem, readers: list[WorkerView]) -> Rejection:
-    least = readers[0]
+def _full(item: DispatchItem, least: WorkerView, num_readers: int) -> Rejection:
     return Rejection(
         request_id=item.request_id,
         code="no_capacity",
         message=(
-            f"all {len(readers)} prefill workers have full queues; the least loaded, {least.info.worker_id}, has "
+            f"all {num_readers} prefill workers have full queues; the least loaded, {least.info.worker_id}, has "
             f"{least.waiting_requests} requests and {least.prefill_load_tokens} prompt tokens waiting"
         ),
         retry_after_s=1.0,

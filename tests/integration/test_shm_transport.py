@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from contracts.errors import (
     BadRequest,
     Cancelled,
     ConfigError,
+    DeadlineExceeded,
     IncompatiblePeer,
     InvariantBroken,
     StaleIncarnation,
@@ -32,7 +34,7 @@ from contracts.errors import (
     WorkerUnavailable,
 )
 from contracts.ids import BlockId, Incarnation
-from kvtransfer import ShmTransport, shm, shm_door, shm_link
+from kvtransfer import HostPool, ShmTransport, shm_door, shm_link, shm_thread
 from kvtransfer.host_pool import SEALS
 from kvtransfer.shm_door import HELLO, WELCOME, Endpoint, decode_endpoint, encode_endpoint
 from rpc import LiveClock
@@ -78,6 +80,12 @@ def _nothing_left_behind() -> Generator[None, None, None]:
     assert threading.active_count() == threads
 
 
+@pytest.fixture
+def on_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pull goes by way of the transfer thread, however small."""
+    monkeypatch.setattr(shm_thread, "MAX_INLINE_BYTES", -1)
+
+
 class Child:
     """A holder's process."""
 
@@ -110,20 +118,18 @@ def child() -> Generator[Child, None, None]:
 
 
 class HookedClock(LiveClock):
-    """Live time that calls a hook when the transfer thread first looks at it.
+    """Live time that calls a hook, once, when the transfer thread next looks at it.
 
-    It does so when a pull's first byte is about to be copied (0), and after the last (1).
+    Where the holder is attached, it does so when a pull's first byte is about to be copied, and after the last.
     """
 
     def __init__(self) -> None:
         self.hook: Callable[[], None] | None = None
-        self._looks = 0
 
     def now_s(self) -> float:
-        if threading.current_thread().name == "kv-transfer":
-            if self._looks == 0 and self.hook is not None:
-                self.hook()
-            self._looks += 1
+        if self.hook is not None and threading.current_thread().name == "kv-transfer":
+            hook, self.hook = self.hook, None
+            hook()
         return super().now_s()
 
 
@@ -140,6 +146,10 @@ async def reader(
         await transport.close()
 
 
+def expect(condition: bool) -> None:
+    assert condition
+
+
 def pair(source: int, target: int) -> BlockPair:
     return (BlockId(source), BlockId(target))
 
@@ -153,7 +163,11 @@ def block(pool: memoryview, index: int) -> bytes:
     return bytes(pool[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
 
 
-async def test_bytes_arrive_where_they_belong_and_nowhere_else(child: Child) -> None:
+@pytest.mark.parametrize("max_inline_bytes", [-1, 1 << 20])
+async def test_bytes_arrive_where_they_belong_and_nowhere_else(
+    child: Child, max_inline_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shm_thread, "MAX_INLINE_BYTES", max_inline_bytes)
     rng = random.Random(1)
     sources = rng.sample(range(NUM_BLOCKS), 30)
     targets = rng.sample(range(NUM_BLOCKS), 30)
@@ -202,6 +216,36 @@ async def test_one_link_serves_many_pulls(child: Child) -> None:
         assert [await each.wait() for each in pulls] == results
         assert (mapped_pools(), len(open_descriptors())) == (2, before)
         assert block(pool, 19) == pattern(19, BLOCK_BYTES)
+
+
+async def test_small_pull_is_over_when_it_is_asked_for(child: Child) -> None:
+    async with reader() as (transport, pool):
+        await transport.connect(child.endpoint, CHILD_TIMEOUT_S)
+        threads = threading.active_count()
+        running = transport.pull(child.endpoint, [pair(7, 3)])
+        assert block(pool, 3) == pattern(7, BLOCK_BYTES)
+        result = await running.wait()
+        assert (result.error, result.num_bytes) == (None, BLOCK_BYTES)
+        assert isinstance(await failed(transport, child.endpoint, pair(0, NUM_BLOCKS)), BadRequest)
+        assert threading.active_count() == threads
+
+
+async def test_links_come_and_go_under_small_pulls(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread unmaps what the loop has just copied from, all the time."""
+    monkeypatch.setattr(shm_thread, "MAX_LINKS", 1)
+    async with reader() as (other, _), reader() as (transport, pool):
+        for count in range(200):
+            source = count % NUM_BLOCKS
+            first = transport.pull(child.endpoint, [pair(source, 0)])
+            second = transport.pull(other.endpoint(), [pair(1, 1)])
+            third = transport.pull(child.endpoint, [pair(source, 2)])
+            if count % 5 == 0:
+                transport.forget(child.endpoint)
+            for each in (first, second, third):
+                error = (await each.wait()).error
+                assert error is None or (count % 5 == 0 and isinstance(error, Cancelled))
+            if count % 5:
+                assert block(pool, 0) == block(pool, 2) == pattern(source, BLOCK_BYTES)
 
 
 async def test_two_transports_of_one_process_and_both_ways() -> None:
@@ -330,11 +374,13 @@ async def test_holder_killed_before_a_pull() -> None:
             assert mapped_pools() == 1
 
 
+@pytest.mark.usefixtures("on_thread")
 async def test_holder_killed_during_a_pull() -> None:
     clock = HookedClock()
     with holder() as child:
-        clock.hook = child.kill
         async with reader(clock=clock) as (transport, pool):
+            await transport.connect(child.endpoint, CHILD_TIMEOUT_S)
+            clock.hook = child.kill
             result = await pull(transport, child.endpoint, pair(2, 2))
             assert isinstance(result.error, WorkerUnavailable)
             assert "ended during the pull" in result.error.message
@@ -353,7 +399,7 @@ async def test_memory_of_a_dead_holder_is_let_go_without_another_pull() -> None:
 
 
 async def test_least_recently_used_link_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm, "MAX_LINKS", 2)
+    monkeypatch.setattr(shm_thread, "MAX_LINKS", 2)
     async with reader() as (a, _), reader() as (b, _), reader() as (c, _), reader() as (transport, _):
         own = mapped_pools()
         for each in (a, b, a, c, a):
@@ -361,6 +407,7 @@ async def test_least_recently_used_link_goes_first(monkeypatch: pytest.MonkeyPat
         assert mapped_pools() == own + 2
 
 
+@pytest.mark.usefixtures("on_thread")
 async def test_stop_is_heard_before_the_next_piece(child: Child) -> None:
     clock = HookedClock()
     async with reader(clock=clock) as (transport, pool):
@@ -370,6 +417,7 @@ async def test_stop_is_heard_before_the_next_piece(child: Child) -> None:
             begun.set()
             assert stopped.wait(CHILD_TIMEOUT_S)
 
+        await transport.connect(child.endpoint, CHILD_TIMEOUT_S)
         clock.hook = at_first_byte
         running = transport.pull(child.endpoint, [pair(n, n) for n in range(NUM_BLOCKS)])
         assert begun.wait(CHILD_TIMEOUT_S)
@@ -383,22 +431,132 @@ async def test_stop_is_heard_before_the_next_piece(child: Child) -> None:
         assert (await pull(transport, child.endpoint, pair(1, 1))).error is None
 
 
-async def test_closing_ends_pulls_that_have_not_begun(child: Child) -> None:
+@pytest.mark.usefixtures("on_thread")
+async def test_closing_ends_the_pull_in_hand_and_those_that_have_not_begun(child: Child) -> None:
+    clock = HookedClock()
+    async with reader(clock=clock) as (transport, _):
+        await transport.connect(child.endpoint, CHILD_TIMEOUT_S)
+        begun, closing = threading.Event(), threading.Event()
+
+        def at_first_byte() -> None:
+            begun.set()
+            expect(closing.wait(CHILD_TIMEOUT_S))
+
+        clock.hook = at_first_byte
+        pulls = [transport.pull(child.endpoint, [pair(n, n)]) for n in range(50)]
+        assert begun.wait(CHILD_TIMEOUT_S)
+        # Not before `close` has asked for the end.
+        asyncio.get_running_loop().call_soon(closing.set)
+    results = [await each.wait() for each in pulls]
+    assert [type(each.error) for each in results] == [Cancelled] * 50
+    assert sum(each.num_bytes for each in results) == 0
+
+
+@contextmanager
+def hung_door() -> Generator[bytes, None, None]:
+    """The door of a holder that is stopped: callers connect, and nobody answers them."""
+    name = f"tandem-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind("\0" + name)
+        listener.listen()
+        yield encode_endpoint(
+            Endpoint(
+                socket_name=name,
+                secret=bytes(32),
+                incarnation=Incarnation(1),
+                num_blocks=NUM_BLOCKS,
+                block_bytes=BLOCK_BYTES,
+            )
+        )
+
+
+async def test_holder_that_hangs_keeps_nobody_else_waiting(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm_thread, "CONNECT_TIMEOUT_S", CHILD_TIMEOUT_S)
+    async with reader() as (transport, pool):
+        with hung_door() as hung:
+            waiting = [transport.pull(hung, [pair(0, 0)]) for _ in range(3)]
+            assert (await pull(transport, child.endpoint, pair(2, 1))).error is None
+            assert block(pool, 1) == pattern(2, BLOCK_BYTES)
+            # A pull that waits for its holder hears a stop, and its neighbours go on waiting.
+            waiting[1].request_stop()
+            stopped = await waiting[1].wait()
+            assert isinstance(stopped.error, Cancelled)
+            with pytest.raises(DeadlineExceeded, match=r"0\.05 s"):
+                await transport.connect(hung, 0.05)
+            # The holder's life is declared over: all that waits for it ends.
+            transport.forget(hung)
+            assert isinstance((await waiting[0].wait()).error, Cancelled)
+            assert isinstance((await waiting[2].wait()).error, Cancelled)
+            assert not block(pool, 0).strip(b"\0")
+
+
+async def test_holder_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm_thread, "CONNECT_TIMEOUT_S", 0.05)
+    async with reader() as (transport, _):
+        with hung_door() as hung:
+            first, second = transport.pull(hung, [pair(0, 0)]), transport.pull(hung, [pair(1, 1)])
+            for each in (first, second):
+                error = (await each.wait()).error
+                assert isinstance(error, WorkerUnavailable)
+                assert "0.05 s" in error.message
+
+
+async def test_closing_ends_pulls_that_wait_for_a_holder() -> None:
+    with hung_door() as hung:
+        async with reader() as (transport, _):
+            waiting = transport.pull(hung, [pair(0, 0)])
+            await asyncio.sleep(0)
+        assert isinstance((await waiting.wait()).error, Cancelled)
+
+
+async def test_forgotten_holder_is_unmapped_and_may_come_back(child: Child) -> None:
     async with reader() as (transport, _):
         await transport.connect(child.endpoint, CHILD_TIMEOUT_S)
-        pulls = [transport.pull(child.endpoint, [pair(n, n) for n in range(NUM_BLOCKS)]) for _ in range(50)]
-    results = [await each.wait() for each in pulls]
-    assert isinstance(results[-1].error, Cancelled)
+        assert mapped_pools() == 2
+        transport.forget(child.endpoint)
+        async with reader() as (other, _):
+            # One job later the pool is gone.
+            await transport.connect(other.endpoint(), CHILD_TIMEOUT_S)
+            assert mapped_pools() == 3
+        assert (await pull(transport, child.endpoint, pair(1, 1))).error is None
+        transport.forget(b"never seen")
 
 
+def test_populated_pool_has_its_pages() -> None:
+    num_bytes = 24 << 20
+    pool = HostPool(num_bytes // 4096, 4096)
+    pool.populate()
+    pool.populate()
+    give_up_s = time.monotonic() + CHILD_TIMEOUT_S
+    while os.fstat(pool.read_only).st_blocks * 512 < num_bytes:
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
+    view = pool.view()
+    assert not any(view[::4096])
+    view.release()
+    pool.close()
+
+
+def test_pool_may_close_while_it_is_populated() -> None:
+    pool = HostPool(1 << 18, 4096)
+    pool.populate()
+    pool.close()
+
+
+@pytest.mark.usefixtures("on_thread")
 async def test_cancelled_wait_leaves_the_pull_alone(child: Child) -> None:
-    async with reader() as (transport, pool):
+    clock = HookedClock()
+    async with reader(clock=clock) as (transport, pool):
+        await transport.connect(child.endpoint, CHILD_TIMEOUT_S)
+        cancelled = threading.Event()
+        clock.hook = lambda: expect(cancelled.wait(CHILD_TIMEOUT_S))
         running = transport.pull(child.endpoint, [pair(4, 4)])
         waiting = asyncio.ensure_future(running.wait())
         await asyncio.sleep(0)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
+        cancelled.set()
         assert (await running.wait()).error is None
         assert block(pool, 4) == pattern(4, BLOCK_BYTES)
 
@@ -443,8 +601,10 @@ async def test_misuse_is_a_bug() -> None:
         with pytest.raises(InvariantBroken, match="no pool"):
             use()
     register_pool(transport, 1, 4096)
+    second = HostPool(1, 4096)
     with pytest.raises(InvariantBroken, match="second pool"):
-        register_pool(transport, 1, 4096)
+        transport.register(second)
+    second.close()
     await transport.close()
     await transport.close()
     with pytest.raises(InvariantBroken, match="no pool"):

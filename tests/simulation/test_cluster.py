@@ -6,7 +6,7 @@ A failing case prints its seed; `pytest 'tests/simulation/test_cluster.py::test_
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,110 +15,21 @@ from hypothesis import strategies as st
 
 from contracts.errors import TandemError
 from contracts.requests import SamplingParams
-from gateway.core import Submission
 from kvtransfer.memory import PullFate, PullInfo
-from simulator import Program, expected_tokens, run
+from simulator import Program, run
 from simulator.cluster import ClusterSpec, SimulatedCluster
+from tests.support.workload import SETTLE_S, Ask, ask_for, serve, workload
 
 if TYPE_CHECKING:
-    import random
-
     from contracts.messages import Role
-    from gateway.core import RequestStream
 
 ONE_OF_EACH: dict[str, Role] = {"p0": "prefill", "d0": "decode"}
 TWO_OF_EACH: dict[str, Role] = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
 MIXED: dict[str, Role] = {"m0": "mixed"}
-#: Everything ends within this much virtual time after the last request.
-SETTLE_S = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """One request of a workload."""
-
-    at_s: float
-    token_ids: tuple[int, ...]
-    sampling: SamplingParams
-    #: Cancelled after this many tokens; None: never.
-    cancel_after: int | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class Answer:
-    ask: Ask
-    token_ids: list[int]
-    finish: str | None = None
-    error: TandemError | None = None
-
-    def check(self) -> None:
-        """What came is a prefix of the right answer, and the whole of it when it ended well."""
-        expected = expected_tokens(self.ask.token_ids, self.ask.sampling, self.ask.sampling.max_tokens)
-        assert self.token_ids == expected[: len(self.token_ids)], f"wrong tokens for {self.ask}"
-        if self.finish is not None:
-            assert (self.finish, len(self.token_ids)) == ("length", self.ask.sampling.max_tokens)
-
-
-def workload(
-    rng: random.Random, *, count: int, over_s: float, prompt: int = 120, output: int = 40, cancels: float = 0.0
-) -> list[Ask]:
-    asks: list[Ask] = []
-    for _ in range(count):
-        max_tokens = rng.randint(1, output)
-        sampling = SamplingParams(temperature=rng.choice([0.0, 1.0]), seed=rng.randrange(2**32), max_tokens=max_tokens)
-        cancel_after = rng.randrange(max_tokens + 1) if rng.random() < cancels else None
-        asks.append(
-            Ask(
-                at_s=rng.uniform(0, over_s),
-                token_ids=tuple(rng.randrange(1000) for _ in range(rng.randint(1, prompt))),
-                sampling=sampling,
-                cancel_after=cancel_after,
-            )
-        )
-    return sorted(asks, key=lambda ask: ask.at_s)
 
 
 def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens)
-
-
-async def ask_for(cluster: SimulatedCluster, ask: Ask) -> Answer:
-    await asyncio.sleep(ask.at_s)
-    answer = Answer(ask=ask, token_ids=[])
-    submission = Submission(token_ids=ask.token_ids, sampling=ask.sampling, deadline_s=60.0)
-    try:
-        async with cluster.core.submit(submission) as stream:
-            await _read(stream, answer)
-    except TandemError as error:
-        answer.error = error
-    return answer
-
-
-async def _read(stream: RequestStream, answer: Answer) -> None:
-    if answer.ask.cancel_after == 0:
-        return
-    async for delta in stream:
-        answer.token_ids.extend(delta.token_ids)
-        answer.finish = delta.finish
-        if answer.ask.cancel_after is not None and len(answer.token_ids) >= answer.ask.cancel_after:
-            return
-
-
-async def serve(program: Program, cluster: SimulatedCluster, asks: list[Ask]) -> list[Answer]:
-    """Runs a workload; checks every token, and that nothing is left on any worker."""
-    async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(ask_for(cluster, ask)) for ask in asks]
-    answers = [task.result() for task in running]
-    for answer in answers:
-        answer.check()
-        program.trace.add(f"{len(answer.token_ids)} tokens, {answer.finish}, {answer.error!r}")
-    await asyncio.sleep(SETTLE_S)
-    assert cluster.core.num_open == 0
-    for worker_id, audit in (await cluster.audits()).items():
-        assert audit.problems == (), worker_id
-        assert audit.load.free_blocks == audit.total_blocks, (worker_id, audit)
-        assert (audit.open_requests, audit.holder_leases, audit.reader_leases) == (0, 0, 0), (worker_id, audit)
-    return answers
 
 
 @pytest.mark.parametrize("roles", [ONE_OF_EACH, TWO_OF_EACH, MIXED], ids=["1P1D", "2P2D", "mixed"])

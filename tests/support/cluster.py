@@ -29,7 +29,7 @@ from rpc import GrpcNetwork
 from tests.support.layout import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Container, Generator, Mapping, Sequence
 
     from cluster.state_file import WorkerState
     from contracts.messages import AuditReply
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 100.0
 
 STOP_TIMEOUT_S = 30.0
+
+TANDEM = (sys.executable, "-c", "from cluster.cli import main; main()")
 
 #: Output kept for the message of a failing test.
 MAX_OUTPUT_LINES = 400
@@ -57,12 +59,11 @@ class ClusterProcess:
         self._reader.start()
 
     @classmethod
-    def start(cls, arguments: list[str], environ: Mapping[str, str]) -> Self:
-        """`arguments` follow `tandem serve`; port and state file are set here."""
+    def start(cls, arguments: list[str], environ: Mapping[str, str], program: Sequence[str] = TANDEM) -> Self:
+        """`arguments` follow `tandem serve`; port and state file are set here. `program` stands for `tandem`."""
         folder = Path(tempfile.mkdtemp(prefix="tandem-test-"))
-        program = [sys.executable, "-c", "from cluster.cli import main; main()", "serve", *arguments]
         process = subprocess.Popen(
-            [*program, "--port", "0", "--state-file", str(folder / "state.json")],
+            [*program, "serve", *arguments, "--port", "0", "--state-file", str(folder / "state.json")],
             cwd=ROOT,
             env={**os.environ, **environ},
             stdin=subprocess.DEVNULL,
@@ -118,18 +119,30 @@ class ClusterProcess:
     def worker_pids(self) -> list[int]:
         return [worker.pid for worker in self.state.workers if worker.pid is not None]
 
-    async def audit(self, timeout_s: float = 10.0) -> dict[str, AuditReply]:
-        """Each ready worker's books, by worker id."""
+    async def audit(self, timeout_s: float = 10.0, only: Container[str] | None = None) -> dict[str, AuditReply]:
+        """Each ready worker's books, by worker id; `only` names those to ask. Raises what a call raises."""
         state = self.state
         network = GrpcNetwork(token=state.cluster_token)
         try:
             return {
                 worker.worker_id: await network.channel(worker.address).call(AUDIT, Empty(), timeout_s=timeout_s)
                 for worker in state.workers
-                if worker.address is not None
+                if worker.address is not None and (only is None or worker.worker_id in only)
             }
         finally:
             await network.close()
+
+    def tree(self) -> list[psutil.Process]:
+        """This process and everything below it, as of now; nothing once it is gone."""
+        try:
+            top = psutil.Process(self.pid)
+            return [top, *top.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def num_descriptors(self) -> int:
+        """Open file descriptors of the process that holds coordinator, gateway and node agent."""
+        return psutil.Process(self.pid).num_fds()
 
     # --- ending it --------------------------------------------------------------------------------
 
@@ -183,7 +196,10 @@ def _unless_gone(act: Callable[[], object]) -> None:
 def _is_ours(process: psutil.Process) -> bool:
     """A pid may have been taken over by a stranger."""
     try:
-        return any("cluster" in word for word in process.cmdline()) or process.ppid() == os.getpid()
+        return (
+            any("cluster" in word or "tests.support.chaos" in word for word in process.cmdline())
+            or process.ppid() == os.getpid()
+        )
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
 
@@ -205,9 +221,10 @@ def started_cluster(
     config: str | Path | None = None,
     overrides: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
+    program: Sequence[str] = TANDEM,
 ) -> Generator[ClusterProcess]:
     """Started and perhaps not ready yet: for starts that fail."""
-    process = ClusterProcess.start(serve_arguments(model, config, overrides or {}), environ or {})
+    process = ClusterProcess.start(serve_arguments(model, config, overrides or {}), environ or {}, program)
     try:
         yield process
     finally:
@@ -221,8 +238,9 @@ async def running_cluster(
     config: str | Path | None = None,
     overrides: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
+    program: Sequence[str] = TANDEM,
 ) -> AsyncGenerator[ClusterProcess]:
     """Ready to answer. The event loop stays free while it starts."""
-    with started_cluster(model=model, config=config, overrides=overrides, environ=environ) as cluster:
+    with started_cluster(model=model, config=config, overrides=overrides, environ=environ, program=program) as cluster:
         await asyncio.to_thread(cluster.wait_ready)
         yield cluster

@@ -50,9 +50,12 @@ def fake_plan(name: str, behaviour: str, runtime_dir: Path, *, parent_pid: int |
     )
 
 
-async def main(folder: Path) -> None:
+async def main(folder: Path, behaviours: list[str]) -> None:
     agent = NodeAgent(
-        [fake_plan(f"fake-{index}", "stubborn", folder, parent_pid=os.getpid()) for index in range(2)],
+        [
+            fake_plan(f"fake-{index}", behaviour, folder, parent_pid=os.getpid())
+            for index, behaviour in enumerate(behaviours)
+        ],
         limits=SupervisionLimits(),
         first_incarnation=Incarnation(1),
         log_dir=folder,
@@ -68,4 +71,4 @@ async def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1])))
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2:]))

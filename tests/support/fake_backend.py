@@ -23,6 +23,7 @@ from contracts.messages import (
     MEMBERS,
     PREFILL,
     CancelRequest,
+    DispatchItem,
     DispatchReply,
     DispatchRequest,
     Empty,
@@ -39,6 +40,7 @@ from contracts.messages import (
     WorkerLoad,
 )
 from contracts.requests import Frame, PhaseTimes, TokenDelta, TokenLogprobs, TopLogprob
+from engine.sequence import failure
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -75,6 +77,10 @@ class Script:
     rejection: tuple[str, str, float] | None = None
     #: Prefill workers: refuse every request.
     prefill_error: TandemError | None = None
+    #: By id: prefill workers that refuse every request.
+    prefill_errors: dict[str, TandemError] = field(default_factory=dict[str, "TandemError"])
+    #: By request id: how often its step fails before it is left alone.
+    failing_steps: dict[RequestId, int] = field(default_factory=dict[RequestId, int])
     #: Tokens in one frame of the decode worker.
     tokens_per_frame: int = 1
     #: What the workers claim to have measured.
@@ -190,8 +196,9 @@ class FakeWorker:
 
     async def _prefill(self, body: PrefillRequest, context: CallContext) -> Empty:
         await self._gates.pass_through("prefill")
-        if self.script.prefill_error is not None:
-            raise self.script.prefill_error
+        error = self.script.prefill_errors.get(self.worker_id, self.script.prefill_error)
+        if error is not None:
+            raise error
         self.accepted.append(body)
         key = RequestKey(body.request.request_id, body.request.attempt)
         decode = self.find(body.decode.worker_id)
@@ -235,11 +242,15 @@ class FakeWorker:
         reply = list(self.script.reply(request))
         finish: FinishReason = "stop" if len(reply) < request.sampling.max_tokens else "length"
         reply = reply[: request.sampling.max_tokens]
-        start = 0
+        first = start = len(request.token_ids) - request.num_prompt_tokens
+        if self.script.failing_steps.get(request.request_id, 0) > 0:
+            self.script.failing_steps[request.request_id] -= 1
+            self.send(failure(request, start, "internal", "the step failed"))
+            return
         while start < len(reply):
             await self._gates.pass_through(start)
-            stop = min(len(reply), start + (self.script.tokens_per_frame if start else 1))
-            worker = decode if start else self
+            stop = min(len(reply), start + (1 if start == first else self.script.tokens_per_frame))
+            worker = self if start == first else decode
             last = stop == len(reply)
             worker.send(self._delta(request, reply, start, stop, finish if last else None))
             start = stop
@@ -318,21 +329,23 @@ class FakeCluster:
     async def _dispatch(self, body: DispatchRequest, context: CallContext) -> DispatchReply:
         self.dispatches.append(body)
         await self.gates.pass_through("dispatch")
-        return DispatchReply(verdicts=tuple(self._verdict(item.request_id) for item in body.items))
+        return DispatchReply(verdicts=tuple(self._verdict(item) for item in body.items))
 
-    def _verdict(self, request_id: RequestId) -> Placement | Rejection:
+    def _verdict(self, item: DispatchItem) -> Placement | Rejection:
+        request_id = item.request_id
         if self.script.rejection is not None:
             code, message, retry_after_s = self.script.rejection
             return Rejection(request_id=request_id, code=code, message=message, retry_after_s=retry_after_s)
         return Placement(
             request_id=request_id,
-            prefill=self._first("prefill").peer,
-            decode=self._first("decode").peer,
+            prefill=self._first("prefill", item.avoid).peer,
+            decode=self._first("decode", item.avoid).peer,
             reason="scripted",
         )
 
-    def _first(self, role: Role) -> FakeWorker:
-        return next(worker for worker in self.workers.values() if worker.role in (role, "mixed"))
+    def _first(self, role: Role, avoid: tuple[WorkerId, ...]) -> FakeWorker:
+        able = [worker for worker in self.workers.values() if worker.role in (role, "mixed")]
+        return next((worker for worker in able if worker.worker_id not in avoid), able[0])
 
     async def _members(self, body: Empty, context: CallContext) -> MembersReply:
         members = tuple(

@@ -3,7 +3,10 @@
 Behaviours: `ready` serves until stopped; `crash` is ready and then dies by its own hand; `start-crash` dies
 before it is ready; `bad-config` fails with a configuration error; `stuck` never gets ready and ignores
 SIGTERM; `stubborn` is ready and ignores SIGTERM and its life-line; `family` starts a child that outlives it
-and holds its pipes, then crashes; `noisy` writes a line of garbage to its status pipe and long log lines.
+and holds its pipes, then crashes; `noisy` writes a line of garbage to its status pipe and long log lines;
+`frozen` is ready and then stops itself, as SIGSTOP does; `mute` is ready and shows no sign of life, though it heeds
+SIGTERM; `parent` starts a child that outlives it and serves until stopped; `flood`
+is ready and writes status lines as fast as they are taken.
 """
 
 from __future__ import annotations
@@ -15,7 +18,17 @@ import signal
 import subprocess
 import sys
 
-from cluster.launch import MAX_LAUNCH_BYTES, Failed, Loading, Ready, Status, decode_launch, encode_line
+from cluster.launch import (
+    MAX_LAUNCH_BYTES,
+    SIGN_OF_LIFE_S,
+    Alive,
+    Failed,
+    Loading,
+    Ready,
+    Status,
+    decode_launch,
+    encode_line,
+)
 from cluster.lifeline import settle, wait_for_end_of_file
 
 
@@ -26,6 +39,12 @@ def tell(status: Status) -> None:
 
 def start_grandchild() -> int:
     return subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]).pid
+
+
+async def beat() -> None:
+    while True:
+        await asyncio.sleep(SIGN_OF_LIFE_S)
+        tell(Alive())
 
 
 async def live(behaviour: str) -> int:
@@ -45,17 +64,23 @@ async def live(behaviour: str) -> int:
         case "noisy":
             print("a library prints here", flush=True)
             print("x" * 50_000, file=sys.stderr, flush=True)
-        case "family":
+        case "family" | "parent":
             print(f"grandchild {start_grandchild()}", file=sys.stderr, flush=True)
         case _:
             pass
     tell(Ready(address=f"fake:{os.getpid()}"))
     if behaviour in ("crash", "family"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "frozen":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if behaviour == "flood":
+        while True:
+            tell(Alive())
+    beating = asyncio.create_task(asyncio.Event().wait() if behaviour == "mute" else beat())
     if behaviour == "stubborn":
-        await asyncio.Event().wait()
+        await beating
     await asyncio.wait(
-        [asyncio.create_task(stop.wait()), asyncio.create_task(wait_for_end_of_file(0))],
+        [beating, asyncio.create_task(stop.wait()), asyncio.create_task(wait_for_end_of_file(0))],
         return_when=asyncio.FIRST_COMPLETED,
     )
     return 0

@@ -9,6 +9,7 @@ from contracts.ids import Attempt, GatewayId, Incarnation, LeaseId, RequestId, W
 from contracts.layout import BlockLayout, KvIdentity
 from contracts.messages import HandoffReply, LeaseTerms, Peer, RequestKey
 from contracts.requests import GenerateRequest, SamplingParams
+from engine.room import Room
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from contracts.messages import Seal
     from contracts.requests import TokenDelta
     from engine.plan import StepPlan, StepResult
-    from kvtransfer import LeaseOutcome
+    from kvtransfer import LeaseOutcome, Ledger
 
     EndedCallback = Callable[[LeaseId, LeaseOutcome, str], None]
     OnAdopted = Callable[[LeaseId, list[BlockId], Seal], None]
@@ -81,6 +82,11 @@ class RecordingHolder:
 
     #: The callback of each open lease, for tests that end it.
     on_ended: dict[LeaseId, EndedCallback] = field(default_factory=dict[LeaseId, "EndedCallback"])
+    #: How each lease that was opened is offered, and how long it may stand.
+    send_offer: dict[LeaseId, Callable[[LeaseTerms, float], Awaitable[HandoffReply]]] = field(
+        default_factory=dict[LeaseId, "Callable[[LeaseTerms, float], Awaitable[HandoffReply]]"]
+    )
+    max_age_s: dict[LeaseId, float | None] = field(default_factory=dict[LeaseId, "float | None"])
 
     def open(
         self,
@@ -89,11 +95,14 @@ class RecordingHolder:
         *,
         send_offer: Callable[[LeaseTerms, float], Awaitable[HandoffReply]],
         on_ended: EndedCallback,
+        max_age_s: float | None = None,
     ) -> LeaseId:
         self.opened += 1
         self.calls.append(("open", len(blocks), reader.worker_id))
         lease_id = LeaseId(f"lease-{self.opened}")
         self.on_ended[lease_id] = on_ended
+        self.send_offer[lease_id] = send_offer
+        self.max_age_s[lease_id] = max_age_s
         return lease_id
 
     def end(self, lease_id: LeaseId, outcome: LeaseOutcome, reason: str = "") -> None:
@@ -118,8 +127,12 @@ class RecordingReader:
     )
     cancelled: list[LeaseId] = field(default_factory=list[LeaseId])
     freed: int = 0
+    #: Raised by the next offers.
+    refusal: TandemError | None = None
 
     def offer(self, terms: LeaseTerms, *, owner: str, on_adopted: OnAdopted, on_aborted: OnAborted) -> HandoffReply:
+        if self.refusal is not None:
+            raise self.refusal
         self.callbacks[terms.lease_id] = (on_adopted, on_aborted)
         return HandoffReply(verdict="reserved")
 
@@ -162,6 +175,16 @@ def generate(
         num_prompt_tokens=prompt,
         sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens),
         deadline_s=deadline_s,
+    )
+
+
+def room_over(ledger: Ledger, *, growth_tokens: int) -> Room:
+    """The book that a worker's two sides share, over `ledger`."""
+    return Room(
+        layout=IDENTITY.layout,
+        num_blocks=ledger.num_blocks,
+        growth_tokens=growth_tokens,
+        available_blocks=lambda: ledger.available_blocks,
     )
 
 

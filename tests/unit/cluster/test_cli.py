@@ -41,6 +41,16 @@ OPTIONS = {
     "demo": {*KNOWN_FLAGS, "--config", "--set", "--no-strict-fields"},
     "coordinator": {*KNOWN_FLAGS, "--config", "--set", "--no-strict-fields", "--bind", "--token-file"},
     "gateway": {*KNOWN_FLAGS, "--config", "--set", "--no-strict-fields", "--coordinator", "--token-file"},
+    "agent": {
+        *KNOWN_FLAGS,
+        "--config",
+        "--set",
+        "--no-strict-fields",
+        "--coordinator",
+        "--runtime-dir",
+        "--bind",
+        "--token-file",
+    },
     "worker": {
         *KNOWN_FLAGS,
         "--config",

@@ -7,14 +7,16 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 import uvloop
 
+from cluster.guard import left_over
 from cluster.node_agent import NodeAgent, WorkerStatus
-from cluster.supervision import State, SupervisionLimits
+from cluster.supervision import State, Supervision, SupervisionLimits
 from contracts.ids import Incarnation
 from rpc import LiveClock
 from tests.support.fake_agent import fake_plan
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from pathlib import Path
 
-    from cluster.node_agent import WorkerPlan
+from cluster.node_agent import WorkerPlan
 
 #: Long enough for a machine under load; nothing waits for it when all is well.
 PATIENCE_S = 60.0
@@ -169,6 +171,89 @@ async def test_a_worker_that_will_not_leave_is_killed(tmp_path: Path) -> None:
     assert gone(pid_of(worker))
 
 
+@pytest.mark.parametrize("behaviour", ["frozen", "mute"])
+def test_a_ready_worker_that_falls_silent_is_killed_and_restarted(tmp_path: Path, behaviour: str) -> None:
+    """A stopped process heeds no signal but SIGKILL; one that only says nothing is treated alike."""
+
+    async def run() -> None:
+        limits = SupervisionLimits(hang_timeout_s=0.5, restart_delay_s=0.01, restart_delay_max_s=0.05)
+        watched = Watched(plans(tmp_path, behaviour), tmp_path, limits)
+        async with watched.agent:
+            (first,) = await watched.until(all_ready)
+            await watched.until(lambda workers: workers[0].incarnation >= 101)
+            assert gone(pid_of(first))
+        assert "fake-0: hangs: no sign of life for 0.5 s; killed" in watched.said
+
+    on_both_loops(run)
+
+
+async def test_signs_of_life_keep_a_worker_and_are_no_news(tmp_path: Path) -> None:
+    limits = SupervisionLimits(hang_timeout_s=1.5)
+    watched = Watched(plans(tmp_path, "ready"), tmp_path, limits)
+    async with watched.agent:
+        (worker,) = await watched.until(all_ready)
+        watched.agent.changed.clear()
+        await asyncio.sleep(3.0)
+        assert not watched.agent.changed.is_set()
+        assert watched.agent.workers() == [worker]
+
+
+async def test_an_agent_that_was_stopped_itself_kills_nobody(tmp_path: Path) -> None:
+    """As when the whole machine sleeps: here the agent's loop stands still for longer than the silence allowed, and
+    so do its workers."""
+    limits = SupervisionLimits(hang_timeout_s=1.0)
+    watched = Watched(plans(tmp_path, "ready", "ready"), tmp_path, limits)
+    async with watched.agent:
+        workers = await watched.until(all_ready)
+        for worker in workers:
+            psutil.Process(pid_of(worker)).suspend()
+        time.sleep(3.0)  # noqa: ASYNC251 - the loop is to stand still
+        for worker in workers:
+            psutil.Process(pid_of(worker)).resume()
+        await asyncio.sleep(2.0)
+        assert [worker.incarnation for worker in watched.agent.workers()] == [100, 100], watched.said
+
+
+async def test_a_cancelled_agent_waits_for_no_watcher_and_leaves_nobody(tmp_path: Path) -> None:
+    """Its keepers end in disorder while their workers flood them with events that nobody takes any more."""
+    watched = Watched(plans(tmp_path, "flood", "stubborn"), tmp_path, QUICK)
+
+    async def serve() -> None:
+        async with watched.agent:
+            await asyncio.Event().wait()
+
+    serving = asyncio.create_task(serve())
+    workers = await watched.until(all_ready)
+    pids = [pid_of(worker) for worker in workers]
+    serving.cancel()
+    await asyncio.sleep(0.1)
+    serving.cancel()
+    await asyncio.wait([serving], timeout=PATIENCE_S)
+    assert serving.cancelled()
+    wait_gone(*pids)
+
+
+async def test_a_bug_of_the_agent_ends_its_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper that fails is not a worker that is left to itself."""
+    watched = Watched(plans(tmp_path, "ready", "ready"), tmp_path, QUICK)
+
+    def broken(self: Supervision, event: object, now_s: float) -> list[object]:
+        raise ZeroDivisionError("a bug")
+
+    async def serve() -> None:
+        async with watched.agent:
+            workers.extend(await watched.until(all_ready))
+            monkeypatch.setattr(Supervision, "handle", broken)
+            await asyncio.Event().wait()
+
+    workers: list[WorkerStatus] = []
+    with pytest.raises(ExceptionGroup) as caught:
+        async with asyncio.timeout(PATIENCE_S):
+            await serve()
+    assert caught.group_contains(ZeroDivisionError)
+    wait_gone(*(pid_of(worker) for worker in workers))
+
+
 def test_what_a_crashed_worker_started_goes_with_it(tmp_path: Path) -> None:
     async def run() -> None:
         watched = Watched(plans(tmp_path, "family"), tmp_path, QUICK)
@@ -212,12 +297,31 @@ async def test_a_program_that_does_not_exist_is_a_failed_start(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_no_worker_outlives_a_killed_parent(tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "tests.support.fake_agent", str(tmp_path)]
+@pytest.mark.parametrize("behaviour", ["stubborn", "parent", "frozen"])
+def test_nobody_outlives_a_killed_agent(tmp_path: Path, number: signal.Signals, behaviour: str) -> None:
+    """Neither workers, even frozen ones, nor what they started, nor the agent's guard."""
+    command = [sys.executable, "-m", "tests.support.fake_agent", str(tmp_path), behaviour, "ready"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
         assert parent.stdout is not None
         pids: list[int] = json.loads(parent.stdout.readline())
+        children = [child.pid for child in psutil.Process(parent.pid).children()]
+        assert len(children) == 3, "two workers and the guard"
+        log = (tmp_path / "fake-0.log").read_text()
+        pids += [int(line.split()[1]) for line in log.splitlines() if line.startswith("grandchild")]
+        assert len(pids) == 2 + (behaviour == "parent")
         assert not any(gone(pid) for pid in pids)
         parent.send_signal(number)
         parent.wait(PATIENCE_S)
-    wait_gone(*pids)
+    wait_gone(*pids, *children)
+
+
+def test_the_guard_forgets_what_is_gone() -> None:
+    assert left_over([b"+10\n", b"+11\n", b"-10\n", b"+12\n"]) == {11, 12}
+
+
+async def test_without_its_guard_an_agent_goes_on(tmp_path: Path) -> None:
+    watched = Watched(plans(tmp_path, "crash"), tmp_path, QUICK)
+    async with watched.agent:
+        (guard,) = [child for child in psutil.Process().children() if "cluster.guard" in child.cmdline()]
+        guard.kill()
+        await watched.until(lambda workers: workers[0].incarnation >= 103)

@@ -9,8 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cluster.launch import Failed, Loading, Ready
+from cluster.launch import Alive, Failed, Loading, Ready
 from cluster.supervision import (
+    LONGEST_GAP_S,
+    TICK_S,
     DeadlineReached,
     Exited,
     Kill,
@@ -27,6 +29,7 @@ from cluster.supervision import (
 from contracts.ids import Incarnation
 
 if TYPE_CHECKING:
+    from cluster.launch import Status
     from cluster.supervision import Event, Instruction
 
 LIMITS = SupervisionLimits(
@@ -34,7 +37,7 @@ LIMITS = SupervisionLimits(
 )
 
 
-STATUSES = [Loading(what="weights"), Ready(address="a:1"), Failed(error="internal", message="m")]
+STATUSES = [Loading(what="weights"), Ready(address="a:1"), Alive(), Failed(error="internal", message="m")]
 
 
 class Life:
@@ -69,6 +72,15 @@ class Life:
     def become_ready(self) -> None:
         self.feed(Told(Ready(address="a:1")))
 
+    def tick(self, for_s: float) -> list[Instruction]:
+        """Looks at the clock as the agent does, until something comes of it or the time is over."""
+        until_s = self.now_s + for_s
+        while self.now_s < until_s:
+            self.now_s = min(until_s, self.now_s + TICK_S)
+            if instructions := self.feed(DeadlineReached()):
+                return instructions
+        return []
+
     def wait_for_deadline(self) -> list[Instruction]:
         assert self.machine.deadline_s is not None
         self.now_s = self.machine.deadline_s
@@ -88,7 +100,7 @@ class SupervisionHistory(RuleBasedStateMachine):
 
     @precondition(lambda self: self.life.alive)
     @rule(status=st.sampled_from(STATUSES))
-    def tell(self, status: Loading | Ready | Failed) -> None:
+    def tell(self, status: Status) -> None:
         self.life.feed(Told(status))
 
     @precondition(lambda self: self.life.alive)
@@ -118,7 +130,7 @@ class SupervisionHistory(RuleBasedStateMachine):
 
     @invariant()
     def there_is_a_deadline_exactly_where_something_is_awaited(self) -> None:
-        waiting = self.machine.state in (State.STARTING, State.ENDING, State.RESTARTING)
+        waiting = self.machine.state in (State.STARTING, State.READY, State.ENDING, State.RESTARTING)
         assert (self.machine.deadline_s is not None) == waiting
 
     @invariant()
@@ -228,3 +240,51 @@ def test_a_late_ready_does_not_undo_a_stop(life: Life) -> None:
     life.feed(StopWanted())
     life.become_ready()
     assert life.machine.state is State.ENDING
+
+
+def test_a_ready_worker_that_falls_silent_is_killed_and_restarted(life: Life) -> None:
+    life.become_ready()
+    for _ in range(20):
+        life.tick(0.5)
+        life.feed(Told(Alive()))
+    assert life.tick(LIMITS.hang_timeout_s - 0.1) == []
+    hangs = "hangs: no sign of life for 3 s; killed"
+    assert life.tick(0.2) == [Kill(), Report(hangs)]
+    assert life.machine.state is State.ENDING
+    life.die()
+    assert life.said[-1] == "crashed: no sign of life for 3 s; restarting in 1 s"
+    assert life.wait_for_deadline() == [Spawn(Incarnation(8))]
+
+
+def test_a_kill_that_does_not_take_is_repeated(life: Life) -> None:
+    life.become_ready()
+    life.tick(LIMITS.hang_timeout_s)
+    life.feed(Told(Alive()))
+    assert life.tick(LIMITS.stop_timeout_s) == [Kill()]
+    assert life.machine.state is State.ENDING
+
+
+def test_silence_while_loading_is_the_start_deadline_s_matter(life: Life) -> None:
+    assert life.tick(LIMITS.hang_timeout_s + 1) == []
+    life.feed(Told(Alive()))
+    assert life.machine.deadline_s == LIMITS.start_timeout_s
+
+
+@pytest.mark.parametrize("at_s", [0.1, 1.0, 2.9])
+def test_a_pause_of_the_agent_itself_is_nobody_s_silence(life: Life, at_s: float) -> None:
+    """A suspended machine wakes with every deadline past: the worker gets the time it had left."""
+    life.become_ready()
+    life.tick(at_s)
+    life.now_s += 3600
+    assert life.feed(DeadlineReached()) == []
+    assert life.tick(LIMITS.hang_timeout_s - at_s - 0.01) == []
+    assert life.tick(0.02)[0] == Kill()
+
+
+def test_a_busy_agent_is_not_a_paused_one(life: Life) -> None:
+    life.become_ready()
+    for _ in range(3):
+        life.now_s += LONGEST_GAP_S
+        if Kill() in life.feed(DeadlineReached()):
+            return
+    raise AssertionError("never killed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -111,11 +112,58 @@ def test_full_queues_say_how_full() -> None:
     assert "p0, has 512 requests and 7 prompt tokens waiting" in verdict.message
 
 
-def test_avoided_workers_are_not_chosen() -> None:
-    views = (view("p0", "prefill"), view("d0", "decode"), view("d1", "decode", context=99))
+@pytest.mark.parametrize(
+    ("views", "avoid", "chosen"),
+    [
+        ("p0 d0 d1", ("d0",), ("p0", "d1")),
+        ("p0 p1 d0", ("p0",), ("p1", "d0")),
+        ("p0 p1 d0 d1", ("p0", "d0"), ("p1", "d1")),
+        ("m0 m1", ("m0",), ("m1", "m1")),
+        ("m0 p0 d0", ("m0",), ("p0", "d0")),
+        ("m0 p0 d0", ("d0",), ("m0", "m0")),
+        ("m0 p0 d0", ("p0", "m0"), ("p0", "d0")),
+        # Nobody else: the failure may be over, or a new life may have the name.
+        ("p0 d0", ("d0",), ("p0", "d0")),
+        ("p0 d0", ("p0", "d0"), ("p0", "d0")),
+        ("m0", ("m0",), ("m0", "m0")),
+        ("p0 d0 d1", ("d0", "d1"), ("p0", "d0")),
+        # Names of workers that are gone mean nothing.
+        ("p0 d0", ("p7",), ("p0", "d0")),
+    ],
+)
+def test_workers_to_avoid_come_last(views: str, avoid: tuple[str, ...], chosen: tuple[str, str]) -> None:
+    """The avoided ones are the idle ones here."""
+    roles: dict[str, Role] = {"p": "prefill", "d": "decode", "m": "mixed"}
+    verdict = place(
+        item(avoid=avoid),
+        *(
+            view(name, roles[name[0]], pending=0 if name in avoid else 99, context=0 if name in avoid else 99)
+            for name in views.split()
+        ),
+    )
+    assert isinstance(verdict, Placement)
+    assert (verdict.prefill.worker_id, verdict.decode.worker_id) == chosen
+    assert ("to be avoided" in verdict.reason) == bool(set(chosen) & set(avoid))
+
+
+def test_a_full_worker_is_no_alternative_to_an_avoided_one() -> None:
+    verdict = place(
+        item(avoid=("p0",)), view("p0", "prefill"), view("p1", "prefill", waiting=512), view("d0", "decode")
+    )
+    assert isinstance(verdict, Placement)
+    assert verdict.prefill.worker_id == "p0"
+
+
+def test_a_reader_whose_writer_is_avoided_comes_after_one_whose_is_not() -> None:
+    views = (
+        view("p0", "prefill", fingerprint="a"),
+        view("p1", "prefill", fingerprint="b", pending=9),
+        view("d0", "decode", fingerprint="a"),
+        view("d1", "decode", fingerprint="b"),
+    )
     verdict = place(item(avoid=("d0",)), *views)
     assert isinstance(verdict, Placement)
-    assert verdict.decode.worker_id == "d1"
+    assert (verdict.prefill.worker_id, verdict.decode.worker_id) == ("p1", "d1")
 
 
 def test_a_prompt_goes_where_it_fits() -> None:

@@ -1,4 +1,4 @@
-"""Membership as a machine: lives, silence, hung steps, and placements that no heartbeat shows yet."""
+"""Membership as a machine: lives and their ends, silence, fencing, and placements that no heartbeat shows yet."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ import pytest
 from contracts.errors import StaleIncarnation
 from contracts.ids import Incarnation, RequestId, WorkerId
 from contracts.layout import BlockLayout, KvIdentity
-from contracts.messages import DispatchItem, Placement, WorkerInfo, WorkerLoad
+from contracts.messages import (
+    DispatchItem,
+    Placement,
+    TransferReport,
+    WorkerInfo,
+    WorkerLoad,
+)
 from coordinator import Membership, MembershipLimits
+from coordinator.membership import LONGEST_GAP_S, LOOK_INTERVAL_S
 from coordinator.policy import DispatchLimits, dispatch
 
 LIMITS = MembershipLimits()
@@ -30,8 +37,29 @@ INFO = WorkerInfo(
 )
 
 
-def life(incarnation: int) -> WorkerInfo:
-    return msgspec.structs.replace(INFO, incarnation=Incarnation(incarnation))
+P0 = WorkerId("p0")
+
+
+def life(incarnation: int, worker_id: WorkerId = P0) -> WorkerInfo:
+    return msgspec.structs.replace(INFO, worker_id=worker_id, incarnation=Incarnation(incarnation))
+
+
+def gone(membership: Membership, now_s: float) -> list[tuple[str, int]]:
+    return [(each.worker_id, each.incarnation) for each in membership.gone(now_s)]
+
+
+def beat(membership: Membership, now_s: float, incarnation: int = 1, load: WorkerLoad | None = None) -> bool:
+    return membership.heartbeat(P0, Incarnation(incarnation), load or WorkerLoad(), now_s)
+
+
+def pass_time(membership: Membership, from_s: float, to_s: float) -> list[str]:
+    """Looks as the shell does, and once at the very end; what was said."""
+    lost: list[str] = []
+    now_s = from_s
+    while now_s < to_s:
+        now_s = min(to_s, now_s + LOOK_INTERVAL_S)
+        lost += membership.expire(now_s)
+    return lost
 
 
 @pytest.fixture
@@ -41,30 +69,108 @@ def membership() -> Membership:
     return machine
 
 
-def test_a_silent_worker_is_dead_after_the_timeout_and_back_with_a_heartbeat(membership: Membership) -> None:
+def test_a_silent_worker_is_dead_after_the_timeout_for_good(membership: Membership) -> None:
+    assert pass_time(membership, 0.0, 3.0) == []
     assert len(membership.live(3.0)) == 1
+    assert pass_time(membership, 3.0, 3.01) == ["p0 incarnation 1: no heartbeat for 3.0 s"]
     assert membership.live(3.01) == []
-    lost, _ = membership.expire(3.01)
-    assert lost == ["p0 incarnation 1: no heartbeat for 3.0 s"]
-    assert membership.heartbeat(WorkerId("p0"), Incarnation(1), WorkerLoad(), 4.0)
-    _, back = membership.expire(4.0)
-    assert back == ["p0 incarnation 1"]
-    assert len(membership.live(4.0)) == 1
+    assert membership.members(3.01) == ()
+    assert gone(membership, 3.01) == [("p0", 1)]
+    why = r"given up and is not taken up again: no heartbeat for 3\.0 s"
+    with pytest.raises(StaleIncarnation, match=why):
+        beat(membership, 3.2)
+    with pytest.raises(StaleIncarnation, match=why):
+        membership.register(life(1), 3.2)
+    membership.register(life(2), 3.4)
+    assert [view.info.incarnation for view in membership.live(3.4)] == [2]
+    assert beat(membership, 3.5, incarnation=2)
 
 
-def test_a_hung_step_makes_a_worker_dead_though_it_beats(membership: Membership) -> None:
-    membership.heartbeat(WorkerId("p0"), Incarnation(1), WorkerLoad(step_age_s=60.1), 1.0)
-    assert membership.live(1.0) == []
-    assert membership.expire(1.0)[0] == ["p0 incarnation 1: an engine step has run for 60.1 s"]
+def test_whoever_asks_first_finds_the_dead(membership: Membership) -> None:
+    """No answer depends on whether the shell has looked in between."""
+    pass_time(membership, 0.0, 2.5)
+    assert membership.live(3.2) == []
+    assert membership.expire(3.2) == ["p0 incarnation 1: no heartbeat for 3.2 s"]
+    assert membership.expire(3.3) == [], "told once"
+
+
+def test_a_late_heartbeat_revives_nobody(membership: Membership) -> None:
+    pass_time(membership, 0.0, 2.5)
+    with pytest.raises(StaleIncarnation):
+        beat(membership, 3.1)
+
+
+@pytest.mark.parametrize("at_s", [0.0, 1.0, 2.9])
+def test_a_pause_of_the_coordinator_is_nobody_s_silence(membership: Membership, at_s: float) -> None:
+    pass_time(membership, 0.0, at_s)
+    assert membership.expire(at_s + 3600) == []
+    left_s = LIMITS.heartbeat_timeout_s - at_s
+    assert pass_time(membership, at_s + 3600, at_s + 3600 + left_s - 0.01) == []
+    assert len(pass_time(membership, at_s + 3600 + left_s - 0.01, at_s + 3600 + left_s + 0.01)) == 1
+
+
+def test_a_busy_coordinator_is_not_a_paused_one(membership: Membership) -> None:
+    assert membership.expire(LONGEST_GAP_S) == []
+    assert membership.expire(2 * LONGEST_GAP_S) == []
+    assert len(membership.expire(3 * LONGEST_GAP_S)) == 1
 
 
 def test_a_later_life_replaces_the_earlier_and_fences_it(membership: Membership) -> None:
     membership.register(life(2), 1.0)
-    assert not membership.heartbeat(WorkerId("p0"), Incarnation(1), WorkerLoad(), 1.1)
-    assert not membership.deregister(WorkerId("p0"), Incarnation(1))
-    with pytest.raises(StaleIncarnation, match="registers as incarnation 1, but 2 is known"):
+    assert gone(membership, 1.0) == [("p0", 1)]
+    with pytest.raises(StaleIncarnation, match="speaks as incarnation 1, but 2 is known"):
+        beat(membership, 1.1)
+    assert not membership.deregister(P0, Incarnation(1), 1.1)
+    with pytest.raises(StaleIncarnation):
         membership.register(life(1), 1.2)
     assert [view.info.incarnation for view in membership.live(1.2)] == [2]
+
+
+def test_a_goodbye_is_final_too(membership: Membership) -> None:
+    assert membership.deregister(P0, Incarnation(1), 1.0)
+    assert not membership.deregister(P0, Incarnation(1), 1.1)
+    assert gone(membership, 1.1) == [("p0", 1)]
+    assert membership.expire(1.1) == [], "nobody was lost"
+    with pytest.raises(StaleIncarnation, match="it said goodbye"):
+        membership.register(life(1), 1.2)
+
+
+def test_the_gone_are_told_for_a_while_and_the_latest_of_them_only() -> None:
+    limits = MembershipLimits(tell_gone_for_s=10.0, max_told_gone=3)
+    membership = Membership(limits)
+    for incarnation in range(1, 7):
+        membership.register(life(incarnation), float(incarnation))
+    assert gone(membership, 6.0) == [("p0", 3), ("p0", 4), ("p0", 5)]
+    assert gone(membership, 15.5) == [("p0", 5)]
+    assert membership.gone(30.0) == ()
+    with pytest.raises(StaleIncarnation):
+        membership.register(life(5), 31.0)
+
+
+def test_memory_of_the_fenced_is_bounded() -> None:
+    membership = Membership(MembershipLimits(max_fenced=2))
+    for name in ("a", "b", "c"):
+        worker_id = WorkerId(name)
+        membership.register(life(1, worker_id), 0.0)
+        membership.deregister(worker_id, Incarnation(1), 0.0)
+    membership.register(life(1, WorkerId("a")), 0.1)
+    for name in ("b", "c"):
+        with pytest.raises(StaleIncarnation):
+            membership.register(life(1, WorkerId(name)), 0.1)
+
+
+def test_a_new_coordinator_takes_up_whoever_registers() -> None:
+    membership = Membership(LIMITS)
+    assert not beat(membership, 0.0, incarnation=7)
+    membership.register(life(7), 0.1)
+    assert beat(membership, 0.2, incarnation=7)
+
+
+def test_the_last_transfers_told_stay(membership: Membership) -> None:
+    report = TransferReport(leases={"holder.sealed": 1})
+    membership.heartbeat(P0, Incarnation(1), WorkerLoad(), 0.5, report)
+    beat(membership, 1.0)
+    assert [member.transfers for member in membership.members(1.0)] == [report]
 
 
 def test_registering_twice_keeps_what_is_known(membership: Membership) -> None:
@@ -88,8 +194,3 @@ def test_placements_count_until_a_heartbeat_contains_them(membership: Membership
     assert membership.live(1.1)[0].prefill_load_tokens == 30, "the heartbeat may have left before the request came"
     membership.heartbeat(WorkerId("p0"), Incarnation(1), WorkerLoad(), 1.6)
     assert membership.live(1.6)[0].prefill_load_tokens == 0
-
-
-def test_the_dead_are_forgotten(membership: Membership) -> None:
-    membership.expire(LIMITS.forget_after_s + 1)
-    assert not membership.heartbeat(WorkerId("p0"), Incarnation(1), WorkerLoad(), LIMITS.forget_after_s + 1)

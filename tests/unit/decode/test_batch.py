@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contracts.errors import BadRequest, Cancelled, Internal, TransferAborted
+from contracts.errors import BadRequest, Cancelled, Internal, NoCapacity, TransferAborted
 from contracts.ids import Incarnation, LeaseId
 from contracts.messages import HandoffRequest, LeaseTerms, Seal
 from contracts.requests import TokenDelta
 from decode import DecodeBatch, DecodeLimits
 from engine.plan import Sampled
+from engine.room import Demand
 from kvtransfer import Ledger
 from tests.support.roles import (
     BLOCK_TOKENS,
@@ -28,6 +29,7 @@ from tests.support.roles import (
     RecordingReader,
     generate,
     key,
+    room_over,
 )
 
 if TYPE_CHECKING:
@@ -39,9 +41,11 @@ class Side:
     """A decode batch with what it stands on."""
 
     num_blocks: int = 16
+    growth_tokens: int = 4
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.num_blocks)
+        self.room = room_over(self.ledger, growth_tokens=self.growth_tokens)
         self.reader = RecordingReader()
         self.deltas = Deltas()
         self.clock = HandClock()
@@ -49,6 +53,7 @@ class Side:
             engine=Facts(num_blocks=self.num_blocks),
             ledger=self.ledger,
             reader=cast("Any", self.reader),
+            room=self.room,
             own_worker_id="d0",
             limits=DecodeLimits(),
             emit=self.deltas,
@@ -94,6 +99,8 @@ class Side:
 
     def assert_clean(self) -> None:
         self.ledger.check()
+        view = self.room.view()
+        assert (view.num_admitted, view.promised_blocks, view.starving, view.offer) == (0, 0, False, None)
         assert self.ledger.load()["free_blocks"] == self.num_blocks
         assert self.batch.open_count == 0
 
@@ -210,6 +217,94 @@ def test_an_aborted_pull_fails_the_request() -> None:
     assert (last.index, last.finish) == (0, "error")
     assert last.error is not None
     assert last.error.message == "the holder died"
+    side.assert_clean()
+
+
+def test_who_ended_an_offer_himself_answers_for_it() -> None:
+    """Cancelled: the holder withdrew it (and told the client why), or this worker did."""
+    side = Side()
+    lease_id = side.offer(generate())
+    side.reader.aborted(lease_id, Cancelled("withdrawn: finished with its first token"))
+    assert side.deltas.seen == []
+    side.assert_clean()
+    with pytest.raises(Cancelled, match="request r attempt 1 is over at d0"):
+        side.offer(generate())
+
+
+def test_an_offer_that_may_not_even_wait_is_refused_with_numbers_and_when_to_ask_again() -> None:
+    side = Side()
+    side.adopt(generate("runs"))
+    side.offer(generate("waits"), now_s=1.0)
+    side.reader.refusal = NoCapacity("2 blocks wanted, 0 available, and 1 offers wait already")
+    with pytest.raises(NoCapacity, match=r"d0 takes no more offers: 2 blocks .* 1 answers run, 0 are") as refused:
+        side.offer(generate("refused"), now_s=2.5)
+    assert refused.value.retry_after_s == 1.5
+    assert side.batch.open_count == 2
+
+
+def test_an_offer_waits_until_what_runs_can_grow_beside_it() -> None:
+    side = Side(num_blocks=8, growth_tokens=8)
+    side.adopt(generate("runs", prompt=8, max_tokens=50))
+    side.offer(generate("waits", prompt=12, max_tokens=50))
+    assert not side.batch.may_reserve(), "3 blocks, 2 for each to grow: 7 of 6"
+    side.batch.cancel(key("runs"), "test")
+    assert side.batch.may_reserve(), "alone it may have what there is"
+
+
+def test_an_offer_with_blocks_is_promised_its_growth_until_it_ends() -> None:
+    side = Side(num_blocks=16, growth_tokens=8)
+    lease_id = side.offer(generate("a", prompt=4, max_tokens=50))
+    assert side.room.view().promised_blocks == 0
+    side.ledger.reserve(lease_id, 1)
+    side.offer(generate("b", prompt=4, max_tokens=50))
+    assert side.batch.may_reserve()
+    view = side.room.view()
+    assert (view.promised_blocks, view.offer) == (2, Demand(arrival_s=0.0, num_blocks=1, growth_blocks=2))
+    side.ledger.abort(lease_id)
+    side.reader.aborted(lease_id, TransferAborted("gone"))
+    side.batch.cancel(key("b"), "test")
+    side.assert_clean()
+
+
+def test_the_preempted_come_back_in_the_order_of_their_arrival() -> None:
+    side = Side(num_blocks=6, growth_tokens=4)
+    for name in ("first", "second", "third"):
+        side.adopt(generate(name, prompt=8, max_tokens=20))
+    side.step()
+    assert side.batch.preemptions_total == 1, "the third gave way to the first and the second"
+    while len([delta for delta in side.deltas.seen if delta.finish]) < 3:
+        side.step()
+    assert [delta.request_id for delta in side.deltas.seen if delta.finish] == ["first", "second", "third"]
+    assert side.batch.recomputed_tokens_total == 8 + 12, "the third at 8 tokens, the second when its 13th had no place"
+    side.assert_clean()
+
+
+@given(
+    prompts=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 16)), min_size=1, max_size=10),
+    num_blocks=st.integers(10, 24),
+)
+def test_answers_no_longer_than_the_headroom_are_never_preempted(
+    prompts: list[tuple[int, int]], num_blocks: int
+) -> None:
+    """Admission as the reader does it: in order, each offer once its turn has come and `may_reserve` says yes."""
+    side = Side(num_blocks=num_blocks, growth_tokens=16)
+    waiting = [
+        generate(f"r{number}", prompt=prompt, max_tokens=max_tokens + 1)
+        for number, (prompt, max_tokens) in enumerate(prompts)
+    ]
+    leases = [side.offer(request) for request in waiting]
+    for _ in range(400):
+        while leases and side.batch.may_reserve():
+            request, lease_id = waiting.pop(0), leases.pop(0)
+            reserved = side.ledger.reserve(lease_id, IDENTITY.layout.blocks_for(len(request.token_ids)))
+            assert reserved is not None, "what may reserve has its blocks"
+            blocks = side.ledger.adopt(lease_id, f"{request.request_id}#{request.attempt}")
+            first = TokenDelta(request_id=request.request_id, index=0, token_ids=(7,))
+            side.reader.adopted(lease_id, blocks, Seal(num_tokens=len(request.token_ids), first_delta=first))
+        if not side.batch.open_count:
+            break
+        side.step()
+    assert (waiting, side.batch.preemptions_total) == ([], 0)
     side.assert_clean()
 
 

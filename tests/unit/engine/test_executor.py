@@ -129,6 +129,17 @@ async def test_foreign_errors_become_internal() -> None:
         assert await thread.submit(lambda: 5) == 5
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), MemoryError("no more"), GeneratorExit()])
+async def test_what_would_end_a_program_reaches_the_awaiter_and_the_thread_goes_on(error: BaseException) -> None:
+    def work() -> None:
+        raise error
+
+    async with _thread() as thread:
+        with pytest.raises(Internal, match=type(error).__name__):
+            await asyncio.wait_for(thread.submit(work), 30)
+        assert await thread.submit(lambda: 5) == 5
+
+
 async def test_jobs_run_in_order_on_one_thread_in_inference_mode() -> None:
     order = list[int]()
     async with _thread() as thread:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import httpx
@@ -26,8 +27,23 @@ if TYPE_CHECKING:
 
     from contracts.messages import Role
 
-#: Short enough for tests, long enough for a loaded machine where nothing is meant to expire.
-QUICK = GatewayLimits(gap_timeout_s=0.05, reopen_backoff_s=0.01, max_reopen_backoff_s=0.01, cancel_backoff_s=0.01)
+#: Short enough for tests, long enough for a loaded machine where nothing is meant to expire. Every failure is
+#: the client's to see: what is done about it is `test_core_replay`'s.
+QUICK = GatewayLimits(
+    gap_timeout_s=0.05,
+    reopen_backoff_s=0.01,
+    max_reopen_backoff_s=0.01,
+    cancel_backoff_s=0.01,
+    max_replays=0,
+)
+#: The same with replays, as they are by default.
+REPLAYING = replace(
+    QUICK,
+    max_replays=GatewayLimits().max_replays,
+    gap_timeout_s=GatewayLimits().gap_timeout_s,
+    replay_backoff_s=0.01,
+    max_replay_backoff_s=0.05,
+)
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from contracts.errors import (
 )
 from contracts.ids import Incarnation
 from contracts.requests import PhaseTimes, SamplingParams, TokenDelta
-from gateway.core import GatewayCore, RequestStream, Submission
+from gateway.core import GatewayCore, Submission
 from gateway.limits import GatewayLimits
 from tests.unit.gateway.conftest import QUICK, run_core
 
 if TYPE_CHECKING:
+    from gateway.stream import RequestStream
     from rpc import MemoryNetwork
     from tests.support.fake_backend import FakeCluster, Script, Stage
 

@@ -14,6 +14,10 @@ from gateway.transfer_metrics import TransferCollector
 REPORT = TransferReport(
     pulls=(PullTally("shm", "ok", 3, 4096, 0.5, 0.25), PullTally("ucx", "worker_unavailable", 1, 0, 0.0, 1.5)),
     leases={"holder.sealed": 2, "reader.pulling": 1},
+    corrupt_blocks=2,
+    refetched_blocks=1,
+    checksum_bytes=8192,
+    checksum_s=0.125,
     ended={"holder.released": 7, "reader.aborted.cancelled": 2, "reader.adopted": 5},
     links=(
         LinkReport(peer=WorkerId("p0"), transport="shm", bandwidth_bytes_per_s=3e9, latency_s=1e-4, chosen=True),
@@ -61,6 +65,10 @@ def samples(*members: Member) -> dict[tuple[str, tuple[str, ...]], float]:
         ("tandem_kv_leases_ended_total", ("d0", "decode", "holder", "released", ""), 7),
         ("tandem_kv_leases_ended_total", ("d0", "decode", "reader", "aborted", "cancelled"), 2),
         ("tandem_kv_link_bandwidth_bytes_per_second", ("d0", "p0", "shm", "true"), 3e9),
+        ("tandem_kv_corrupt_blocks_total", ("d0", "decode"), 2),
+        ("tandem_kv_refetched_blocks_total", ("d0", "decode"), 1),
+        ("tandem_kv_checksum_bytes_total", ("d0", "decode"), 8192),
+        ("tandem_kv_checksum_seconds_total", ("d0", "decode"), 0.125),
         ("tandem_kv_link_latency_seconds", ("d0", "p0", "shm", "true"), 1e-4),
     ],
 )

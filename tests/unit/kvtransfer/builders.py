@@ -52,12 +52,14 @@ def progress(
     withdrawn: str | None = None,
     lease_id: LeaseId = LEASE,
     incarnation: Incarnation = HOLDER.incarnation,
+    checksums: tuple[int, ...] = (),
 ) -> ProgressRequest:
     return ProgressRequest(
         lease_id=lease_id,
         holder_incarnation=incarnation,
         start=start,
         blocks=refs(*block_ids),
+        checksums=checksums,
         seal=seal,
         withdrawn=withdrawn,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from contracts.errors import (
@@ -14,6 +16,7 @@ from contracts.errors import (
     InvariantBroken,
     NoCapacity,
     StaleIncarnation,
+    TandemError,
     WorkerUnavailable,
 )
 from contracts.ids import Incarnation, LeaseId
@@ -25,6 +28,7 @@ from contracts.messages import (
     RenewReply,
     RenewRequest,
 )
+from kvtransfer.block_work import Preparation
 from kvtransfer.holder import Holder
 from kvtransfer.holder_events import (
     AckArrived,
@@ -40,6 +44,8 @@ from kvtransfer.holder_events import (
     OfferAnswered,
     OfferFailed,
     Opened,
+    PrepareBlocks,
+    Prepared,
     ProgressAnswered,
     ProgressFailed,
     ReaderGone,
@@ -64,10 +70,10 @@ LOST = WorkerUnavailable("gone")
 class Bench:
     """One holder with one lease of three blocks, on a hand-set clock."""
 
-    def __init__(self, *, max_age_s: float = 600.0) -> None:
+    def __init__(self, *, max_age_s: float = 600.0, prepares: bool = False) -> None:
         self.now_s = 100.0
         self.ledger = Ledger(8)
-        self.holder = Holder(self.ledger, HOLDER.incarnation, max_age_s=max_age_s)
+        self.holder = Holder(self.ledger, HOLDER.incarnation, max_age_s=max_age_s, prepares=prepares)
         blocks = self.ledger.allocate("prompt", 3)
         assert blocks is not None
         self.blocks = tuple(blocks)
@@ -120,10 +126,28 @@ class Bench:
         self.confirmed().feed(ACK)
         return self
 
+    def offering_preparing(self) -> Bench:
+        self.opened().feed(Advanced(LEASE, 2))
+        return self
+
+    def preparing(self) -> Bench:
+        self.accepted().feed(Advanced(LEASE, 2))
+        return self
+
+    def prepared(self) -> Bench:
+        self.preparing().feed(PREPARED)
+        return self
+
+    def lingering(self) -> Bench:
+        self.preparing().feed(ACK)
+        return self
+
 
 CONFIRM = ConfirmAsked(ConfirmRequest(lease_id=LEASE, holder_incarnation=HOLDER.incarnation))
 RENEW = RenewAsked(RenewRequest(lease_ids=(LEASE,), holder_incarnation=HOLDER.incarnation))
 ACK = AckArrived(AckRequest(lease_ids=(LEASE,), holder_incarnation=HOLDER.incarnation))
+
+PREPARED = Prepared(LEASE, Preparation(num_bytes=128, checksum_s=0.25))
 
 STATES: dict[str, Callable[[Bench], Bench]] = {
     "offering": Bench.opened,
@@ -135,14 +159,28 @@ STATES: dict[str, Callable[[Bench], Bench]] = {
     "confirmed": Bench.confirmed,
     "withdrawn": Bench.withdrawn,
     "ended": Bench.ended,
+    # and with preparations
+    "offering, preparing": Bench.offering_preparing,
+    "preparing": Bench.preparing,
+    "prepared": Bench.prepared,
+    "ended, preparing": Bench.lingering,
 }
+
+
+def bench_in(state: str) -> Bench:
+    prepares = "prepar" in state
+    return STATES[state](Bench(prepares=prepares))
+
 
 EVENTS: dict[str, HolderEvent] = {
     "offer answered": OfferAnswered(LEASE),
     "offer lost": OfferFailed(LEASE, LOST),
     "offer refused": OfferFailed(LEASE, IncompatiblePeer("other model")),
+    "offer to a full reader": OfferFailed(LEASE, NoCapacity("full")),
     "advanced": Advanced(LEASE, 3),
     "sealed": Sealed(LEASE, 3, SEAL),
+    "prepared": PREPARED,
+    "preparation failed": Prepared(LEASE, Preparation(error=LOST)),
     "progress known": ProgressAnswered(LEASE, ProgressReply(known=True, expected=2)),
     "progress unknown": ProgressAnswered(LEASE, ProgressReply(known=False)),
     "progress lost": ProgressFailed(LEASE, LOST),
@@ -189,147 +227,198 @@ def _word(instruction: HolderInstruction) -> str:
             return type(instruction).__name__
 
 
-#: One row per event: what it does in each state, in the order of STATES; one cell where all are alike.
-TABLE: dict[str, str | tuple[str, ...]] = {
+#: What each event does: in most states, and in those where it does something else.
+TABLE: dict[str, tuple[str, dict[str, str]]] = {
     "offer answered": (
-        "-",
         "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
+        {
+            "offering": "-",
+            "offering, preparing": "-",
+        },
     ),
     "offer lost": (
-        "-",
         "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
+        {
+            "offering": "-",
+            "offering, preparing": "-",
+        },
     ),
     "offer refused": (
-        "ended refused",
         "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
+        {
+            "offering": "ended refused",
+            "offering, preparing": "ended refused",
+        },
     ),
-    "advanced": ("-", "-", "SendProgress", "-", "bug", "bug", "bug", "ignored", "ignored"),
-    "sealed": ("-", "-", "SendProgress", "-", "bug", "bug", "bug", "ignored", "ignored"),
+    "offer to a full reader": (
+        "ignored",
+        {
+            "offering": "-",
+            "offering, preparing": "-",
+        },
+    ),
+    "advanced": (
+        "-",
+        {
+            "accepted": "SendProgress",
+            "sealing": "bug",
+            "sealed": "bug",
+            "confirmed": "bug",
+            "withdrawn": "ignored",
+            "ended": "ignored",
+            "prepared": "PrepareBlocks",
+            "ended, preparing": "ignored",
+        },
+    ),
+    "sealed": (
+        "-",
+        {
+            "accepted": "SendProgress",
+            "sealing": "bug",
+            "sealed": "bug",
+            "confirmed": "bug",
+            "withdrawn": "ignored",
+            "ended": "ignored",
+            "prepared": "PrepareBlocks",
+            "ended, preparing": "ignored",
+        },
+    ),
+    "prepared": (
+        "ignored",
+        {
+            "offering, preparing": "-",
+            "preparing": "SendProgress",
+            "ended, preparing": "-",
+        },
+    ),
+    "preparation failed": (
+        "ignored",
+        {
+            "offering, preparing": "ended withdrawn, SendFarewell",
+            "preparing": "ended withdrawn, SendFarewell",
+            "ended, preparing": "-",
+        },
+    ),
     "progress known": (
         "ignored",
-        "ignored",
-        "ignored",
-        "-",
-        "SendProgress",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
+        {
+            "announcing": "-",
+            "sealing": "SendProgress",
+            "prepared": "-",
+        },
     ),
     "progress unknown": (
         "ignored",
-        "ignored",
-        "ignored",
-        "ended expired",
-        "ended expired",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
+        {
+            "announcing": "ended expired",
+            "sealing": "ended expired",
+            "prepared": "ended expired",
+        },
     ),
-    "progress lost": ("ignored", "ignored", "ignored", "-", "-", "ignored", "ignored", "ignored", "ignored"),
+    "progress lost": (
+        "ignored",
+        {
+            "announcing": "-",
+            "sealing": "-",
+            "prepared": "-",
+        },
+    ),
     "farewell arrived": (
         "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "-",
-        "ignored",
+        {
+            "withdrawn": "-",
+        },
     ),
     "farewell lost": (
         "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "ignored",
-        "-",
-        "ignored",
+        {
+            "withdrawn": "-",
+        },
     ),
     "confirm": (
         "does not stand",
-        "does not stand",
-        "does not stand",
-        "does not stand",
-        "stands",
-        "stands",
-        "stands",
-        "does not stand",
-        "does not stand",
+        {
+            "sealing": "stands",
+            "sealed": "stands",
+            "confirmed": "stands",
+        },
     ),
-    "confirm of another life": "stale_incarnation",
-    "renew": ("alive", "alive", "alive", "alive", "alive", "alive", "alive", "not alive", "not alive"),
-    "renew of another life": "stale_incarnation",
+    "confirm of another life": (
+        "stale_incarnation",
+        {},
+    ),
+    "renew": (
+        "alive",
+        {
+            "withdrawn": "not alive",
+            "ended": "not alive",
+            "ended, preparing": "not alive",
+        },
+    ),
+    "renew of another life": (
+        "stale_incarnation",
+        {},
+    ),
     "ack": (
         "ended refused, ok",
-        "ended refused, ok",
-        "ended refused, ok",
-        "ended refused, ok",
-        "ended refused, ok",
-        "ended refused, ok",
-        "ended released, ok",
-        "ignored, ok",
-        "ignored, ok",
+        {
+            "confirmed": "ended released, ok",
+            "withdrawn": "ignored, ok",
+            "ended": "ignored, ok",
+            "ended, preparing": "ignored, ok",
+        },
     ),
-    "ack of another life": "stale_incarnation",
+    "ack of another life": (
+        "stale_incarnation",
+        {},
+    ),
     "withdrawn": (
         "ended withdrawn, SendFarewell",
-        "ended withdrawn, SendFarewell",
-        "ended withdrawn, SendFarewell",
-        "ended withdrawn, SendFarewell",
-        "ended withdrawn, SendFarewell",
-        "ended withdrawn, SendFarewell",
-        "ended withdrawn, SendFarewell",
-        "ignored",
-        "ignored",
+        {
+            "withdrawn": "ignored",
+            "ended": "ignored",
+            "ended, preparing": "ignored",
+        },
     ),
     "reader gone": (
         "ended expired",
-        "ended expired",
-        "ended expired",
-        "ended expired",
-        "ended expired",
-        "ended expired",
-        "ended released",
-        "-",
-        "-",
+        {
+            "confirmed": "ended released",
+            "withdrawn": "-",
+            "ended": "-",
+            "ended, preparing": "-",
+        },
     ),
-    "another reader gone": "-",
-    "tick": "-",
+    "another reader gone": (
+        "-",
+        {},
+    ),
+    "tick": (
+        "-",
+        {},
+    ),
 }
 
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_every_event_in_every_state(event: str) -> None:
-    row = TABLE[event]
-    expected = {state: row if isinstance(row, str) else row[index] for index, state in enumerate(STATES)}
-    actual = {state: describe(build(Bench()), EVENTS[event]) for state, build in STATES.items()}
-    assert actual == expected
+    common, special = TABLE[event]
+    actual = {state: describe(bench_in(state), EVENTS[event]) for state in STATES}
+    assert actual == {state: special.get(state, common) for state in STATES}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_any_two_events_in_any_order_end_a_lease_at_most_once(state: str) -> None:
+    """Repeats and reordering: `feed` audits machine and ledger after each event."""
+    for first, second in itertools.product(EVENTS.values(), repeat=2):
+        bench = bench_in(state)
+        ends = 0
+        for event in (first, second):
+            with contextlib.suppress(InvariantBroken):
+                ends += sum(isinstance(each, LeaseEnded) for each in bench.feed(event))
+            bench.holder.check()
+            bench.ledger.check()
+        assert ends <= 1, (first, second)
 
 
 def test_offer_names_what_is_left_of_the_term() -> None:
@@ -345,26 +434,59 @@ def test_offer_names_what_is_left_of_the_term() -> None:
     assert second.timeout_s < second.terms.ttl_s / 2
 
 
-def test_offer_is_repeated_with_growing_delays_until_the_term_is_over() -> None:
-    bench = Bench().opened()
+def offers_until_the_end(bench: Bench, error: TandemError) -> list[float]:
+    """When each offer was sent, all of them failing with `error`."""
     sent_s: list[float] = []
     while bench.holder.num_leases:
-        if any(isinstance(each, SendOffer) for each in bench.last):
+        for offer in [each for each in bench.last if isinstance(each, SendOffer)]:
+            # The reader counts on half of it, and the holder stands by all of it.
+            assert 0 < offer.terms.ttl_s <= TTL_S
             sent_s.append(bench.now_s)
-            bench.feed(OfferFailed(LEASE, NoCapacity("full")))
+            bench.feed(OfferFailed(LEASE, error))
         due_s = bench.holder.next_due_s()
         assert due_s is not None
         bench.now_s = due_s
         bench.feed(HolderTick())
+    (ended,) = bench.last
+    assert isinstance(ended, LeaseEnded)
+    assert ended.outcome is LeaseOutcome.EXPIRED
+    assert error.message in ended.reason
+    assert bench.holder.idle
+    assert bench.holder.next_due_s() is None
+    return sent_s
+
+
+def test_offer_is_repeated_with_growing_delays_until_the_term_is_over() -> None:
+    bench = Bench().opened()
+    sent_s = offers_until_the_end(bench, DeadlineExceeded("silence"))
     gaps = [later - earlier for earlier, later in itertools.pairwise(sent_s)]
     assert gaps[:5] == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8])
     assert max(gaps) <= 1.0
-    (ended,) = bench.last
-    assert isinstance(ended, LeaseEnded)
-    assert (ended.outcome, bench.now_s) == (LeaseOutcome.EXPIRED, 100.0 + TTL_S)
-    assert "full" in ended.reason
-    assert bench.holder.idle
-    assert bench.holder.next_due_s() is None
+    assert bench.now_s == 100.0 + TTL_S
+
+
+def test_a_full_reader_is_waited_for_until_the_lease_is_too_old() -> None:
+    bench = Bench(max_age_s=100.0).opened()
+    sent_s = offers_until_the_end(bench, NoCapacity("full"))
+    assert bench.now_s == 200.0
+    assert len(sent_s) > 90
+
+
+def test_a_lease_may_have_an_age_of_its_own() -> None:
+    bench = Bench(max_age_s=100.0)
+    bench.feed(Opened(terms=terms(), reader=READER, blocks=bench.blocks, max_age_s=20.0))
+    offers_until_the_end(bench, NoCapacity("full"))
+    assert bench.now_s == 120.0
+
+
+def test_a_reader_that_falls_silent_after_it_was_full_costs_one_term() -> None:
+    bench = Bench().opened()
+    for _ in range(20):
+        bench.feed(OfferFailed(LEASE, NoCapacity("full")))
+        bench.after(1.0)
+    full_s = bench.now_s
+    offers_until_the_end(bench, WorkerUnavailable("gone"))
+    assert bench.now_s <= full_s + TTL_S
 
 
 def test_offer_waits_as_long_as_the_reader_says() -> None:
@@ -538,3 +660,62 @@ def test_opening_without_blocks_or_twice_is_a_bug() -> None:
         bench.feed(Sealed(LEASE, 0, SEAL))
     with pytest.raises(InvariantBroken, match="advances to block 4"):
         bench.feed(Advanced(LEASE, 4))
+
+
+# --- preparations ---------------------------------------------------------------------------------------
+
+CHECKSUMMED = msgspec.structs.replace(terms(), checksums=True)
+
+
+def test_blocks_are_announced_with_their_checksums_once_these_are_known() -> None:
+    bench = Bench(prepares=True)
+    bench.feed(Opened(terms=CHECKSUMMED, reader=READER, blocks=bench.blocks), OfferAnswered(LEASE))
+    (work,) = bench.feed(Advanced(LEASE, 2))
+    assert work == PrepareBlocks(lease_id=LEASE, blocks=bench.blocks[:2])
+    assert bench.feed(Sealed(LEASE, 3, SEAL)) == []
+    more, first = bench.feed(Prepared(LEASE, Preparation(checksums=(11, 12), num_bytes=128, checksum_s=0.5)))
+    assert more == PrepareBlocks(lease_id=LEASE, blocks=bench.blocks[2:])
+    assert isinstance(first, SendProgress)
+    assert (len(first.body.blocks), first.body.checksums, first.body.seal) == (2, (11, 12), None)
+    assert bench.feed(ProgressAnswered(LEASE, ProgressReply(known=True, expected=2))) == []
+    (second,) = bench.feed(Prepared(LEASE, Preparation(checksums=(13,), num_bytes=64, checksum_s=0.25)))
+    assert isinstance(second, SendProgress)
+    assert (second.body.start, second.body.checksums, second.body.seal) == (2, (13,), SEAL)
+    assert (bench.holder.counters.checksum_bytes, bench.holder.counters.checksum_s) == (192, 0.75)
+
+
+def test_a_gap_is_filled_with_the_same_checksums() -> None:
+    bench = Bench(prepares=True)
+    bench.feed(Opened(terms=CHECKSUMMED, reader=READER, blocks=bench.blocks), OfferAnswered(LEASE))
+    bench.feed(Sealed(LEASE, 3, SEAL), Prepared(LEASE, Preparation(checksums=(11, 12, 13))))
+    (again,) = bench.feed(ProgressAnswered(LEASE, ProgressReply(known=True, expected=1)))
+    assert isinstance(again, SendProgress)
+    assert (again.body.start, again.body.checksums) == (1, (12, 13))
+
+
+def test_large_leases_are_prepared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtransfer.holder.MAX_PREPARED_BYTES", 2 * terms().identity.layout.block_bytes)
+    bench = Bench(prepares=True).accepted()
+    (first,) = bench.feed(Sealed(LEASE, 3, SEAL))
+    assert first == PrepareBlocks(lease_id=LEASE, blocks=bench.blocks[:2])
+    (second, _progress) = bench.feed(PREPARED)
+    assert second == PrepareBlocks(lease_id=LEASE, blocks=bench.blocks[2:])
+
+
+def test_blocks_being_prepared_stay_pinned_after_the_end() -> None:
+    bench = Bench(prepares=True).lingering()
+    bench.ledger.release_all("prompt")
+    assert bench.ledger.load()["offered_blocks"] == 3
+    assert bench.holder.num_leases == 1
+    assert not bench.holder.idle
+    assert bench.after(1e6) == []
+    bench.feed(PREPARED)
+    assert bench.ledger.load()["free_blocks"] == 8
+    assert bench.holder.idle
+
+
+def test_as_many_checksums_as_blocks() -> None:
+    bench = Bench(prepares=True)
+    bench.feed(Opened(terms=CHECKSUMMED, reader=READER, blocks=bench.blocks), Sealed(LEASE, 3, SEAL))
+    with pytest.raises(InvariantBroken, match="2 checksums up to block 3"):
+        bench.feed(Prepared(LEASE, Preparation(checksums=(1, 2))))

@@ -1,6 +1,9 @@
 """Both lease machines against each other: thousands of short runs over a network that loses, repeats, delays
 and reorders, with cancels, crashes and late transfers. No wrong byte may be adopted, and nothing may leak.
 
+Every second run has checksums: blocks are prepared before they are announced and checked after their pull, both
+of which take time, and a pull may spoil what it copies.
+
 Block contents are modelled: a holder's block holds (request, position) while it is that request's, and
 nothing once it is free. A pull copies block by block at random moments, even after it was asked to stop.
 A failing run is repeated with `run(seed)`.
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import random
+import zlib
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -35,6 +39,7 @@ from contracts.messages import (
 from contracts.requests import TokenDelta
 from kvtransfer import holder_events as h
 from kvtransfer import reader_events as r
+from kvtransfer.block_work import Landing, Preparation
 from kvtransfer.holder import Holder
 from kvtransfer.ledger import Ledger
 from kvtransfer.reader import Reader
@@ -52,6 +57,11 @@ FAULTS_UNTIL_S = 12.0
 QUIET_S = 40.0
 
 Content = tuple[str, int] | None
+SPOILT: Content = ("spoilt", 0)
+
+
+def checksum(content: Content) -> int:
+    return zlib.crc32(repr(content).encode())
 
 
 class World:
@@ -64,6 +74,7 @@ class World:
         self._ticket = 0
         self._audits = 0
         self.harsh = self.rng.random() < 0.7
+        self.checksums = seed % 2 == 0
 
     def later(self, delay_s: float, action: Callable[[], object]) -> None:
         self._ticket += 1
@@ -90,6 +101,12 @@ class World:
         if self.faulty and self.rng.random() < 0.15:
             return self.rng.uniform(0.1, 3.0)
         return self.rng.uniform(0.001, 0.03)
+
+    def work_s(self) -> float:
+        """How long a preparation or a landing takes."""
+        if self.faulty and self.rng.random() < 0.1:
+            return self.rng.uniform(0.1, 5.0)
+        return self.rng.uniform(0.0001, 0.01)
 
     def call(
         self,
@@ -140,7 +157,7 @@ class HolderNode:
         self.offset_s = world.rng.uniform(0, 1000)
         self.me = Peer(worker_id=WorkerId("p"), incarnation=Incarnation(incarnation), address="p:1")
         self.ledger = Ledger(HOLDER_BLOCKS)
-        self.machine = Holder(self.ledger, self.me.incarnation)
+        self.machine = Holder(self.ledger, self.me.incarnation, max_age_s=8.0, prepares=world.checksums)
         self.contents: list[Content] = [None] * HOLDER_BLOCKS
         self.requests: dict[LeaseId, Request] = {}
         self.outcomes: dict[LeaseId, h.LeaseOutcome] = {}
@@ -193,6 +210,7 @@ class HolderNode:
             endpoints={"memory": str(self.me.incarnation).encode()},
             num_blocks=num_blocks,
             ttl_s=TTL_S,
+            checksums=self.world.checksums,
         )
         self.feed(h.Opened(terms=terms, reader=self.cluster.reader.me, blocks=tuple(blocks)))
         self._compute(lease_id)
@@ -256,6 +274,8 @@ class HolderNode:
                     lambda: self.cluster.reader.progress(body),
                     lambda reply: self._farewell_done(body.lease_id, reply),
                 )
+            case h.PrepareBlocks(lease_id=lease_id, blocks=blocks):
+                self.world.later(self.world.work_s(), partial(self._prepared, lease_id, blocks))
             case h.LeaseEnded(lease_id=lease_id, outcome=outcome):
                 assert lease_id not in self.outcomes, "a lease ended twice"
                 self.outcomes[lease_id] = outcome
@@ -263,6 +283,16 @@ class HolderNode:
                     self.ledger.release_all(lease_id)
             case h.Answer() | h.Refuse():
                 pass
+
+    def _prepared(self, lease_id: LeaseId, blocks: tuple[BlockId, ...]) -> None:
+        if self.dead:
+            return
+        contents = [self.contents[block] for block in blocks]
+        # Whatever became of the lease: what is read for it is not yet anybody else's.
+        assert all(content is not None and content[0] == lease_id for content in contents), contents
+        checksums = tuple(checksum(content) for content in contents)
+        error = WorkerUnavailable("device lost") if self.world.faulty and self.world.rng.random() < 0.01 else None
+        self.feed(h.Prepared(lease_id, Preparation(checksums=checksums, error=error)))
 
     def _offer_done(self, lease_id: LeaseId, reply: object) -> None:
         if isinstance(reply, TandemError):
@@ -300,7 +330,15 @@ class ReaderNode:
         self.offset_s = world.rng.uniform(0, 1000)
         self.me = Peer(worker_id=WorkerId("d"), incarnation=Incarnation(incarnation), address="d:1")
         self.ledger = Ledger(READER_BLOCKS)
-        self.machine = Reader(self.ledger, IDENTITY, ("memory",), max_waiting=3, max_pull_bytes=2 * 64)
+        self.machine = Reader(
+            self.ledger,
+            IDENTITY,
+            ("memory",),
+            max_waiting=1 if world.rng.random() < 0.3 else 3,
+            max_pull_bytes=2 * 64,
+            lands=world.checksums,
+            checksum=world.checksums,
+        )
         self.contents: list[Content] = [None] * READER_BLOCKS
         #: Leases whose offer was accepted, and how each ended.
         self.accepted: set[LeaseId] = set()
@@ -365,6 +403,8 @@ class ReaderNode:
         match instruction:
             case r.StartPull():
                 self._start_pull(instruction)
+            case r.LandBlocks():
+                self.world.later(self.world.work_s(), partial(self._land, instruction))
             case r.StopPull(lease_id):
                 self.stopping.add(lease_id)
             case r.AskConfirm(lease_id=lease_id, body=body, timeout_s=timeout_s):
@@ -419,7 +459,16 @@ class ReaderNode:
         """One block lands; into memory that nobody else may have been given."""
         if not self.dead:
             assert self.ledger.block_class(own).name in ("RESERVED", "QUARANTINED")
-            self.contents[own] = source.contents[block]
+            spoilt = self.world.checksums and self.world.faulty and self.world.rng.random() < 0.2
+            self.contents[own] = SPOILT if spoilt else source.contents[block]
+
+    def _land(self, order: r.LandBlocks) -> None:
+        if self.dead:
+            return
+        assert all(self.ledger.block_class(block).name in ("RESERVED", "QUARANTINED") for block in order.blocks)
+        found = [checksum(self.contents[block]) for block in order.blocks]
+        corrupt = tuple(n for n, pair in enumerate(zip(found, order.checksums, strict=True)) if pair[0] != pair[1])
+        self.feed(r.Landed(order.lease_id, Landing(corrupt=corrupt, num_bytes=64 * len(found))))
 
     def _pull_ended(self, lease_id: LeaseId, result: PullResult) -> None:
         self.feed(r.PullEnded(lease_id, result))
@@ -526,7 +575,7 @@ def test_random_runs_end_clean_and_adopt_no_wrong_byte(batch: int) -> None:
 def test_runs_reach_what_they_are_for() -> None:
     ends: dict[str, int] = {}
     outcomes: dict[str, int] = {}
-    for seed in range(150):
+    for seed in range(400):
         cluster = run(seed)
         for reader in cluster.readers.values():
             for end in reader.ends.values():

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from simulator import Program
 
 RDMA = LinkClass(name="RDMA", bandwidth_bytes_per_s=5e9, latency_s=0.001)
+#: What 64 KiB at once can show on a link with 0.1 ms of latency.
+QUICK = LinkClass(name="quick", bandwidth_bytes_per_s=1e9, latency_s=0.001)
 HOLDER = Peer(worker_id=WorkerId("p0"), incarnation=Incarnation(1), address="p0:1")
 
 measurements = st.lists(
@@ -144,15 +146,32 @@ def test_a_probe_that_does_not_end_keeps_its_scratch_blocks_in_quarantine() -> N
         transports = TransportSet((stuck[1],), LinkPolicy(allow_slow=True))
         ledger = Ledger(64)
         prober = Prober(ledger, VirtualClock(), block_bytes=4096, on_settled=lambda: None)
-        choice = await transports.probe(HOLDER, {"stuck": stuck[0].endpoint()}, 64, prober)
-        assert choice.transport is None
-        assert "took longer than" in choice.reason
+        with pytest.raises(WorkerUnavailable, match="took longer than"):
+            await transports.probe(HOLDER, {"stuck": stuck[0].endpoint()}, 64, prober)
         assert ledger.load()["quarantined_blocks"] == 16
-        assert "no transport to p0 is fast enough" in (transports.refusal(HOLDER) or "")
+        assert transports.refusal(HOLDER) is None
+        assert not transports.is_probed(HOLDER.worker_id, HOLDER.incarnation)
         await asyncio.sleep(61.0)
         assert ledger.available_blocks == 64
         ledger.check()
         await prober.close()
+
+    run(main, seed=1)
+
+
+def test_a_holder_whose_ways_are_all_too_slow_is_refused_until_it_is_measured_again() -> None:
+    async def main(program: Program) -> None:
+        speed = [0.5]
+        both = pools()
+        holder, reader = pair("ucx", lambda info: link(speed[0])(info), both)
+        transports = TransportSet((reader,), LinkPolicy(classes={"ucx": RDMA}))
+        prober = Prober(Ledger(64), VirtualClock(), block_bytes=4096, on_settled=lambda: None)
+        assert (await transports.probe(HOLDER, {"ucx": holder.endpoint()}, 64, prober)).transport is None
+        assert "no transport to p0 is fast enough: ucx: " in (transports.refusal(HOLDER) or "")
+        speed[0] = 1000.0
+        reader_of_quick = TransportSet((reader,), LinkPolicy(classes={"ucx": QUICK}))
+        assert (await reader_of_quick.probe(HOLDER, {"ucx": holder.endpoint()}, 64, prober)).transport == "ucx"
+        assert reader_of_quick.refusal(HOLDER) is None
 
     run(main, seed=1)
 

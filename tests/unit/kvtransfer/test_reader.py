@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -10,8 +11,8 @@ import pytest
 from contracts.errors import (
     BadRequest,
     Cancelled,
+    CorruptKv,
     DeadlineExceeded,
-    IncompatiblePeer,
     InvariantBroken,
     NoCapacity,
     StaleIncarnation,
@@ -20,6 +21,7 @@ from contracts.errors import (
 )
 from contracts.ids import BlockId, Incarnation, LeaseId
 from contracts.messages import ConfirmReply, Peer, ProgressReply, RenewReply
+from kvtransfer.block_work import Landing
 from kvtransfer.ledger import Ledger
 from kvtransfer.reader import MAX_ENDED_LEASES, Reader
 from kvtransfer.reader_events import (
@@ -32,6 +34,8 @@ from kvtransfer.reader_events import (
     ConfirmAnswered,
     ConfirmFailed,
     HolderGone,
+    LandBlocks,
+    Landed,
     LeaseAborted,
     LeaseAdopted,
     Offered,
@@ -61,6 +65,9 @@ NEXT_LIFE = msgspec.structs.replace(HOLDER, incarnation=Incarnation(HOLDER.incar
 LOST = WorkerUnavailable("gone")
 DONE = PullEnded(LEASE, PullResult(num_bytes=3, wire_s=0.5))
 FAILED = PullEnded(LEASE, PullResult(num_bytes=1, wire_s=0.1, error=LOST))
+LANDED = Landed(LEASE, Landing(num_bytes=128, checksum_s=0.25))
+CORRUPT = Landed(LEASE, Landing(corrupt=(1,)))
+CORRUPT_AGAIN = Landed(LEASE, Landing(corrupt=(0,)))
 
 
 def offered(lease_id: LeaseId = LEASE, num_blocks: int = 3, holder: Peer = HOLDER) -> Offered:
@@ -70,10 +77,12 @@ def offered(lease_id: LeaseId = LEASE, num_blocks: int = 3, holder: Peer = HOLDE
 class Bench:
     """One reader with a pool of eight blocks, on a hand-set clock."""
 
-    def __init__(self, *, max_waiting: int = 4) -> None:
+    def __init__(self, *, max_waiting: int = 4, lands: bool = False) -> None:
         self.now_s = 100.0
         self.ledger = Ledger(8)
-        self.reader = Reader(self.ledger, IDENTITY, ("memory",), max_waiting=max_waiting, max_pull_bytes=10 * 64)
+        self.reader = Reader(
+            self.ledger, IDENTITY, ("memory",), max_waiting=max_waiting, max_pull_bytes=10 * 64, lands=lands
+        )
         self.last: list[ReaderInstruction] = []
 
     def feed(self, *events: ReaderEvent) -> list[ReaderInstruction]:
@@ -137,6 +146,22 @@ class Bench:
         self.confirming().feed(ConfirmAnswered(LEASE, ConfirmReply(stands=True)))
         return self
 
+    def landing(self) -> Bench:
+        self.pulling().feed(DONE)
+        return self
+
+    def refetching(self) -> Bench:
+        self.landing().feed(CORRUPT)
+        return self
+
+    def landing_for_the_last_time(self) -> Bench:
+        self.refetching().feed(DONE, CORRUPT_AGAIN, DONE)
+        return self
+
+    def landing_in_quarantine(self) -> Bench:
+        self.landing().feed(CancelRequested(LEASE, "client left"))
+        return self
+
     def forgotten(self) -> Bench:
         self.adopted().feed(AckEnded(KEY, None))
         return self
@@ -155,7 +180,17 @@ STATES: dict[str, Callable[[Bench], Bench]] = {
     "renewing": Bench.renewing,
     "adopted": Bench.adopted,
     "forgotten": Bench.forgotten,
+    # and where pulled blocks are checked
+    "landing": Bench.landing,
+    "refetching": Bench.refetching,
+    "landing for the last time": Bench.landing_for_the_last_time,
+    "landing in quarantine": Bench.landing_in_quarantine,
 }
+
+
+def bench_in(state: str) -> Bench:
+    return STATES[state](Bench(lands="landing" in state or state == "refetching"))
+
 
 EVENTS: dict[str, ReaderEvent] = {
     "offer": offered(),
@@ -168,6 +203,9 @@ EVENTS: dict[str, ReaderEvent] = {
     "withdrawal": ProgressArrived(progress(0, withdrawn="cancelled")),
     "pull done": DONE,
     "pull failed": FAILED,
+    "landed": LANDED,
+    "landed with a corrupt block": CORRUPT_AGAIN,
+    "landing failed": Landed(LEASE, Landing(error=LOST)),
     "confirmed": ConfirmAnswered(LEASE, ConfirmReply(stands=True)),
     "not confirmed": ConfirmAnswered(LEASE, ConfirmReply(stands=False, reason="gone")),
     "confirm lost": ConfirmFailed(LEASE, LOST),
@@ -217,6 +255,7 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "quarantined": "transfer_aborted",
             "adopted": "transfer_aborted",
             "forgotten": "transfer_aborted",
+            "landing in quarantine": "transfer_aborted",
         },
     ),
     "offer of the holder's next life": (
@@ -228,19 +267,23 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "quarantined": "reserved",
             "adopted": "reserved",
             "forgotten": "reserved",
+            "refetching": "StopPull, aborted holder_gone, reserved",
+            "landing in quarantine": "reserved",
         },
     ),
     "progress": (
-        "unknown",
+        "expects 2",
         {
-            "waiting": "expects 2",
+            "fresh": "unknown",
             "reserved": "expects 2, StartPull",
-            "pulling": "expects 2",
-            "pulled": "expects 2",
             "sealed": "expects 3",
             "confirming": "expects 3",
             "confirm lost": "expects 3",
+            "quarantined": "unknown",
             "renewing": "expects 2, StartPull",
+            "adopted": "unknown",
+            "forgotten": "unknown",
+            "landing in quarantine": "unknown",
         },
     ),
     "progress with a gap": (
@@ -254,11 +297,20 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "confirming": "expects 3",
             "confirm lost": "expects 3",
             "renewing": "expects 0",
+            "landing": "expects 2",
+            "refetching": "expects 2",
+            "landing for the last time": "expects 2",
         },
     ),
     "progress too long": (
         "bad_request",
-        {"fresh": "unknown", "quarantined": "unknown", "adopted": "unknown", "forgotten": "unknown"},
+        {
+            "fresh": "unknown",
+            "quarantined": "unknown",
+            "adopted": "unknown",
+            "forgotten": "unknown",
+            "landing in quarantine": "unknown",
+        },
     ),
     "seal": (
         "expects 3",
@@ -270,11 +322,18 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "renewing": "expects 3, StartPull",
             "adopted": "unknown",
             "forgotten": "unknown",
+            "landing in quarantine": "unknown",
         },
     ),
     "progress of another life": (
         "stale_incarnation",
-        {"fresh": "unknown", "quarantined": "unknown", "adopted": "unknown", "forgotten": "unknown"},
+        {
+            "fresh": "unknown",
+            "quarantined": "unknown",
+            "adopted": "unknown",
+            "forgotten": "unknown",
+            "landing in quarantine": "unknown",
+        },
     ),
     "withdrawal": (
         "aborted withdrawn, expects 0",
@@ -285,27 +344,116 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "quarantined": "unknown",
             "adopted": "unknown",
             "forgotten": "unknown",
+            "refetching": "StopPull, aborted withdrawn, expects 0",
+            "landing in quarantine": "unknown",
         },
     ),
-    "pull done": ("ignored", {"pulling": "-", "sealed": "AskConfirm", "quarantined": "-"}),
+    "pull done": (
+        "ignored",
+        {
+            "pulling": "-",
+            "sealed": "AskConfirm",
+            "quarantined": "-",
+            "refetching": "LandBlocks",
+        },
+    ),
     "pull failed": (
         "ignored",
         {
             "pulling": "aborted pull_failed, SendAck",
             "sealed": "aborted pull_failed, SendAck",
             "quarantined": "-",
+            "refetching": "aborted pull_failed, SendAck",
         },
     ),
-    "confirmed": ("ignored", {"confirming": "LeaseAdopted, SendAck"}),
-    "not confirmed": ("ignored", {"confirming": "aborted not_confirmed, SendAck"}),
-    "confirm lost": ("ignored", {"confirming": "-"}),
-    "confirm stale": ("ignored", {"confirming": "aborted holder_gone"}),
-    "renewed": ("ignored", {"renewing": "-"}),
-    "not renewed": ("ignored", {"renewing": "aborted expired, SendAck"}),
-    "renew lost": ("ignored", {"renewing": "-"}),
-    "renew stale": ("ignored", {"renewing": "aborted holder_gone"}),
-    "ack arrived": ("ignored", {"quarantined": "-", "adopted": "-"}),
-    "ack lost": ("ignored", {"quarantined": "-", "adopted": "-"}),
+    "landed": (
+        "ignored",
+        {
+            "landing": "-",
+            "landing for the last time": "-",
+            "landing in quarantine": "-",
+        },
+    ),
+    "landed with a corrupt block": (
+        "ignored",
+        {
+            "landing": "StartPull",
+            "landing for the last time": "aborted corrupt, SendAck",
+            "landing in quarantine": "-",
+        },
+    ),
+    "landing failed": (
+        "ignored",
+        {
+            "landing": "aborted pull_failed, SendAck",
+            "landing for the last time": "aborted pull_failed, SendAck",
+            "landing in quarantine": "-",
+        },
+    ),
+    "confirmed": (
+        "ignored",
+        {
+            "confirming": "LeaseAdopted, SendAck",
+        },
+    ),
+    "not confirmed": (
+        "ignored",
+        {
+            "confirming": "aborted not_confirmed, SendAck",
+        },
+    ),
+    "confirm lost": (
+        "ignored",
+        {
+            "confirming": "-",
+        },
+    ),
+    "confirm stale": (
+        "ignored",
+        {
+            "confirming": "aborted holder_gone",
+        },
+    ),
+    "renewed": (
+        "ignored",
+        {
+            "renewing": "-",
+        },
+    ),
+    "not renewed": (
+        "ignored",
+        {
+            "renewing": "aborted expired, SendAck",
+        },
+    ),
+    "renew lost": (
+        "ignored",
+        {
+            "renewing": "-",
+        },
+    ),
+    "renew stale": (
+        "ignored",
+        {
+            "renewing": "aborted holder_gone",
+        },
+    ),
+    "ack arrived": (
+        "ignored",
+        {
+            "quarantined": "-",
+            "adopted": "-",
+            "landing in quarantine": "-",
+        },
+    ),
+    "ack lost": (
+        "ignored",
+        {
+            "quarantined": "-",
+            "adopted": "-",
+            "landing in quarantine": "-",
+        },
+    ),
     "cancel": (
         "aborted cancelled, SendAck",
         {
@@ -315,6 +463,8 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "quarantined": "ignored",
             "adopted": "ignored",
             "forgotten": "ignored",
+            "refetching": "StopPull, aborted cancelled, SendAck",
+            "landing in quarantine": "ignored",
         },
     ),
     "holder gone": (
@@ -326,18 +476,40 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "quarantined": "-",
             "adopted": "-",
             "forgotten": "ignored",
+            "refetching": "StopPull, aborted holder_gone",
+            "landing in quarantine": "-",
         },
     ),
-    "blocks freed": ("-", {}),
-    "tick": ("-", {}),
+    "blocks freed": (
+        "-",
+        {},
+    ),
+    "tick": (
+        "-",
+        {},
+    ),
 }
 
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_every_event_in_every_state(event: str) -> None:
     common, special = TABLE[event]
-    actual = {state: describe(build(Bench()), EVENTS[event]) for state, build in STATES.items()}
+    actual = {state: describe(bench_in(state), EVENTS[event]) for state in STATES}
     assert actual == {state: special.get(state, common) for state in STATES}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_any_two_events_in_any_order_end_a_lease_at_most_once(state: str) -> None:
+    """Repeats and reordering: `feed` audits machine and ledger after each event."""
+    for first, second in itertools.product(EVENTS.values(), repeat=2):
+        bench = bench_in(state)
+        ends = [
+            each.lease_id
+            for event in (first, second)
+            for each in bench.feed(event)
+            if isinstance(each, LeaseAdopted | LeaseAborted)
+        ]
+        assert len(ends) == len(set(ends)), (first, second)
 
 
 def test_offer_to_adoption() -> None:
@@ -439,21 +611,6 @@ def refused(bench: Bench, event: Offered) -> Exception:
     assert isinstance(refusal, RefuseOffer)
     assert bench.reader.num_leases == 0
     return refusal.error
-
-
-def test_refusals_name_both_sides() -> None:
-    other = msgspec.structs.replace(IDENTITY, rope_base=5.0)
-    error = refused(Bench(), Offered(terms=terms(identity=other), owner="r"))
-    assert isinstance(error, IncompatiblePeer)
-    assert "rope_base: 10000.0 here, 5.0 there" in str(error)
-    error = refused(Bench(), Offered(terms=terms(transport="ucx"), owner="r"))
-    assert isinstance(error, IncompatiblePeer)
-    assert "memory here, ucx there" in str(error)
-    error = refused(Bench(), offered(num_blocks=9))
-    assert isinstance(error, BadRequest)
-    assert "9 blocks can never fit: this pool has 8" in str(error)
-    assert isinstance(refused(Bench(), offered(num_blocks=0)), BadRequest)
-    assert isinstance(refused(Bench(), Offered(terms=terms(ttl_s=0.0), owner="r")), BadRequest)
 
 
 def test_offers_wait_in_order_and_are_not_overtaken() -> None:
@@ -623,3 +780,103 @@ def test_check_finds_damage() -> None:
     vars(bench.reader)["_waiting"][LEASE] = vars(bench.reader)["_leases"][LEASE]
     with pytest.raises(InvariantBroken, match="0 leases wait, 1 queued"):
         bench.reader.check()
+
+
+# --- landings -------------------------------------------------------------------------------------------
+
+
+def checksummed(lease_id: LeaseId = LEASE) -> Offered:
+    return Offered(terms=msgspec.structs.replace(terms(lease_id), checksums=True), owner="r")
+
+
+def test_pulled_blocks_are_compared_and_only_bad_ones_pulled_again() -> None:
+    bench = Bench(lands=True)
+    bench.feed(checksummed(), ProgressArrived(progress(0, 4, 5, 6, seal=SEAL, checksums=(11, 12, 13))))
+    (work,) = bench.feed(DONE)
+    assert work == LandBlocks(lease_id=LEASE, blocks=(BlockId(0), BlockId(1), BlockId(2)), checksums=(11, 12, 13))
+    (again,) = bench.feed(Landed(LEASE, Landing(corrupt=(0, 2), num_bytes=192, checksum_s=0.5)))
+    assert isinstance(again, StartPull)
+    assert again.pairs == ((BlockId(4), BlockId(0)), (BlockId(6), BlockId(2)))
+    (work,) = bench.feed(DONE)
+    assert work == LandBlocks(lease_id=LEASE, blocks=(BlockId(0), BlockId(2)), checksums=(11, 13))
+    (question,) = bench.feed(Landed(LEASE, Landing(num_bytes=128, checksum_s=0.25)))
+    assert isinstance(question, AskConfirm)
+    counters = bench.reader.counters
+    assert (counters.corrupt_blocks, counters.refetched_blocks) == (2, 2)
+    assert (counters.checksum_bytes, counters.checksum_s) == (320, 0.75)
+
+
+def test_each_piece_has_its_own_refetches() -> None:
+    bench = Bench(lands=True)
+    bench.feed(checksummed(), ProgressArrived(progress(0, 4, 5, checksums=(11, 12))))
+    bench.feed(DONE, CORRUPT, DONE, CORRUPT_AGAIN, DONE, LANDED)
+    bench.feed(ProgressArrived(progress(2, 6, seal=SEAL, checksums=(13,))))
+    bench.feed(DONE, CORRUPT_AGAIN, DONE, CORRUPT_AGAIN, DONE)
+    (question,) = bench.feed(LANDED)
+    assert isinstance(question, AskConfirm)
+
+
+def test_corruption_names_the_lease_the_block_and_the_way() -> None:
+    bench = Bench(lands=True)
+    bench.feed(checksummed(), ProgressArrived(progress(0, 4, 5, 6, checksums=(11, 12, 13))))
+    bench.feed(DONE, CORRUPT, DONE, CORRUPT_AGAIN, DONE, CORRUPT_AGAIN)
+    (aborted, _ack) = bench.last
+    assert isinstance(aborted, LeaseAborted)
+    assert (type(aborted.error), aborted.reason) == (CorruptKv, AbortReason.CORRUPT)
+    for part in (f"lease {LEASE}", "block 1 of 3", "5 of p0", "1 here", "3 pulls over memory"):
+        assert part in aborted.error.message
+    assert bench.ledger.load()["free_blocks"] == 8
+
+
+def test_blocks_being_checked_are_quarantined_until_that_is_over() -> None:
+    bench = Bench(lands=True).landing_in_quarantine()
+    assert bench.ledger.load()["quarantined_blocks"] == 3
+    bench.feed(AckEnded(KEY, None))
+    assert bench.after(1e6) == []
+    bench.feed(CORRUPT)
+    assert bench.reader.idle
+    assert bench.ledger.load()["free_blocks"] == 8
+
+
+@pytest.mark.parametrize("checksums", [(), (11,), (11, 12, 13)])
+def test_announcement_with_a_wrong_number_of_checksums_is_refused(checksums: tuple[int, ...]) -> None:
+    bench = Bench(lands=True)
+    (refusal,) = bench.feed(checksummed(), ProgressArrived(progress(0, 4, 5, checksums=checksums)))
+    assert isinstance(refusal, RefuseProgress)
+    assert f"{len(checksums)} checksums of 2 blocks" in refusal.error.message
+
+
+# --- terms of a renewal ---------------------------------------------------------------------------------
+
+
+def test_a_lease_near_its_end_does_not_cut_the_renewal_of_others_short() -> None:
+    bench = Bench()
+    bench.feed(offered())
+    # Nine tenths of this one's term are over before it comes.
+    late = Offered(terms=terms(LeaseId("p0/7/2"), num_blocks=1, ttl_s=0.2), owner="late")
+    bench.feed(late)
+    (question,) = bench.until_due()
+    assert isinstance(question, AskRenew)
+    assert question.body.lease_ids == ("p0/7/2", LEASE)
+    assert question.timeout_s == 1.0
+    # The late one ends meanwhile; the answer still serves the other.
+    bench.after(0.06)
+    assert bench.reader.lease_ids() == [LEASE]
+    bench.now_s += 0.5
+    assert bench.feed(RenewAnswered(KEY, RenewReply(alive=(LEASE,), ttl_s=TTL_S))) == []
+    assert bench.reader.lease_ids() == [LEASE]
+
+
+def test_a_short_term_survives_lost_renewals() -> None:
+    """Two lost in a row, each taking as long as it may: the third comes before the term is over."""
+    bench = Bench()
+    bench.feed(Offered(terms=terms(ttl_s=1.0), owner="r"))
+    bench.until_due()
+    bench.feed(RenewAnswered(KEY, RenewReply(alive=(LEASE,), ttl_s=1.0)))
+    for _ in range(2):
+        (question,) = bench.until_due()
+        assert isinstance(question, AskRenew)
+        bench.now_s += question.timeout_s
+        bench.feed(RenewFailed(KEY, DeadlineExceeded("lost")))
+    (third,) = bench.until_due()
+    assert isinstance(third, AskRenew)

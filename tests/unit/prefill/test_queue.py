@@ -8,19 +8,31 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from contracts.errors import BadRequest, Internal, NoCapacity
-from contracts.ids import Incarnation, LeaseId
-from contracts.messages import HandoffReply, Peer, PrefillRequest
+from contracts.errors import BadRequest, DeadlineExceeded, IncompatiblePeer, Internal, NoCapacity, TandemError
+from contracts.ids import Incarnation, LeaseId, RequestId, WorkerId
+from contracts.messages import HandoffReply, LeaseTerms, Peer, PrefillRequest
 from engine.plan import Sampled
+from engine.room import Demand
 from kvtransfer import LeaseOutcome, Ledger
 from prefill import PrefillLimits, PrefillQueue
-from tests.support.roles import EOS, READER, Deltas, Facts, RecordingHolder, generate, key
+from tests.support.roles import EOS, IDENTITY, READER, Deltas, Facts, RecordingHolder, generate, key, room_over
 
 if TYPE_CHECKING:
-    from contracts.messages import LeaseTerms
     from contracts.requests import GenerateRequest
     from engine.sequence import Sequence
+
+
+TERMS = LeaseTerms(
+    lease_id=LeaseId("lease-1"),
+    holder=Peer(worker_id=WorkerId("p0"), incarnation=Incarnation(1), address="p0:1"),
+    identity=IDENTITY,
+    endpoints={},
+    num_blocks=1,
+    ttl_s=10.0,
+)
 
 
 @dataclass
@@ -28,12 +40,15 @@ class Side:
     """A prefill queue with what it stands on."""
 
     num_blocks: int = 16
-    max_waiting: int = 8
-    may_admit: bool = True
+    also_writes: bool = False
+    limits: PrefillLimits = field(default_factory=PrefillLimits)
     handed_over: list[Sequence] = field(default_factory=list["Sequence"])
+    #: What the reader answers; None: accepted.
+    answer: TandemError | None = None
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.num_blocks)
+        self.room = room_over(self.ledger, growth_tokens=8)
         self.holder = RecordingHolder()
         self.deltas = Deltas()
         self.queue = PrefillQueue(
@@ -41,11 +56,12 @@ class Side:
             ledger=self.ledger,
             holder=cast("Any", self.holder),
             own_worker_id="p0",
-            limits=PrefillLimits(max_waiting=self.max_waiting),
+            room=self.room,
+            limits=self.limits,
             emit=self.deltas,
             send_offer=self._send_offer,
             hand_over=lambda sequence, now_s: self.handed_over.append(sequence),
-            may_admit=lambda: self.may_admit,
+            also_writes=self.also_writes,
             on_blocks_freed=lambda: None,
             sequence_ids=itertools.count(),
         )
@@ -53,7 +69,9 @@ class Side:
     async def _send_offer(
         self, reader: Peer, terms: LeaseTerms, request: GenerateRequest, timeout_s: float
     ) -> HandoffReply:
-        raise AssertionError("the recording holder sends nothing")
+        if self.answer is not None:
+            raise self.answer
+        return HandoffReply(verdict="reserved")
 
     def submit(self, request: GenerateRequest, *, local: bool = False, now_s: float = 0.0) -> None:
         own = Peer(worker_id=cast("Any", "p0"), incarnation=Incarnation(1), address="p0:1")
@@ -72,6 +90,9 @@ class Side:
         self.ledger.check()
         assert self.ledger.load()["free_blocks"] == self.num_blocks
         assert self.queue.open_count == 0
+        assert self.queue.pending_tokens == 0
+        view = self.room.view()
+        assert (view.num_admitted, view.promised_blocks, view.lent_blocks, view.prompt) == (0, 0, 0, None)
 
 
 def test_chunks_advance_the_lease_over_full_blocks_and_the_seal_takes_the_tail() -> None:
@@ -101,13 +122,21 @@ def test_phases_count_from_receipt_to_first_step_to_first_token() -> None:
     assert (phases.queue_s, phases.prefill_s) == (2.0, 0.5)
 
 
-@pytest.mark.parametrize(("token_id", "max_tokens", "finish"), [(EOS, 5, "stop"), (7, 1, "length")])
-def test_an_answer_of_one_token_withdraws_the_offer(token_id: int, max_tokens: int, finish: str) -> None:
+def test_an_answer_that_ends_with_its_first_token_withdraws_the_offer() -> None:
     side = Side()
-    side.submit(generate(prompt=4, max_tokens=max_tokens))
-    side.step(4, token_id=token_id)
-    assert side.deltas.seen[0].finish == finish
+    side.submit(generate(prompt=4, max_tokens=5))
+    side.step(4, token_id=EOS)
+    assert side.deltas.seen[0].finish == "stop"
     assert side.holder.calls[-1][0] == "withdraw"
+    side.assert_clean()
+
+
+def test_an_answer_of_one_token_is_offered_to_nobody() -> None:
+    side = Side()
+    side.submit(generate(prompt=4, max_tokens=1))
+    side.step(4, token_id=7)
+    assert side.deltas.seen[0].finish == "length"
+    assert (side.holder.calls, side.handed_over) == ([], [])
     side.assert_clean()
 
 
@@ -134,18 +163,92 @@ def test_prompts_are_admitted_in_order_while_blocks_last() -> None:
     assert [chunk.num_tokens for chunk in chunks] == [12, 4]
 
 
-def test_nothing_is_admitted_while_something_starves() -> None:
-    side = Side(may_admit=False)
-    side.submit(generate())
-    assert side.queue.candidates(0.0) == ([], [])
-    assert side.queue.waiting_count == 1
+def test_nothing_is_admitted_while_an_answer_starves_or_an_older_offer_waits() -> None:
+    side = Side()
+    side.submit(generate(), now_s=1.0)
+    side.room.starving = True
+    assert side.queue.candidates(1.0) == ([], [])
+    side.room.starving = False
+    side.room.offer = Demand(arrival_s=0.5, num_blocks=1)
+    assert side.queue.candidates(1.0) == ([], [])
+    side.room.offer = Demand(arrival_s=1.5, num_blocks=1)
+    assert len(side.queue.candidates(1.0)[1]) == 1
+    assert side.queue.waiting_count == 0
 
 
-def test_a_full_queue_refuses() -> None:
-    side = Side(max_waiting=1)
-    side.submit(generate("a"))
-    with pytest.raises(NoCapacity, match="p0 has 1 prompts waiting"):
-        side.submit(generate("b"))
+def test_a_full_queue_refuses_with_numbers_and_when_to_ask_again() -> None:
+    side = Side(limits=PrefillLimits(max_waiting=1))
+    side.submit(generate("a"), now_s=0.0)
+    with pytest.raises(NoCapacity, match="p0 has 1 prompts waiting") as refused:
+        side.submit(generate("b"), now_s=7.0)
+    assert refused.value.retry_after_s == 7.0
+
+
+def test_the_queue_is_bounded_in_tokens_but_one_prompt_may_always_wait() -> None:
+    side = Side(num_blocks=4, limits=PrefillLimits(max_waiting_pools=0.5))
+    side.submit(generate("large", prompt=16))
+    with pytest.raises(NoCapacity, match="16 prompt tokens waiting, 1 more would pass the limit of 8"):
+        side.submit(generate("b", prompt=1))
+    side.queue.cancel(key("large"), "test")
+    side.submit(generate("c", prompt=8))
+    assert side.queue.pending_tokens == 8
+
+
+def test_kv_that_nobody_takes_stops_the_computing_at_its_budget() -> None:
+    """8 of 16 blocks: two prompts of 4; the third stays token ids although 8 blocks are free."""
+    side = Side()
+    for name in ("a", "b", "c"):
+        side.submit(generate(name, prompt=16))
+    for _ in range(3):
+        side.step(16, token_id=7)
+    assert side.ledger.load()["free_blocks"] == 16, "a recording holder pins nothing"
+    for name in ("d", "e"):
+        side.submit(generate(name, prompt=4))
+    assert side.queue.candidates(2.0) == ([], [])
+    assert side.room.prompt is None, "it waits for readers, not for blocks"
+    side.holder.end(LeaseId("lease-2"), LeaseOutcome.RELEASED)
+    assert side.queue.candidates(2.0) == ([], []), "8 blocks are still untaken"
+    side.holder.end(LeaseId("lease-1"), LeaseOutcome.RELEASED)
+    assert len(side.queue.candidates(2.0)[1]) == 2
+
+
+def test_untaken_handoffs_are_bounded_in_number() -> None:
+    side = Side(limits=PrefillLimits(max_handoffs=1))
+    side.submit(generate("a", prompt=2))
+    side.step(2, token_id=7)
+    side.submit(generate("b", prompt=2))
+    assert side.queue.candidates(2.0) == ([], [])
+    side.holder.end(LeaseId("lease-1"), LeaseOutcome.RELEASED)
+    assert len(side.queue.candidates(2.0)[1]) == 1
+
+
+def test_a_worker_that_writes_too_never_lends_more_than_the_budget() -> None:
+    side = Side(also_writes=True)
+    side.submit(generate("a", prompt=20))
+    side.submit(generate("b", prompt=16))
+    _, chunks = side.queue.candidates(1.0)
+    assert len(chunks) == 1, "5 blocks of 8 are lent; 4 more would be too many"
+    assert side.room.view().lent_blocks == 5
+    assert side.room.prompt is None
+
+
+def test_a_worker_that_writes_too_keeps_what_is_larger_than_the_budget() -> None:
+    side = Side(also_writes=True)
+    side.submit(generate("large", prompt=33))
+    side.step(33, token_id=7)
+    assert side.holder.calls == []
+    assert [sequence.request.request_id for sequence in side.handed_over] == ["large"]
+
+
+def test_a_local_prompt_leaves_room_for_what_was_promised() -> None:
+    side = Side(num_blocks=8, also_writes=True)
+    side.room.promise("running", 2)
+    side.submit(generate("a", prompt=20, max_tokens=50), local=True)
+    assert side.queue.candidates(1.0) == ([], []), "5 blocks, 2 promised, 2 to grow: 9 of 8"
+    assert side.room.prompt is not None
+    side.room.promise("running", 1)
+    assert len(side.queue.candidates(1.0)[1]) == 1
+    assert side.room.view().promised_blocks == 3
 
 
 def test_what_never_fits_is_refused_with_numbers() -> None:
@@ -231,13 +334,101 @@ def test_a_failed_step_fails_the_request() -> None:
     side.assert_clean()
 
 
-def test_deadlines_end_prompts_but_not_sealed_ones() -> None:
+def test_deadlines_end_prompts_wherever_they_are() -> None:
     side = Side()
-    side.submit(generate("late", prompt=4, deadline_s=5.0))
     side.submit(generate("sealed", prompt=4, deadline_s=5.0))
-    side.queue.cancel(key("late"), "make room")
     side.step(4, token_id=7)
     side.submit(generate("waits", prompt=4, deadline_s=5.0))
+    side.queue.expire(4.9)
+    assert side.queue.open_count == 2
     side.queue.expire(5.1)
-    assert [delta.request_id for delta in side.deltas.seen if delta.finish == "error"] == ["waits"]
-    assert side.queue.open_count == 1
+    ended = {delta.request_id: delta.error for delta in side.deltas.seen if delta.finish == "error"}
+    assert {name: error.code for name, error in ended.items() if error} == {
+        "sealed": "deadline_exceeded",
+        "waits": "deadline_exceeded",
+    }
+    error = ended[RequestId("sealed")]
+    assert error is not None
+    assert error.message == "the request's deadline passed before d0 had taken its KV"
+    assert ("withdraw", "lease-1", error.message) in side.holder.calls
+    side.assert_clean()
+
+
+def test_a_lease_may_wait_for_its_reader_as_long_as_the_request_may() -> None:
+    side = Side()
+    side.submit(generate(prompt=4, deadline_s=50.0), now_s=1.0)
+    side.queue.candidates(11.0)
+    max_age_s = side.holder.max_age_s[LeaseId("lease-1")]
+    assert max_age_s is not None
+    assert max_age_s >= 40.0
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code"),
+    [
+        (NoCapacity("d0 takes no more offers"), "no_capacity"),
+        (IncompatiblePeer("rope_base"), "incompatible_peer"),
+        (BadRequest("can never fit"), "bad_request"),
+        (DeadlineExceeded("no answer within 2.5 s"), "worker_unavailable"),
+    ],
+)
+async def test_why_the_reader_refused_reaches_the_client(refusal: TandemError, code: str) -> None:
+    side = Side(answer=refusal)
+    side.submit(generate(prompt=4))
+    side.queue.candidates(0.0)
+    with pytest.raises(type(refusal)):
+        await side.holder.send_offer[LeaseId("lease-1")](TERMS, 1.0)
+    side.holder.end(LeaseId("lease-1"), LeaseOutcome.REFUSED, refusal.message)
+    error = side.deltas.seen[-1].error
+    assert error is not None
+    assert error.code == code
+    assert refusal.message in error.message
+    side.assert_clean()
+
+
+async def test_a_reader_that_gave_up_what_it_had_accepted_speaks_for_itself() -> None:
+    side = Side()
+    side.submit(generate(prompt=4))
+    side.queue.candidates(0.0)
+    await side.holder.send_offer[LeaseId("lease-1")](TERMS, 1.0)
+    side.holder.end(LeaseId("lease-1"), LeaseOutcome.REFUSED, "the reader let the lease go")
+    assert side.deltas.seen == []
+    side.assert_clean()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    also_writes=st.booleans(),
+    ends=st.lists(st.tuples(st.integers(0, 11), st.sampled_from(LeaseOutcome)), max_size=12),
+    cancels=st.lists(st.integers(0, 11), max_size=4),
+)
+def test_whatever_ends_the_books_are_clean_and_the_budget_holds(
+    sizes: list[int], also_writes: bool, ends: list[tuple[int, LeaseOutcome]], cancels: list[int]
+) -> None:
+    side = Side(also_writes=also_writes, limits=PrefillLimits(max_handoffs=3))
+    for number, size in enumerate(sizes):
+        side.submit(generate(f"r{number}", prompt=size))
+
+    def work() -> None:
+        for _ in range(2 * len(sizes)):
+            _, chunks = side.queue.candidates(1.0)
+            assert not also_writes or side.room.view().lent_blocks <= 8
+            if not chunks:
+                return
+            side.step(chunks[0].num_tokens, token_id=7)
+            for sequence in side.handed_over:
+                side.ledger.release_all(sequence.owner)
+                side.room.forget(sequence.owner)
+
+    work()
+    for number, outcome in ends:
+        open_leases = list(side.holder.on_ended)
+        if open_leases:
+            side.holder.end(open_leases[number % len(open_leases)], outcome)
+        work()
+    for number in cancels:
+        side.queue.cancel(key(f"r{number % len(sizes)}"), "test")
+    while side.holder.on_ended and side.queue.open_count:
+        side.holder.end(next(iter(side.holder.on_ended)), LeaseOutcome.RELEASED)
+        work()
+    side.assert_clean()

@@ -101,4 +101,4 @@ async def test_a_gateway_that_went_away_is_given_up_after_a_while() -> None:
     post.outbox.expire(5.0 + UNATTENDED_S)
     assert post.given_up == []
     post.outbox.expire(5.1 + UNATTENDED_S)
-    assert post.given_up == [("g", "has had no frame stream for 10 s")]
+    assert post.given_up == [("g", "has had no frame stream for 3 s")]

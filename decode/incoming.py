@@ -1,0 +1,105 @@
+"""Offers on their way to this worker: which wait for blocks, and what those that have some are promised."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.room import Demand
+from engine.sequence import owner_name, request_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from contracts.ids import LeaseId
+    from contracts.messages import RequestKey
+    from contracts.requests import GenerateRequest
+    from engine.room import Room
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Incoming:
+    """An offer whose KV is on its way."""
+
+    lease_id: LeaseId
+    request: GenerateRequest
+    received_s: float
+    num_blocks: int
+    growth_blocks: int
+
+    @property
+    def key(self) -> RequestKey:
+        return request_key(self.request)
+
+    @property
+    def first_index(self) -> int:
+        """Output index of the token that the prefill side samples."""
+        return len(self.request.token_ids) - self.request.num_prompt_tokens
+
+    @property
+    def deadline_s(self) -> float:
+        return self.received_s + self.request.deadline_s
+
+    @property
+    def demand(self) -> Demand:
+        return Demand(arrival_s=self.received_s, num_blocks=self.num_blocks, growth_blocks=self.growth_blocks)
+
+
+class IncomingOffers:
+    """All and only offers neither adopted nor ended. The lease machine reserves in the order of arrival; which of
+    them it has reserved is seen in the ledger, each offer once."""
+
+    def __init__(self, room: Room, has_blocks: Callable[[LeaseId], bool]) -> None:
+        """`has_blocks`: whether blocks are set aside for a lease."""
+        self._room = room
+        self._has_blocks = has_blocks
+        self._offers: dict[LeaseId, Incoming] = {}
+        #: Lease of each try in `_offers`.
+        self._lease_of: dict[RequestKey, LeaseId] = {}
+        #: Those not seen with blocks yet, in the order of arrival: all that wait, and maybe some that just got theirs.
+        self._waiting: OrderedDict[LeaseId, Incoming] = OrderedDict()
+        #: Prompt tokens of all.
+        self.num_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._offers)
+
+    def __contains__(self, lease_id: LeaseId) -> bool:
+        return lease_id in self._offers
+
+    def __iter__(self) -> Iterator[Incoming]:
+        """In the order of arrival; over a copy."""
+        return iter(list(self._offers.values()))
+
+    def lease_of(self, key: RequestKey) -> LeaseId | None:
+        return self._lease_of.get(key)
+
+    def add(self, offer: Incoming) -> None:
+        self._offers[offer.lease_id] = offer
+        self._lease_of[offer.key] = offer.lease_id
+        self._waiting[offer.lease_id] = offer
+        self.num_tokens += len(offer.request.token_ids)
+
+    def take(self, lease_id: LeaseId) -> Incoming:
+        """Removes an offer, and what it was promised."""
+        offer = self._offers.pop(lease_id)
+        if self._lease_of.get(offer.key) == lease_id:
+            del self._lease_of[offer.key]
+        self._waiting.pop(lease_id, None)
+        self._room.forget(owner_name(offer.key))
+        self.num_tokens -= len(offer.request.token_ids)
+        self.note_blocks()
+        return offer
+
+    def note_blocks(self) -> Incoming | None:
+        """Promises growth to the offers that got blocks since; the one that waits longest, if any."""
+        while self._waiting:
+            offer = next(iter(self._waiting.values()))
+            if not self._has_blocks(offer.lease_id):
+                self._room.offer = offer.demand
+                return offer
+            del self._waiting[offer.lease_id]
+            self._room.promise(owner_name(offer.key), offer.growth_blocks)
+        self._room.offer = None
+        return None

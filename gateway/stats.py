@@ -1,0 +1,47 @@
+"""What the core counts; `gateway.metrics` shows it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+#: Upper bounds in seconds: a stream that closes is noticed at once, a hang after 3 s, a restart takes 1 to 8 s.
+RESUME_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0, 30.0)
+
+
+@dataclass(slots=True)
+class Durations:
+    """Counts of durations by upper bound; the last count is of those beyond all bounds."""
+
+    bounds_s: tuple[float, ...]
+    counts: list[int] = field(init=False)
+    sum_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds_s) + 1)
+
+    def add(self, duration_s: float) -> None:
+        self.counts[bisect_left(self.bounds_s, duration_s)] += 1
+        self.sum_s += duration_s
+
+
+@dataclass(slots=True)
+class CoreStats:
+    """Counters over the life of the gateway."""
+
+    #: By reason: deltas that reached no client (duplicates, forgotten requests, other attempts, …).
+    dropped_deltas: dict[str, int] = field(default_factory=dict[str, int])
+    lost_streams: int = 0
+    num_frames: int = 0
+    #: By reason (an error's code): requests taken up again.
+    replays: dict[str, int] = field(default_factory=dict[str, int])
+    #: From a failure to the first token after it, of requests that were taken up again.
+    resumed: Durations = field(default_factory=lambda: Durations(RESUME_BOUNDS_S))
+    #: Requests that were taken up again and failed all the same.
+    failed_after_replays: int = 0
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        self.dropped_deltas[reason] = self.dropped_deltas.get(reason, 0) + count
+
+    def replay(self, reason: str) -> None:
+        self.replays[reason] = self.replays.get(reason, 0) + 1

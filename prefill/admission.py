@@ -1,0 +1,110 @@
+"""Which prompts wait, which are computed, and which are refused: pure decisions with their reasons.
+
+A prompt read for another worker holds its blocks until that worker took them. These handoffs have a budget, so
+that a slow reader stops the computing before it has stopped everything else: what waits then waits as token ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from engine.room import Demand, Fit, RoomView, fit
+
+if TYPE_CHECKING:
+    from contracts.layout import BlockLayout
+
+#: What a refused client is told: at least, and at most.
+SHORTEST_RETRY_S = 1.0
+LONGEST_RETRY_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillLimits:
+    #: Prompts accepted and not yet admitted; the next one is refused.
+    max_waiting: int = 512
+    #: Tokens of these, as a multiple of what the whole pool holds. One prompt may always wait.
+    max_waiting_pools: float = 16.0
+    #: Part of the pool that may hold KV which was read and not taken: beyond it no prompt is admitted for
+    #: another worker. In (0, 0.5]: two workers that read for each other can then always take.
+    handoff_share: float = 0.5
+    #: Prompts in that KV.
+    max_handoffs: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 < self.handoff_share <= 0.5:
+            raise ValueError(f"handoff_share must be in (0, 0.5]: {self.handoff_share}")
+
+
+class PromptVerdict(Enum):
+    """Whether the prompt at the head of the queue is admitted; the values are metric labels."""
+
+    ADMIT = "admit"
+    #: A preempted answer comes first.
+    STARVING = "starving"
+    #: An offer that came earlier waits for blocks.
+    OLDER_OFFER = "older_offer"
+    #: Too much KV waits for its readers.
+    HANDOFFS_FULL = "handoffs_full"
+    NO_BLOCKS = "no_blocks"
+    NO_HEADROOM = "no_headroom"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handoffs:
+    """KV read for other workers, and what of it is allowed."""
+
+    #: Read whole and not taken.
+    untaken_blocks: int
+    untaken_count: int
+    #: Blocks of the budget.
+    budget_blocks: int
+    max_count: int
+    #: This worker writes answers too. Then prompts being read count as well, so that what waits for others
+    #: never takes more than the budget from what waits for nobody.
+    is_shared: bool
+
+
+def handoffs_full(demand: Demand, handoffs: Handoffs, lent_blocks: int) -> bool:
+    """Whether a prompt for another worker has to wait until some are taken. Pure."""
+    if handoffs.untaken_count >= handoffs.max_count or handoffs.untaken_blocks >= handoffs.budget_blocks:
+        return True
+    return handoffs.is_shared and lent_blocks + demand.num_blocks > handoffs.budget_blocks
+
+
+def admit(demand: Demand, view: RoomView, handoffs: Handoffs | None) -> PromptVerdict:
+    """Decides about the prompt at the head; `handoffs` is None where this worker writes the answer itself. Pure.
+
+    An older offer goes first: its KV holds blocks elsewhere. It waits for nothing that this prompt could give.
+    """
+    if view.starving:
+        return PromptVerdict.STARVING
+    if view.offer is not None and view.offer.arrival_s < demand.arrival_s:
+        return PromptVerdict.OLDER_OFFER
+    if handoffs is not None and handoffs_full(demand, handoffs, view.lent_blocks):
+        return PromptVerdict.HANDOFFS_FULL
+    match fit(demand, view):
+        case Fit.FITS | Fit.ALONE:
+            return PromptVerdict.ADMIT
+        case Fit.NO_BLOCKS:
+            return PromptVerdict.NO_BLOCKS
+        case Fit.NO_HEADROOM:
+            return PromptVerdict.NO_HEADROOM
+
+
+def queue_full(
+    limits: PrefillLimits, layout: BlockLayout, *, num_blocks: int, waiting: int, waiting_tokens: int, num_tokens: int
+) -> str | None:
+    """Why a prompt of `num_tokens` may not even wait, with numbers; None when it may. Pure."""
+    if waiting >= limits.max_waiting:
+        return f"{waiting} prompts waiting, the limit"
+    most_tokens = int(limits.max_waiting_pools * num_blocks * layout.block_tokens)
+    if waiting and waiting_tokens + num_tokens > most_tokens:
+        return f"{waiting_tokens} prompt tokens waiting, {num_tokens} more would pass the limit of {most_tokens}"
+    return None
+
+
+def retry_after_s(head_waited_s: float) -> float:
+    """When a refused client should ask again: a queue is as long as its head has waited (Little's law)."""
+    return min(LONGEST_RETRY_S, max(SHORTEST_RETRY_S, head_waited_s))

@@ -1,0 +1,98 @@
+"""A worker's place in the cluster: registers with the coordinator, beats, hears of lives that ended, says goodbye."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from contracts.errors import StaleIncarnation, TandemError
+from contracts.messages import DEREGISTER, HEARTBEAT, REGISTER, DeregisterRequest, HeartbeatRequest
+from worker.watchdog import LifeOver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from contracts.clock import Clock
+    from contracts.messages import TransferReport, WorkerInfo, WorkerLife, WorkerLoad
+    from rpc import Network
+
+#: Between tries before the coordinator has said how often it wants to hear.
+FIRST_INTERVAL_S = 0.5
+TIMEOUT_S = 1.0
+
+
+class Registration:
+    """Use: `await keep()` beside the rest of the worker; `await leave(reason)` once nothing is open any more."""
+
+    def __init__(
+        self,
+        *,
+        info: WorkerInfo,
+        network: Network,
+        coordinator_address: str,
+        clock: Clock,
+        load: Callable[[], WorkerLoad],
+        transfers: Callable[[], TransferReport],
+        on_gone: Callable[[WorkerLife], None],
+        log: Callable[[str], None],
+    ) -> None:
+        """`on_gone` hears of each life that the coordinator has given up, once."""
+        self._info = info
+        self._network = network
+        self._address = coordinator_address
+        self._clock = clock
+        self._load = load
+        self._transfers = transfers
+        self._on_gone = on_gone
+        self._log = log
+        #: Set once the coordinator has taken this life up.
+        self.registered = asyncio.Event()
+        #: Ended lives that were passed on.
+        self._buried: frozenset[WorkerLife] = frozenset()
+
+    async def keep(self) -> None:
+        """Registers, then beats; registers again whenever the coordinator does not know this life.
+
+        Raises LifeOver when the coordinator has given this life up: the others were told that its leases are void, so
+        it must not go on as if they stood.
+        """
+        known = False
+        interval_s = FIRST_INTERVAL_S
+        while True:
+            try:
+                if known:
+                    known = await self._beat()
+                else:
+                    channel = self._network.channel(self._address)
+                    taken_up = await channel.call(REGISTER, self._info, timeout_s=TIMEOUT_S)
+                    known, interval_s = True, taken_up.heartbeat_interval_s
+                    self.registered.set()
+            except StaleIncarnation as error:
+                raise LifeOver(error.message) from error
+            except TandemError as error:
+                self._log(f"coordinator at {self._address}: {error.message}")
+            await self._clock.sleep(interval_s)
+
+    async def leave(self, reason: str) -> None:
+        """Says goodbye, if the coordinator listens."""
+        ask = DeregisterRequest(worker_id=self._info.worker_id, incarnation=self._info.incarnation, reason=reason)
+        try:
+            await self._network.channel(self._address).call(DEREGISTER, ask, timeout_s=TIMEOUT_S)
+        except TandemError as error:
+            self._log(f"could not say goodbye to the coordinator: {error.message}")
+
+    async def _beat(self) -> bool:
+        """Whether the coordinator knows this life."""
+        beat = HeartbeatRequest(
+            worker_id=self._info.worker_id,
+            incarnation=self._info.incarnation,
+            load=self._load(),
+            transfers=self._transfers(),
+        )
+        reply = await self._network.channel(self._address).call(HEARTBEAT, beat, timeout_s=TIMEOUT_S)
+        gone = frozenset(reply.gone)
+        # The coordinator repeats each for a while.
+        for life in sorted(gone - self._buried):
+            self._on_gone(life)
+        self._buried = gone
+        return reply.known
