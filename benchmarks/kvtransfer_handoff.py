@@ -129,10 +129,12 @@ class Offerer(_Side):
             blocks = self.ledger.allocate("prompt", self._num_blocks)
             assert blocks is not None, "a handoff has ended, so its blocks are free"
             start_s = time.monotonic()
-            lease_id = self._service.open(blocks, self._reader, send_offer=self._send_offer, on_ended=on_ended)
-            granted_s[lease_id] = start_s
             delta = TokenDelta(request_id=REQUEST.request_id, index=0, token_ids=(5,))
-            self._service.seal(lease_id, len(blocks), Seal(num_tokens=len(blocks) * 16, first_delta=delta))
+            seal = Seal(num_tokens=len(blocks) * 16, first_delta=delta)
+            lease_id = self._service.open(
+                blocks, self._reader, send_offer=self._send_offer, on_ended=on_ended, seal=seal
+            )
+            granted_s[lease_id] = start_s
             async with asyncio.timeout(TIMEOUT_S):
                 await ended.wait()
             self.ledger.release("prompt", blocks)

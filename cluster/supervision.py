@@ -134,6 +134,8 @@ class Supervision:
         self.problem: str | None = None
         #: Lives in a row that ended before they were ready.
         self._failed_starts = 0
+        #: A life was ready once: the configuration can work, and what fails now may pass.
+        self._proven = False
         #: Lives in a row that were ready and ended before they were stable.
         self._crashes = 0
         self._ready_s = 0.0
@@ -183,7 +185,7 @@ class Supervision:
         elif self.state is State.STARTING and isinstance(status, Ready):
             self.state, self.deadline_s = State.READY, now_s + self._limits.hang_timeout_s
             self.address, self._ready_s = status.address, now_s
-            self._failed_starts = 0
+            self._failed_starts, self._proven = 0, True
             return [Report(f"ready at {status.address}")]
         elif self.state is State.STARTING and isinstance(status, Loading):
             self.loading = status
@@ -207,7 +209,10 @@ class Supervision:
         return self._restart(f"did not start: {self.problem}", self._failed_starts, now_s)
 
     def _hopeless(self) -> bool:
-        """A configuration that cannot work fails the same way every time."""
+        """A configuration that cannot work fails the same way every time; one that worked fails for other reasons
+        (a network that is away)."""
+        if self._proven:
+            return False
         permanent = self._last_words is not None and self._last_words.error == ConfigError.code
         return permanent or self._failed_starts >= self._limits.start_attempts
 

@@ -153,7 +153,8 @@ async def _serve(launch: WorkerLaunch) -> None:
             ),
         )
         stack.push_async_callback(transports.close)
-        transports.register(pools[0])
+        for failure in transports.register(pools[0], needed=launch.transport != "auto"):
+            log(f"{info.worker_id}: a transport is left out: {failure.message}")
         shell = WorkerShell(
             info=info,
             engine=engine,

@@ -276,6 +276,30 @@ class BlockRef(msgspec.Struct, frozen=True, array_like=True):
     generation: Generation
 
 
+class Seal(msgspec.Struct, frozen=True, kw_only=True):
+    """The lease grows no more. `first_delta` is output token 0, already streamed by the prefill side."""
+
+    num_tokens: int
+    first_delta: TokenDelta
+
+
+class ProgressRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Blocks that will never be written again, from position `start` of the lease's block list on.
+
+    `withdrawn`: the holder takes the offer back (request ended, cancelled or failed there). Idempotent: blocks
+    already known are skipped; a gap is answered with `expected`, and the holder sends from there.
+    """
+
+    lease_id: LeaseId
+    holder_incarnation: Incarnation
+    start: int = 0
+    blocks: tuple[BlockRef, ...] = ()
+    #: XXH3-64 of each block's bytes, parallel to `blocks`; empty where checksums are off.
+    checksums: tuple[int, ...] = ()
+    seal: Seal | None = None
+    withdrawn: str | None = None
+
+
 class LeaseTerms(msgspec.Struct, frozen=True, kw_only=True):
     """What a holder grants. The holder counts `ttl_s` from when it grants, the reader from when it asked (and
     half of it for an offer, which nobody asked for), so the reader's lease always ends first."""
@@ -290,6 +314,8 @@ class LeaseTerms(msgspec.Struct, frozen=True, kw_only=True):
     ttl_s: float
     #: Whether every block is announced with its checksum.
     checksums: bool = False
+    #: What is final when this is offered: it spares a call where the blocks stood before the lease.
+    progress: ProgressRequest | None = None
 
 
 class HandoffRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -319,30 +345,8 @@ class DescribeReply(msgspec.Struct, frozen=True, kw_only=True):
 class HandoffReply(msgspec.Struct, frozen=True, kw_only=True):
     #: "reserved": blocks are set aside. "waiting": queued without blocks, the reader renews meanwhile.
     verdict: Literal["reserved", "waiting"]
-
-
-class Seal(msgspec.Struct, frozen=True, kw_only=True):
-    """The lease grows no more. `first_delta` is output token 0, already streamed by the prefill side."""
-
-    num_tokens: int
-    first_delta: TokenDelta
-
-
-class ProgressRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Blocks that will never be written again, from position `start` of the lease's block list on.
-
-    `withdrawn`: the holder takes the offer back (request ended, cancelled or failed there). Idempotent: blocks
-    already known are skipped; a gap is answered with `expected`, and the holder sends from there.
-    """
-
-    lease_id: LeaseId
-    holder_incarnation: Incarnation
-    start: int = 0
-    blocks: tuple[BlockRef, ...] = ()
-    #: XXH3-64 of each block's bytes, parallel to `blocks`; empty where checksums are off.
-    checksums: tuple[int, ...] = ()
-    seal: Seal | None = None
-    withdrawn: str | None = None
+    #: As `ProgressReply.expected`.
+    expected: int = 0
 
 
 class ProgressReply(msgspec.Struct, frozen=True, kw_only=True):

@@ -37,6 +37,8 @@ class MembershipLimits:
     heartbeat_interval_s: float = 0.5
     #: Silence after which a life is over.
     heartbeat_timeout_s: float = 3.0
+    #: The same where everybody is silent at once: they get no requests meanwhile, but their lives go on.
+    isolation_timeout_s: float = 20.0
     #: A placement counts as load until a heartbeat this much younger has come: by then the worker's own
     #: figures contain it.
     booking_grace_s: float = 0.25
@@ -161,7 +163,7 @@ class Membership:
                 booked_context_tokens=sum(booking.context_tokens for booking in entry.bookings),
                 booked_requests=sum(booking.requests for booking in entry.bookings),
             )
-            for _, entry in sorted(self._entries.items())
+            for entry in self._heard(now_s)
         ]
 
     def members(self, now_s: float) -> tuple[Member, ...]:
@@ -174,7 +176,7 @@ class Membership:
                 heartbeat_age_s=now_s - entry.heartbeat_s,
                 transfers=entry.transfers,
             )
-            for _, entry in sorted(self._entries.items())
+            for entry in self._heard(now_s)
         )
 
     # --- ends of lives ----------------------------------------------------------------------------
@@ -189,15 +191,31 @@ class Membership:
 
     def _end_the_silent(self, paused_s: float, now_s: float) -> None:
         timeout_s = self._limits.heartbeat_timeout_s
-        for entry in list(self._entries.values()):
+        for entry in self._entries.values():
             entry.heartbeat_s = min(now_s, entry.heartbeat_s + paused_s)
+        is_isolated = self._is_isolated(now_s)
+        patience_s = self._limits.isolation_timeout_s if is_isolated else timeout_s
+        for entry in list(self._entries.values()):
             silence_s = now_s - entry.heartbeat_s
-            if silence_s > timeout_s:
+            if silence_s > patience_s:
                 reason = f"no heartbeat for {silence_s:.1f} s"
                 self._lost.append(f"{entry.info.worker_id} incarnation {entry.info.incarnation}: {reason}")
                 self._end(entry, reason, now_s)
         # Heartbeats only move this on, and who registers from now on is heard later than anybody here.
-        self._look_again_s = timeout_s + min((entry.heartbeat_s for entry in self._entries.values()), default=now_s)
+        oldest_s = min((entry.heartbeat_s for entry in self._entries.values()), default=now_s)
+        self._look_again_s = now_s + LOOK_INTERVAL_S if is_isolated else timeout_s + oldest_s
+
+    def _is_isolated(self, now_s: float) -> bool:
+        """Whether everybody fell silent at once: then it is the coordinator that is cut off, or the network is down,
+        and nothing is known of anybody."""
+        half_s = self._limits.heartbeat_timeout_s / 2
+        silent = sum(now_s - entry.heartbeat_s > half_s for entry in self._entries.values())
+        return 1 < silent == len(self._entries)
+
+    def _heard(self, now_s: float) -> list[_Entry]:
+        """Those that are not silent for too long, by worker id."""
+        timeout_s = self._limits.heartbeat_timeout_s
+        return [entry for _, entry in sorted(self._entries.items()) if now_s - entry.heartbeat_s <= timeout_s]
 
     def _end(self, entry: _Entry, reason: str, now_s: float) -> None:
         worker_id, incarnation = entry.info.worker_id, entry.info.incarnation

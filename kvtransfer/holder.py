@@ -188,8 +188,8 @@ class Holder:
                 return self._ignore(event, "no offer under way")
             case ProgressAnswered() | ProgressFailed() if not lease.accepted or not lease.calling:
                 return self._ignore(event, "no progress under way")
-            case OfferAnswered():
-                return self._offer_answered(lease, now_s)
+            case OfferAnswered(_, expected):
+                return self._offer_answered(lease, expected, now_s)
             case OfferFailed(_, error):
                 return self._offer_failed(lease, error, now_s)
             case Advanced(_, num_final_blocks):
@@ -228,16 +228,22 @@ class Holder:
         )
         self._leases[terms.lease_id] = lease
         self.counters.opened += 1
+        if event.seal is not None:
+            return self._advance(lease, len(event.blocks), event.seal, now_s)
         return self._drive(lease, now_s)
 
-    def _offer_answered(self, lease: HolderLease, now_s: float) -> list[HolderInstruction]:
-        lease.calling = False
+    def _offer_answered(self, lease: HolderLease, expected: int, now_s: float) -> list[HolderInstruction]:
         lease.accepted = True
         lease.failures = 0
-        return self._drive(lease, now_s)
+        return self._known_up_to(lease, expected, now_s)
 
     def _offer_failed(self, lease: HolderLease, error: TandemError, now_s: float) -> list[HolderInstruction]:
         self.counters.failed_calls[f"offer: {error.code}"] += 1
+        if lease.confirmed:
+            # The offer carried everything; only its answer was lost, or a repeat came too late.
+            lease.accepted = True
+            lease.calling = False
+            return self._drive(lease, now_s)
         if not isinstance(error, RETRIED_ERRORS):
             return self._end(lease, LeaseOutcome.REFUSED, error.message)
         if isinstance(error, NoCapacity):
@@ -284,22 +290,25 @@ class Holder:
     def _progress_answered(self, lease: HolderLease, reply: ProgressReply, now_s: float) -> list[HolderInstruction]:
         if not reply.known:
             return self._lose(lease, "the reader does not hold it any more")
-        if lease.confirmed:
-            # The reader has everything; this answer was overtaken.
-            lease.calling = False
-            return self._drive(lease, now_s)
-        if not 0 <= reply.expected <= lease.num_ready:
-            reason = f"the reader expects block {reply.expected} of {lease.num_ready} announced ones"
-            return self._end(lease, LeaseOutcome.REFUSED, reason)
-        lease.calling = False
-        lease.seal_known = lease.sent_seal and reply.expected == lease.num_final
-        advanced = reply.expected > lease.expected or lease.seal_known
-        lease.expected = reply.expected
+        advanced = reply.expected > lease.expected or (lease.sent_seal and reply.expected == lease.num_final)
         if advanced:
             lease.failures = 0
         else:
             lease.failures += 1
             lease.retry_at_s = now_s + retry_delay_s(lease.failures)
+        return self._known_up_to(lease, reply.expected, now_s)
+
+    def _known_up_to(self, lease: HolderLease, expected: int, now_s: float) -> list[HolderInstruction]:
+        """The call in flight was answered: the reader knows the blocks before `expected`."""
+        lease.calling = False
+        if lease.confirmed:
+            # The reader has everything; this answer was overtaken.
+            return self._drive(lease, now_s)
+        if not 0 <= expected <= lease.num_ready:
+            reason = f"the reader expects block {expected} of {lease.num_ready} announced ones"
+            return self._end(lease, LeaseOutcome.REFUSED, reason)
+        lease.seal_known = lease.sent_seal and expected == lease.num_final
+        lease.expected = expected
         return self._drive(lease, now_s)
 
     def _progress_failed(self, lease: HolderLease, error: TandemError, now_s: float) -> list[HolderInstruction]:
@@ -468,13 +477,20 @@ class Holder:
         Half of it may pass on the way; the reader counts on the other half (see `Reader`).
         """
         remaining_s = lease.expires_s - now_s
-        terms = msgspec.structs.replace(lease.terms, ttl_s=remaining_s)
+        news = self._news(lease)
+        known = news if news.blocks else None
+        lease.sent_seal = lease.sent_seal and known is not None
+        terms = msgspec.structs.replace(lease.terms, ttl_s=remaining_s, progress=known)
         return SendOffer(terms=terms, timeout_s=min(lease.terms.ttl_s / 4, remaining_s / 2))
 
     def _progress(self, lease: HolderLease) -> SendProgress:
+        return SendProgress(reader=lease.reader, body=self._news(lease), timeout_s=lease.terms.ttl_s / 4)
+
+    def _news(self, lease: HolderLease) -> ProgressRequest:
+        """What may be announced and the reader does not know; notes whether the seal is part of it."""
         stop = min(lease.num_ready, lease.expected + MAX_BLOCKS_PER_PROGRESS)
         lease.sent_seal = lease.seal is not None and stop == lease.num_final
-        body = ProgressRequest(
+        return ProgressRequest(
             lease_id=lease.terms.lease_id,
             holder_incarnation=self._incarnation,
             start=lease.expected,
@@ -482,7 +498,6 @@ class Holder:
             checksums=tuple(lease.checksums[lease.expected : stop]),
             seal=lease.seal if lease.sent_seal else None,
         )
-        return SendProgress(reader=lease.reader, body=body, timeout_s=lease.terms.ttl_s / 4)
 
     def _drive_farewell(self, lease_id: LeaseId, now_s: float) -> list[HolderInstruction]:
         farewell = self._farewells[lease_id]

@@ -45,20 +45,24 @@ class LeaseOutcome(StrEnum):
 class Opened:
     """A lease with a new id over `blocks`, whose bytes must stand now; `terms.ttl_s` is its term.
 
-    `max_age_s`: no grant reaches further than this from now; None: only the holder's own bound counts.
+    `seal`: all blocks are final already, and this seals them. `max_age_s`: no grant reaches further than this
+    from now; None: only the holder's own bound counts.
     """
 
     terms: LeaseTerms
     reader: Peer
     blocks: tuple[BlockId, ...]
+    seal: Seal | None = None
     max_age_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class OfferAnswered:
-    """The reader took the offer; its blocks are set aside, or will be."""
+    """The reader took the offer; its blocks are set aside, or will be. `expected`: the position up to which it knows
+    the blocks."""
 
     lease_id: LeaseId
+    expected: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,10 +158,12 @@ class HolderService(LeaseService[HolderEvent, HolderInstruction]):
         *,
         send_offer: SendOfferCall,
         on_ended: EndedCallback,
+        seal: Seal | None = None,
         max_age_s: float | None = None,
     ) -> LeaseId:
         """Grants a lease over `blocks` (not empty, held by the caller, in the order of the tokens), pins
-        them, and begins to offer it.
+        them, and begins to offer it. `seal`: all of them are final already, as if `seal` had been called; the
+        offer then carries them, which spares a call.
 
         `send_offer` is called again after a failure that a repeat may mend, until the term is over; it raises
         what the reader answered. To a reader without room (NoCapacity) the offer is repeated until the lease is
@@ -186,7 +188,7 @@ class HolderService(LeaseService[HolderEvent, HolderInstruction]):
             checksums=self._work.checksum,
         )
         self._callers[lease_id] = _Caller(send_offer, on_ended)
-        self._shell.feed(Opened(terms=terms, reader=reader, blocks=tuple(blocks), max_age_s=max_age_s))
+        self._shell.feed(Opened(terms=terms, reader=reader, blocks=tuple(blocks), seal=seal, max_age_s=max_age_s))
         return lease_id
 
     def advance(self, lease_id: LeaseId, num_final_blocks: int) -> None:
@@ -274,14 +276,14 @@ class HolderService(LeaseService[HolderEvent, HolderInstruction]):
             return  # ended between the instruction and the task's first step
         try:
             async with asyncio.timeout(order.timeout_s):
-                await caller.send_offer(order.terms, order.timeout_s)
+                reply = await caller.send_offer(order.terms, order.timeout_s)
         except TandemError as error:
             self._shell.feed(OfferFailed(lease_id, error))
         except TimeoutError:
             late = DeadlineExceeded(f"offer of lease {lease_id}: no answer within {order.timeout_s:g} s")
             self._shell.feed(OfferFailed(lease_id, late))
         else:
-            self._shell.feed(OfferAnswered(lease_id))
+            self._shell.feed(OfferAnswered(lease_id, reply.expected))
 
     async def _send_progress(self, order: SendProgress) -> None:
         lease_id = order.body.lease_id

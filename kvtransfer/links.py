@@ -101,6 +101,19 @@ def shortfall(measured: Measured, expected: LinkClass | None) -> str | None:
     return None
 
 
+def best_of(first: Measured | None, second: Measured) -> Measured:
+    """The better figures of two measurements of one way: what a link did once, it can do."""
+    if first is None or first.bandwidth_bytes_per_s is None or first.latency_s is None:
+        return second
+    if second.bandwidth_bytes_per_s is None or second.latency_s is None:
+        return first
+    return Measured(
+        transport=second.transport,
+        bandwidth_bytes_per_s=max(first.bandwidth_bytes_per_s, second.bandwidth_bytes_per_s),
+        latency_s=min(first.latency_s, second.latency_s),
+    )
+
+
 def choose(measurements: Sequence[Measured], policy: LinkPolicy) -> LinkChoice:
     """The acceptable transport that moves a typical handoff fastest; ties go to the one named first.
 

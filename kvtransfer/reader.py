@@ -22,6 +22,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, assert_never
 
+import msgspec
+
 from contracts.errors import (
     BadRequest,
     Cancelled,
@@ -240,20 +242,22 @@ class Reader:
         terms = event.terms
         known = self._leases.get(terms.lease_id)
         if known is not None and known.state is not ReaderState.QUARANTINED:
-            return [self._verdict(known)]
+            return self._offered_again(known, terms, now_s)
         instructions = self._fence(terms.holder, now_s)
-        refusal = self._refusal(terms)
-        if refusal is not None:
-            self.counters.refused[refusal.code] += 1
-            return [*instructions, RefuseOffer(refusal)]
-        self.counters.offered += 1
         lease = ReaderLease(
-            terms=terms,
+            terms=msgspec.structs.replace(terms, progress=None),
             owner=event.owner,
             state=ReaderState.WAITING,
             expires_s=now_s + terms.ttl_s / 2,
             renew_at_s=now_s + terms.ttl_s * OFFER_RENEW_SHARE,
         )
+        refusal = self._refusal(terms) or self._unfit(lease, terms.progress)
+        if refusal is not None:
+            self.counters.refused[refusal.code] += 1
+            return [*instructions, RefuseOffer(refusal)]
+        self.counters.offered += 1
+        if terms.progress is not None:
+            lease.announce(terms.progress)
         self._leases[terms.lease_id] = lease
         self._waiting[terms.lease_id] = lease
         self._calls.add(lease)
@@ -261,9 +265,27 @@ class Reader:
         instructions += self._drive(lease, now_s)
         return [*instructions, self._verdict(lease), *self._calls.drive(lease.holder_key, now_s)]
 
+    def _offered_again(self, lease: ReaderLease, terms: LeaseTerms, now_s: float) -> list[ReaderInstruction]:
+        """The answer to the first was lost; what became final since may have come with the repeat."""
+        if (refusal := self._unfit(lease, terms.progress)) is not None:
+            return [RefuseOffer(refusal)]
+        if terms.progress is not None:
+            lease.announce(terms.progress)
+        return [self._verdict(lease), *self._drive(lease, now_s)]
+
+    def _unfit(self, lease: ReaderLease, body: ProgressRequest | None) -> BadRequest | None:
+        """Why what an offer announces cannot be so."""
+        if body is None:
+            return None
+        own = (lease.lease_id, lease.terms.holder.incarnation)
+        if (body.lease_id, body.holder_incarnation) != own or body.withdrawn is not None:
+            return BadRequest(f"offer of lease {lease.lease_id}: what it announces is not this lease's")
+        problem = lease.misfit(body)
+        return None if problem is None else BadRequest(f"offer of lease {lease.lease_id}: {problem}")
+
     def _verdict(self, lease: ReaderLease) -> Verdict:
         waiting = lease.state is ReaderState.WAITING
-        return Verdict(HandoffReply(verdict="waiting" if waiting else "reserved"))
+        return Verdict(HandoffReply(verdict="waiting" if waiting else "reserved", expected=len(lease.announced)))
 
     def _refusal(self, terms: LeaseTerms) -> TandemError | None:
         """Why this offer is not for this reader, or not now."""

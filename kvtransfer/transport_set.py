@@ -10,9 +10,9 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from contracts.errors import IncompatiblePeer, WorkerUnavailable
+from contracts.errors import ConfigError, IncompatiblePeer, WorkerUnavailable
 from contracts.messages import LinkReport, PullTally
-from kvtransfer.links import LinkChoice, LinkPolicy, Measured, choose
+from kvtransfer.links import LinkChoice, LinkPolicy, Measured, best_of, choose
 from kvtransfer.routes import FailedPull, RoutedPull
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from contracts.messages import Peer
     from kvtransfer.probe import Prober
     from kvtransfer.transport import BlockPair, Pool, Pull, PullResult, Transport
+
+#: Rounds of measuring in which nothing is acceptable, before a holder is refused.
+ROUNDS_TO_REFUSE = 3
 
 _LifeKey = tuple["WorkerId", "Incarnation"]
 
@@ -84,6 +87,7 @@ class _Life:
     #: The transport that pulls take; None until one has answered.
     way: str | None = None
     measured: tuple[Measured, ...] = ()
+    num_rounds: int = 0
     #: None until it was probed.
     choice: LinkChoice | None = None
 
@@ -110,10 +114,21 @@ class TransportSet:
     def get(self, name: str) -> Transport:
         return self._transports[name]
 
-    def register(self, pool: Pool) -> None:
-        """Raises ConfigError where a transport cannot work on this machine."""
-        for transport in self._transports.values():
-            transport.register(pool)
+    def register(self, pool: Pool, *, needed: bool = True) -> list[ConfigError]:
+        """`needed`: every transport must work here. Otherwise those that do not are left out, and why is returned.
+
+        Raises ConfigError where a needed transport, or all of them, cannot work on this machine.
+        """
+        failures: list[ConfigError] = []
+        for name, transport in list(self._transports.items()):
+            try:
+                transport.register(pool)
+            except ConfigError as error:
+                if needed or len(self._transports) == 1:
+                    raise
+                failures.append(error)
+                del self._transports[name]
+        return failures
 
     def endpoints(self) -> dict[str, bytes]:
         if self._endpoints is None:
@@ -177,19 +192,27 @@ class TransportSet:
     ) -> LinkChoice:
         """Measures every common transport to this holder, one after the other, and settles the way.
 
+        The best figures of all measurements count: on a busy machine one of them proves nothing. So a holder is
+        refused only after `ROUNDS_TO_REFUSE` of them; before, `LinkChoice.transport` None settles nothing.
+
         Raises ConfigError when no transport is common, WorkerUnavailable when none could be measured: that says
         nothing about its speed, and nothing is settled.
         """
         measured: list[Measured] = []
         life = self._life(holder)
+        known = {each.transport: each for each in life.measured}
         for name, transport in self._transports.items():
             if name in endpoints:
                 life.used[name] = endpoints[name]
-                measured.append(await prober.measure(transport, endpoints[name], holder_blocks))
+                new = await prober.measure(transport, endpoints[name], holder_blocks)
+                measured.append(best_of(known.get(name), new))
         if measured and all(each.bandwidth_bytes_per_s is None for each in measured):
             raise WorkerUnavailable("; ".join(str(each) for each in measured))
         choice = choose(measured, self._policy)
-        life.measured, life.choice, life.way = tuple(measured), choice, choice.transport
+        life.measured = tuple(measured)
+        life.num_rounds += 1
+        if choice.transport is not None or life.num_rounds >= ROUNDS_TO_REFUSE:
+            life.choice, life.way = choice, choice.transport
         return choice
 
     def is_probed(self, worker_id: WorkerId, incarnation: Incarnation) -> bool:

@@ -22,11 +22,7 @@ from contracts.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    import numpy as np
-    from numpy.typing import NDArray
-
-    #: One row per piece of memory: address, bytes, device.
-    Pieces = NDArray[np.uint64]
+    from kvtransfer.ucx_parts import Part
 
 #: Import name -> distribution, by CUDA release. Both serve machines without CUDA.
 PACKAGES = {"nixl_cu12": "nixl-cu12", "nixl_cu13": "nixl-cu13"}
@@ -168,23 +164,22 @@ class Agent:
         with contextlib.suppress(Exception):
             self._agent.invalidateRemoteMD(name)
 
-    def read(
-        self, peer: str, source: Pieces, source_device: int | None, target: Pieces, target_device: int | None
-    ) -> Read:
-        """Posts a read of the peer's pieces into one's own. Copies within one machine are over when it returns."""
-        num_bytes = int(target[:, 1].sum())
+    def read(self, peer: str, part: Part, source_device: int | None, target_device: int | None) -> Read:
+        """Posts a read of the peer's pieces into one's own. Copies within one machine are over when it returns.
+        Raises Unreachable."""
+        bindings = self._bindings
         try:
             handle = self._agent.createXferReq(
-                self._bindings.NIXL_READ,
-                self._bindings.nixlXferDList(self._memory(target_device), target),
-                self._bindings.nixlXferDList(self._memory(source_device), source),
+                bindings.NIXL_READ,
+                bindings.nixlXferDList(self._memory(target_device), part.targets),
+                bindings.nixlXferDList(self._memory(source_device), part.sources),
                 peer,
                 "",
                 [self._backend],
             )
         except Exception as error:
             raise Unreachable(str(error)) from error
-        read = Read(self._agent, self._bindings, handle, num_bytes)
+        read = Read(self._agent, bindings, handle, part.num_bytes)
         read.post()
         return read
 

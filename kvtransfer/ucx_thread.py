@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import mmap
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from contracts.errors import (
@@ -81,9 +82,8 @@ class UcxThread:
         # NIXL may write until the thread ends: the memory stays mapped that long, whoever else lets go of it.
         self._mapping: memoryview | None = pool.view() if device_of(pool) is None else None
         self._clock = clock
-        #: Appended by the loop, taken by the thread.
-        self._jobs: deque[Work | Forget] = deque()
-        self._awake = threading.Event()
+        #: From the loop to the thread, which waits for them; None: to look again.
+        self._jobs: SimpleQueue[Work | Forget | None] = SimpleQueue()
         self._closing = False
         #: By endpoint, least recently used first.
         self._peers: OrderedDict[bytes, Peer] = OrderedDict()
@@ -107,11 +107,10 @@ class UcxThread:
             raise self._start_error
 
     def submit(self, job: Work | Forget) -> None:
-        self._jobs.append(job)
-        self.rouse()
+        self._jobs.put(job)
 
     def rouse(self) -> None:
-        self._awake.set()
+        self._jobs.put(None)
 
     async def close(self, timeout_s: float) -> bool:
         """Stops everything; whether all of it became terminal, and the thread ended, within the time. Otherwise
@@ -182,29 +181,42 @@ class UcxThread:
 
     def _work(self, agent: Agent) -> None:
         """Until it is closing, and everything is terminal."""
-        while not self._closing or self._peers or self._jobs:
-            self._awake.clear()
-            moved = bool(self._jobs)
-            while self._jobs:
-                job = self._jobs.popleft()
-                if isinstance(job, Work):
-                    self._admit(agent, job)
-                else:
-                    self._forget(job.endpoint)
+        moved = True
+        while not self._closing or self._peers or not self._jobs.empty():
+            moved = self._take_jobs(agent, self._patience_s(moved))
             for endpoint, peer in list(self._peers.items()):
                 moved = self._advance(agent, endpoint, peer) or moved
-            self._pause(agent, moved)
+            if not moved and self._idle:
+                agent.progress()
 
-    def _pause(self, agent: Agent, moved: bool) -> None:
+    @property
+    def _idle(self) -> bool:
+        return all(peer.idle for peer in self._peers.values())
+
+    def _patience_s(self, moved: bool) -> float | None:
+        """How long to wait for a job; None: until there is one."""
         now_s = self._clock.now_s()
         if moved:
             self._quiet_since_s = now_s
-        elif all(peer.idle for peer in self._peers.values()):
-            if not self._awake.wait(PROGRESS_INTERVAL_S if self._peers else None):
-                agent.progress()
-        else:
-            sleep_s = (now_s - self._quiet_since_s) * SLEEP_SHARE
-            self._awake.wait(min(max(sleep_s, SHORTEST_SLEEP_S), LONGEST_SLEEP_S))
+            return 0.0
+        if self._idle:
+            return PROGRESS_INTERVAL_S if self._peers else None
+        return min(max((now_s - self._quiet_since_s) * SLEEP_SHARE, SHORTEST_SLEEP_S), LONGEST_SLEEP_S)
+
+    def _take_jobs(self, agent: Agent, timeout_s: float | None) -> bool:
+        """Waits so long for a job, and takes all there are; whether there was any."""
+        try:
+            job = self._jobs.get(timeout=timeout_s) if timeout_s != 0.0 else self._jobs.get_nowait()
+        except Empty:
+            return False
+        while True:
+            if isinstance(job, Work):
+                self._admit(agent, job)
+            elif job is not None:
+                self._forget(job.endpoint)
+            if self._jobs.empty():
+                return True
+            job = self._jobs.get_nowait()
 
     def _admit(self, agent: Agent, work: Work) -> None:
         try:

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvtransfer.transport import PullResult, check_pairs
+from kvtransfer.transport import PullResult
+from kvtransfer.ucx_parts import Part, Region, parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
-
     from contracts.errors import TandemError
     from kvtransfer.transport import BlockPair, Pool
-    from kvtransfer.ucx_agent import Agent, Pieces, Read
+    from kvtransfer.ucx_agent import Agent, Read
     from kvtransfer.ucx_endpoint import UcxEndpoint
 
-    Blocks = NDArray[np.int64]
-
-    #: Source blocks, target blocks, and how many blocks follow each other from there on.
-    Runs = tuple[Blocks, Blocks, Blocks]
-
 #: Bytes posted at a time, in whole blocks. Small enough that other pulls soon get a turn.
-PART_BYTES = 8 << 20
+PART_BYTES = 16 << 20
 
 #: Bytes that a probe reads.
 PROBE_BYTES = 8
@@ -38,42 +31,6 @@ def device_of(pool: Pool) -> int | None:
     """The number of the CUDA device that holds the pool; None: host memory."""
     device: int | None = getattr(pool, "device", None)
     return device
-
-
-def checked_columns(pairs: Sequence[BlockPair], num_source_blocks: int, num_own_blocks: int) -> tuple[Blocks, Blocks]:
-    """Source blocks, target blocks. Raises BadRequest where a pair names a block that one of the two pools does not
-    have."""
-    flat = np.fromiter(itertools.chain.from_iterable(pairs), np.int64, 2 * len(pairs))
-    sources, targets = flat[::2].copy(), flat[1::2].copy()
-    # A negative number is a very large one without its sign.
-    if len(pairs) and (
-        sources.view(np.uint64).max() >= num_source_blocks or targets.view(np.uint64).max() >= num_own_blocks
-    ):
-        check_pairs(pairs, num_source_blocks, num_own_blocks)
-    return sources, targets
-
-
-def joined(sources: Blocks, targets: Blocks) -> Runs:
-    """As `kvtransfer.transport.runs`, but at a cost per block that does not show beside that of copying it. There is
-    at least one pair."""
-    num_pairs = len(sources)
-    begins = np.empty(num_pairs, np.bool_)
-    begins[0] = True
-    begins[1:] = (sources[1:] - sources[:-1] != 1) | (targets[1:] - targets[:-1] != 1)
-    firsts = np.flatnonzero(begins)
-    lengths = np.empty_like(firsts)
-    lengths[:-1] = firsts[1:] - firsts[:-1]
-    lengths[-1] = num_pairs - firsts[-1]
-    return sources[firsts], targets[firsts], lengths
-
-
-def pieces(address: int, device: int | None, blocks: Blocks, lengths: Blocks, size: int) -> Pieces:
-    """Where runs of blocks lie in a pool, as NIXL wants it."""
-    table = np.empty((len(blocks), 3), np.uint64)
-    table[:, 0] = blocks * size + address
-    table[:, 1] = lengths * size
-    table[:, 2] = device or 0
-    return table
 
 
 class Peer:
@@ -134,9 +91,8 @@ class UcxPull(Work):
         super().__init__(endpoint, asked_s)
         self.pairs = tuple(pairs)
         self._rouse = rouse
-        #: Source and target blocks, once checked, and how many of them were posted.
-        self._columns: tuple[Blocks, Blocks] | None = None
-        self._num_posted = 0
+        #: Not posted yet; None before the pull's turn has come.
+        self._parts: deque[Part] | None = None
         self._result: asyncio.Future[PullResult] = self._loop.create_future()
 
     async def wait(self) -> PullResult:
@@ -147,23 +103,14 @@ class UcxPull(Work):
         self._rouse()
 
     def next_read(self, agent: Agent, peer: Peer, pool: Pool) -> Read | None:
-        size = pool.block_bytes
-        if self._columns is None:
-            self._columns = checked_columns(self.pairs, peer.endpoint.num_blocks, pool.num_blocks)
-        start, stop = self._num_posted, self._num_posted + max(1, PART_BYTES // size)
-        self._num_posted = stop
-        self.exhausted = stop >= len(self.pairs)
-        if start >= len(self.pairs):
-            return None
-        sources, targets, lengths = joined(*(column[start:stop] for column in self._columns))
-        source_device, target_device = peer.endpoint.device, device_of(pool)
-        return agent.read(
-            peer.name,
-            pieces(peer.endpoint.address, source_device, sources, lengths, size),
-            source_device,
-            pieces(pool.address, target_device, targets, lengths, size),
-            target_device,
-        )
+        endpoint, device = peer.endpoint, device_of(pool)
+        if self._parts is None:
+            source = Region(endpoint.address, endpoint.num_blocks, endpoint.device)
+            own = Region(pool.address, pool.num_blocks, device)
+            self._parts = deque(parts(self.pairs, source, own, pool.block_bytes, PART_BYTES))
+        part = self._parts.popleft() if self._parts else None
+        self.exhausted = not self._parts
+        return None if part is None else agent.read(peer.name, part, endpoint.device, device)
 
     def finish(self, now_s: float) -> None:
         first_s = now_s if self.first_post_s is None else self.first_post_s
@@ -186,7 +133,7 @@ class Probe(Work):
         self.exhausted = True
         source = np.array([[peer.endpoint.address, PROBE_BYTES, peer.endpoint.device or 0]], np.uint64)
         target = np.array([[self._scratch_address, PROBE_BYTES, 0]], np.uint64)
-        return agent.read(peer.name, source, peer.endpoint.device, target, None)
+        return agent.read(peer.name, Part(source, target, PROBE_BYTES), peer.endpoint.device, None)
 
     def finish(self, now_s: float) -> None:
         self.tell(self._settle)

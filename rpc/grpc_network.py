@@ -252,7 +252,7 @@ class GrpcChannel:
             callee = self._unary[method.name] = self._channel.unary_unary(PATH_PREFIX + method.name)
         cancels_before = _num_cancels()
         try:
-            reply = await callee(raw, timeout=timeout_s, metadata=self._metadata, wait_for_ready=False)
+            answer = await callee(raw, timeout=timeout_s, metadata=self._metadata, wait_for_ready=False)
         except aio.AioRpcError as error:
             raise _tandem_error(error, what, f"no reply within {timeout_s:g} s") from error
         except aio.UsageError as error:
@@ -261,6 +261,10 @@ class GrpcChannel:
             if _num_cancels() > cancels_before:
                 raise
             raise WorkerUnavailable(f"{what}: the channel was closed during the call") from None
+        reply = cast("bytes | None", answer)
+        if reply is None:
+            # HTTP/2 that was damaged on its way can end a call well, and empty.
+            raise WorkerUnavailable(f"{what}: it ended without a reply")
         return self._codec.decode_reply(reply, method.reply, f"reply of {what}")
 
     async def stream(

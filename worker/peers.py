@@ -104,7 +104,9 @@ class PeerWatch:
             return
         self._tries.pop(peer, None)
         self._repeat_at_s.pop(peer.worker_id, None)
-        if choice.transport is None:
+        if choice.transport is None and not self._transports.is_probed(peer.worker_id, peer.incarnation):
+            self._log(f"{peer.worker_id} is measured again: {choice.reason}")
+        elif choice.transport is None:
             self._repeat_at_s[peer.worker_id] = self._clock.now_s() + REPEAT_AFTER_S
             self._log(f"ERROR: no KV is taken from {peer.worker_id}: {choice.reason}")
         else:

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from contracts.errors import IncompatiblePeer, Internal, InvariantBroken, NotReady, StaleIncarnation
+from contracts.errors import Internal, InvariantBroken, NotReady, StaleIncarnation, TandemError, TransferAborted
 from contracts.messages import (
     AUDIT,
     CANCEL,
@@ -298,7 +298,7 @@ class WorkerShell:
         self._require(ask.target, "Handoff")
         await self._note_peer(ask.terms.holder)
         if (refusal := self._transports.refusal(ask.terms.holder)) is not None:
-            raise IncompatiblePeer(refusal)
+            raise TransferAborted(refusal)
         return self.decode.offer(ask, self._clock.now_s())
 
     async def _on_frames(self, ask: FramesRequest, context: CallContext) -> AsyncIterator[Frame]:

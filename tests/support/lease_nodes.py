@@ -53,6 +53,8 @@ class Script:
     num_blocks: int
     #: Final blocks announced before the seal.
     advances: tuple[int, ...] = ()
+    #: The blocks are final before the lease: its offer carries everything.
+    sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -433,7 +433,8 @@ class World:
         key = cast("r.HolderKey", call.about)
         match call.kind:
             case "offer":
-                self.feed_holder(call.caller, h.OfferFailed(about, error) if error else h.OfferAnswered(about))
+                taken = h.OfferAnswered(about, getattr(answer, "expected", 0))
+                self.feed_holder(call.caller, h.OfferFailed(about, error) if error else taken)
             case "progress":
                 known = h.ProgressAnswered(about, cast("ProgressReply", answer))
                 self.feed_holder(call.caller, h.ProgressFailed(about, error) if error else known)
@@ -471,9 +472,17 @@ class World:
                 ttl_s=TTL_S,
                 checksums=self.scenario.checksums,
             )
-            self.feed_holder(item.node, h.Opened(terms=terms, reader=reader, blocks=tuple(blocks)))
-            self.then(again)
-            return f"open {lease_id}"
+            if not script.sealed:
+                self.feed_holder(item.node, h.Opened(terms=terms, reader=reader, blocks=tuple(blocks)))
+                self.then(again)
+                return f"open {lease_id}"
+            for position, block in enumerate(blocks):
+                node.contents[block] = (lease_id, position)
+            opened = h.Opened(terms=terms, reader=reader, blocks=tuple(blocks), seal=_seal(lease_id))
+            self.feed_holder(item.node, opened)
+            node.ledger.release_all(lease_id)
+            audit_holder(node)
+            return f"open and seal {lease_id}"
         if not node.ledger.blocks_of(lease_id):
             return f"{lease_id} has ended"
         final = script.advances[item.step - 1] if item.step <= len(script.advances) else script.num_blocks
@@ -483,8 +492,7 @@ class World:
             self.feed_holder(item.node, h.Advanced(lease_id, final))
             self.then(again)
             return f"advance {lease_id} to {final}"
-        seal = Seal(num_tokens=1, first_delta=TokenDelta(request_id=RequestId(lease_id), index=0))
-        self.feed_holder(item.node, h.Sealed(lease_id, final, seal))
+        self.feed_holder(item.node, h.Sealed(lease_id, final, _seal(lease_id)))
         # From here on only the pins hold the blocks.
         node.ledger.release_all(lease_id)
         audit_holder(node)
@@ -566,3 +574,7 @@ class World:
             for number, script in enumerate(self.scenario.scripts):
                 if script.holder == index:
                     self.then(Item("script", index, life, lease_id=LeaseId(str(number))))
+
+
+def _seal(lease_id: LeaseId) -> Seal:
+    return Seal(num_tokens=1, first_delta=TokenDelta(request_id=RequestId(lease_id), index=0))

@@ -194,3 +194,46 @@ def test_placements_count_until_a_heartbeat_contains_them(membership: Membership
     assert membership.live(1.1)[0].prefill_load_tokens == 30, "the heartbeat may have left before the request came"
     membership.heartbeat(WorkerId("p0"), Incarnation(1), WorkerLoad(), 1.6)
     assert membership.live(1.6)[0].prefill_load_tokens == 0
+
+
+# --- everybody silent at once ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair() -> Membership:
+    machine = Membership(LIMITS)
+    for name in ("p0", "d0"):
+        machine.register(life(1, WorkerId(name)), 0.0)
+    return machine
+
+
+def test_silence_of_everybody_is_the_coordinators_own(pair: Membership) -> None:
+    assert pass_time(pair, 0.0, LIMITS.isolation_timeout_s - 0.1) == []
+    assert pair.live(LIMITS.isolation_timeout_s - 0.1) == []
+    assert pair.members(LIMITS.isolation_timeout_s - 0.1) == ()
+    assert gone(pair, LIMITS.isolation_timeout_s - 0.1) == []
+    for name in ("p0", "d0"):
+        assert pair.heartbeat(WorkerId(name), Incarnation(1), WorkerLoad(), LIMITS.isolation_timeout_s - 0.1)
+    assert len(pair.live(LIMITS.isolation_timeout_s)) == 2
+
+
+def test_silence_of_everybody_ends_them_too_in_the_end(pair: Membership) -> None:
+    lost = pass_time(pair, 0.0, LIMITS.isolation_timeout_s + 1.0)
+    assert len(lost) == 2
+    assert len(gone(pair, LIMITS.isolation_timeout_s + 1.0)) == 2
+
+
+def test_silence_of_one_among_others_is_its_own(pair: Membership) -> None:
+    now_s = 0.0
+    while now_s < 4.0:
+        now_s += 0.5
+        beat(pair, now_s)
+    assert [view.info.worker_id for view in pair.live(now_s)] == ["p0"]
+    assert gone(pair, now_s) == [("d0", 1)]
+
+
+def test_a_late_silence_of_the_last_one_does_not_save_the_first(pair: Membership) -> None:
+    assert pass_time(pair, 0.0, 2.9) == []
+    beat(pair, 2.9)
+    lost = pass_time(pair, 2.9, 3.2)
+    assert lost == ["d0 incarnation 1: no heartbeat for 3.2 s"]

@@ -17,6 +17,7 @@ from contracts.errors import (
     NoCapacity,
     StaleIncarnation,
     TandemError,
+    TransferAborted,
     WorkerUnavailable,
 )
 from contracts.ids import Incarnation, LeaseId
@@ -719,3 +720,48 @@ def test_as_many_checksums_as_blocks() -> None:
     bench.feed(Opened(terms=CHECKSUMMED, reader=READER, blocks=bench.blocks), Sealed(LEASE, 3, SEAL))
     with pytest.raises(InvariantBroken, match="2 checksums up to block 3"):
         bench.feed(Prepared(LEASE, Preparation(checksums=(1, 2))))
+
+
+# --- blocks that stood before their lease ---------------------------------------------------------------
+
+
+def opened_sealed() -> tuple[Bench, SendOffer]:
+    bench = Bench()
+    bench.feed(Opened(terms=terms(), reader=READER, blocks=bench.blocks, seal=SEAL))
+    (offer,) = bench.last
+    assert isinstance(offer, SendOffer)
+    return bench, offer
+
+
+def test_an_offer_of_final_blocks_carries_them_and_the_seal() -> None:
+    bench, offer = opened_sealed()
+    progress = offer.terms.progress
+    assert progress is not None
+    assert (len(progress.blocks), progress.seal) == (3, SEAL)
+    # The reader knows everything: nothing is announced after it.
+    assert bench.feed(OfferAnswered(LEASE, 3)) == []
+
+
+def test_a_reader_that_took_less_is_sent_the_rest() -> None:
+    bench, _ = opened_sealed()
+    (rest,) = bench.feed(OfferAnswered(LEASE, 0))
+    assert isinstance(rest, SendProgress)
+    assert len(rest.body.blocks) == 3
+
+
+def test_an_answer_that_claims_more_than_there_is_ends_the_lease() -> None:
+    bench, _ = opened_sealed()
+    (ended,) = bench.feed(OfferAnswered(LEASE, 4))
+    assert isinstance(ended, LeaseEnded)
+    assert ended.outcome is LeaseOutcome.REFUSED
+
+
+@pytest.mark.parametrize("error", [WorkerUnavailable("lost"), TransferAborted("has ended here: adopted")])
+def test_a_lost_answer_does_not_end_what_was_confirmed(error: TandemError) -> None:
+    bench, _ = opened_sealed()
+    (answer,) = bench.feed(ConfirmAsked(ConfirmRequest(lease_id=LEASE, holder_incarnation=HOLDER.incarnation)))
+    assert isinstance(answer, Answer)
+    assert bench.feed(OfferFailed(LEASE, error)) == []
+    ended, _ = bench.feed(AckArrived(AckRequest(lease_ids=(LEASE,), holder_incarnation=HOLDER.incarnation)))
+    assert isinstance(ended, LeaseEnded)
+    assert ended.outcome is LeaseOutcome.RELEASED

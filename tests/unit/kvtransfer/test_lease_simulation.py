@@ -298,7 +298,7 @@ class HolderNode:
         if isinstance(reply, TandemError):
             self.feed(h.OfferFailed(lease_id, reply))
         else:
-            self.feed(h.OfferAnswered(lease_id))
+            self.feed(h.OfferAnswered(lease_id, getattr(reply, "expected", 0)))
 
     def _progress_done(self, lease_id: LeaseId, reply: object) -> None:
         if isinstance(reply, TandemError):

@@ -13,8 +13,9 @@ from contracts.errors import ConfigError, IncompatiblePeer, NoCapacity, WorkerUn
 from contracts.ids import BlockId, Incarnation, WorkerId
 from contracts.messages import Peer
 from kvtransfer import HostPool, Ledger, LinkClass, LinkPolicy, MemoryFabric, MemoryTransport, Prober, TransportSet
-from kvtransfer.links import TYPICAL_BYTES, Measured, choose, shortfall
+from kvtransfer.links import TYPICAL_BYTES, Measured, best_of, choose, shortfall
 from kvtransfer.memory import PullFate, PullInfo
+from kvtransfer.transport_set import ROUNDS_TO_REFUSE
 from simulator import VirtualClock, run
 
 if TYPE_CHECKING:
@@ -81,6 +82,14 @@ def test_small_blocks_over_a_slow_start_lose_to_a_quick_one() -> None:
     assert "wide: 8.00 GB/s, 50.00 ms a block" in choice.reason
     assert choice.notes == {"wide": "slower than quick"}
     assert TYPICAL_BYTES / 4e9 < 0.05
+
+
+def test_the_best_of_all_measurements_counts() -> None:
+    failed = Measured(transport="ucx", problem="no answer")
+    both = best_of(measured("ucx", 3.0, latency_ms=9.0), measured("ucx", 1.0, latency_ms=0.5))
+    assert both == measured("ucx", 3.0, latency_ms=0.5)
+    assert best_of(None, failed) == best_of(failed, failed) == failed
+    assert best_of(failed, both) == best_of(both, failed) == both
 
 
 def test_nothing_in_common_is_an_error() -> None:
@@ -166,7 +175,10 @@ def test_a_holder_whose_ways_are_all_too_slow_is_refused_until_it_is_measured_ag
         holder, reader = pair("ucx", lambda info: link(speed[0])(info), both)
         transports = TransportSet((reader,), LinkPolicy(classes={"ucx": RDMA}))
         prober = Prober(Ledger(64), VirtualClock(), block_bytes=4096, on_settled=lambda: None)
-        assert (await transports.probe(HOLDER, {"ucx": holder.endpoint()}, 64, prober)).transport is None
+        for _ in range(ROUNDS_TO_REFUSE):
+            assert transports.refusal(HOLDER) is None, "one slow round proves nothing"
+            assert not transports.is_probed(HOLDER.worker_id, HOLDER.incarnation)
+            assert (await transports.probe(HOLDER, {"ucx": holder.endpoint()}, 64, prober)).transport is None
         assert "no transport to p0 is fast enough: ucx: " in (transports.refusal(HOLDER) or "")
         speed[0] = 1000.0
         reader_of_quick = TransportSet((reader,), LinkPolicy(classes={"ucx": QUICK}))

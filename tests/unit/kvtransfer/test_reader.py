@@ -20,7 +20,7 @@ from contracts.errors import (
     WorkerUnavailable,
 )
 from contracts.ids import BlockId, Incarnation, LeaseId
-from contracts.messages import ConfirmReply, Peer, ProgressReply, RenewReply
+from contracts.messages import ConfirmReply, HandoffReply, Peer, ProgressReply, ProgressRequest, RenewReply
 from kvtransfer.block_work import Landing
 from kvtransfer.ledger import Ledger
 from kvtransfer.reader import MAX_ENDED_LEASES, Reader
@@ -880,3 +880,43 @@ def test_a_short_term_survives_lost_renewals() -> None:
         bench.feed(RenewFailed(KEY, DeadlineExceeded("lost")))
     (third,) = bench.until_due()
     assert isinstance(third, AskRenew)
+
+
+# --- offers that carry what is final --------------------------------------------------------------------
+
+
+def carrying(body: ProgressRequest) -> Offered:
+    return Offered(terms=msgspec.structs.replace(terms(), progress=body), owner="r")
+
+
+def test_an_offer_that_carries_everything_is_pulled_at_once() -> None:
+    bench = Bench()
+    pull, verdict = bench.feed(carrying(progress(0, 4, 5, 6, seal=SEAL)))[:2]
+    assert isinstance(pull, StartPull)
+    assert len(pull.pairs) == 3
+    assert verdict == Verdict(HandoffReply(verdict="reserved", expected=3))
+    (question,) = bench.feed(DONE)
+    assert isinstance(question, AskConfirm)
+
+
+def test_a_repeated_offer_may_bring_more() -> None:
+    bench = Bench()
+    bench.feed(carrying(progress(0, 4)))
+    (verdict,) = bench.feed(carrying(progress(0, 4, 5, 6, seal=SEAL)))
+    assert verdict == Verdict(HandoffReply(verdict="reserved", expected=3))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        progress(0, 4, 5, 6, 7),
+        progress(0, 4, lease_id=LeaseId("another")),
+        progress(0, 4, incarnation=Incarnation(99)),
+        progress(0, withdrawn="gone"),
+    ],
+    ids=["too many", "another lease", "another life", "withdrawn"],
+)
+def test_an_offer_that_contradicts_itself_starts_nothing(body: ProgressRequest) -> None:
+    bench = Bench()
+    assert isinstance(refused(bench, carrying(body)), BadRequest)
+    assert bench.reader.idle

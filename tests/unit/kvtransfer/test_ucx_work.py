@@ -14,45 +14,53 @@ from contracts.ids import BlockId, Incarnation
 from kvtransfer.transport import check_pairs, runs
 from kvtransfer.ucx_agent import net_devices
 from kvtransfer.ucx_endpoint import UcxEndpoint, decode_endpoint, encode_endpoint
-from kvtransfer.ucx_work import checked_table, parts, pieces
+from kvtransfer.ucx_parts import FEW_PAIRS, Region, parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvtransfer import BlockPair
-    from kvtransfer.ucx_work import Part
+    from kvtransfer.ucx_parts import Part
 
 BLOCK_BYTES = 100
 
+#: Blocks 0 to 8 of a holder's device, and 0 to 9 of one's own memory.
+SOURCE = Region(1 << 47, 9, 3)
+OWN = Region(5, 10, None)
+
+#: Some are refused. Many continue each other, and some lists are long.
 PAIRS = st.lists(
-    st.tuples(st.integers(-1, 12), st.integers(-1, 12)).map(lambda each: (BlockId(each[0]), BlockId(each[1]))),
-    max_size=40,
-)
+    st.tuples(st.integers(-1, 9), st.integers(-1, 10), st.integers(1, 9)).map(
+        lambda each: [(BlockId(each[0] + n), BlockId(each[1] + n)) for n in range(each[2])]
+    ),
+    max_size=3 * FEW_PAIRS,
+).map(lambda stretches: [pair for stretch in stretches for pair in stretch])
+
+ALLOWED = PAIRS.map(lambda pairs: [each for each in pairs if 0 <= each[0] < 9 and 0 <= each[1] < 10])
 
 
-def cut(pairs: Sequence[tuple[int, int]], part_bytes: int) -> list[Part]:
-    blocks = [(BlockId(source), BlockId(target)) for source, target in pairs]
-    return list(parts(checked_table(blocks, 99, 99), BLOCK_BYTES, part_bytes))
+def cut(pairs: Sequence[BlockPair], part_bytes: int) -> list[Part]:
+    return parts(pairs, SOURCE, OWN, BLOCK_BYTES, part_bytes)
 
 
-@given(PAIRS.map(lambda pairs: [each for each in pairs if min(each) >= 0]), st.integers(1, 9))
+@given(ALLOWED, st.integers(1, 99))
 def test_parts_are_the_runs_of_so_many_blocks(pairs: list[BlockPair], blocks_per_part: int) -> None:
-    found = [
-        list(zip(*(column.tolist() for column in part), strict=True))
-        for part in cut(pairs, blocks_per_part * BLOCK_BYTES)
-    ]
+    found = cut(pairs, blocks_per_part * BLOCK_BYTES + 99)
     starts = range(0, len(pairs), blocks_per_part)
-    assert found == [list(runs(pairs[start : start + blocks_per_part])) for start in starts]
+    expected = [list(runs(pairs[start : start + blocks_per_part])) for start in starts]
+    assert [part.sources.tolist() for part in found] == [
+        [[(1 << 47) + first * 100, length * 100, 3] for first, _, length in each] for each in expected
+    ]
+    assert [part.targets.tolist() for part in found] == [
+        [[5 + first * 100, length * 100, 0] for _, first, length in each] for each in expected
+    ]
+    assert [part.num_bytes for part in found] == [int(part.targets[:, 1].sum()) for part in found]
 
 
-def test_block_larger_than_a_part_travels_whole() -> None:
-    assert [part[2].tolist() for part in cut([(n, n) for n in range(3)], BLOCK_BYTES - 1)] == [[1], [1], [1]]
-
-
-def test_pieces_are_addresses_and_sizes() -> None:
-    ((sources, targets, lengths),) = cut([(2, 0), (3, 1)], 1000)
-    assert pieces(1 << 47, None, sources, lengths, BLOCK_BYTES).tolist() == [[(1 << 47) + 200, 200, 0]]
-    assert pieces(5, 3, targets, lengths, BLOCK_BYTES).tolist() == [[5, 200, 3]]
+@pytest.mark.parametrize("num_blocks", [3, 3 * FEW_PAIRS])
+def test_block_larger_than_a_part_travels_whole(num_blocks: int) -> None:
+    found = cut([(BlockId(0), BlockId(0))] * num_blocks, BLOCK_BYTES - 1)
+    assert [part.num_bytes for part in found] == [BLOCK_BYTES] * num_blocks
 
 
 @given(PAIRS)
@@ -61,9 +69,9 @@ def test_pairs_are_checked_against_both_pools(pairs: list[BlockPair]) -> None:
         check_pairs(pairs, 9, 10)
     except BadRequest as error:
         with pytest.raises(BadRequest, match=re.escape(error.message)):
-            checked_table(pairs, 9, 10)
+            cut(pairs, 1000)
     else:
-        assert checked_table(pairs, 9, 10).tolist() == [list(each) for each in pairs]
+        assert sum(part.num_bytes for part in cut(pairs, 1000)) == len(pairs) * BLOCK_BYTES
 
 
 def test_interfaces() -> None:

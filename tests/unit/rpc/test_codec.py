@@ -12,11 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contracts.errors import ERROR_BY_CODE, BadRequest, Internal, NoCapacity, PayloadTooLarge, TandemError
+from contracts.errors import (
+    ERROR_BY_CODE,
+    BadRequest,
+    Internal,
+    NoCapacity,
+    PayloadTooLarge,
+    TandemError,
+    WorkerUnavailable,
+)
 from contracts.ids import GatewayId
 from contracts.messages import DispatchItem, DispatchRequest, WorkerLoad
 from contracts.requests import Frame
-from rpc.codec import MAX_ERROR_TEXT_BYTES, Codec, decode_error, encode_error
+from rpc.codec import CHECKSUM_BYTES, MAX_ERROR_TEXT_BYTES, Codec, decode_error, encode_error, seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +52,7 @@ def test_a_body_survives_the_trip(request: DispatchRequest) -> None:
 
 @given(requests)
 def test_a_body_is_a_plain_messagepack_map(request: DispatchRequest) -> None:
-    plain = unpackb(CODEC.encode(request, "it"))
+    plain = unpackb(CODEC.encode(request, "it")[:-CHECKSUM_BYTES])
     assert plain == {
         "gateway_id": request.gateway_id,
         "items": [
@@ -57,13 +65,28 @@ def test_a_body_is_a_plain_messagepack_map(request: DispatchRequest) -> None:
             for item in request.items
         ],
     }
-    assert CODEC.decode_request(packb(plain), DispatchRequest, "it") == request
+    assert CODEC.decode_request(seal(packb(plain)), DispatchRequest, "it") == request
+
+
+@given(st.integers(0, 10_000))
+def test_a_flipped_bit_is_noticed_wherever_it_is(position: int) -> None:
+    raw = bytearray(CODEC.encode(WorkerLoad(free_blocks=3, running_requests=70_000), "it"))
+    bit = position % (8 * len(raw))
+    raw[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(WorkerUnavailable, match=r"request of x/Y: \d+ bytes were damaged on their way"):
+        CODEC.decode_request(bytes(raw), WorkerLoad, "request of x/Y")
+
+
+@given(st.binary(max_size=60))
+def test_bytes_without_a_checksum_are_no_body(raw: bytes) -> None:
+    with pytest.raises(WorkerUnavailable, match="damaged"):
+        CODEC.decode_request(raw, WorkerLoad, "request of x/Y")
 
 
 @given(st.binary(max_size=60))
 def test_any_bytes_give_a_body_or_a_bad_request(raw: bytes) -> None:
     with suppress(BadRequest):
-        assert isinstance(CODEC.decode_request(raw, WorkerLoad, "request of x/Y"), WorkerLoad)
+        assert isinstance(CODEC.decode_request(seal(raw), WorkerLoad, "request of x/Y"), WorkerLoad)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +104,9 @@ def test_any_bytes_give_a_body_or_a_bad_request(raw: bytes) -> None:
 )
 def test_a_wrong_body_is_told_by_its_path(body: object, said: str) -> None:
     with pytest.raises(BadRequest, match=f"request of x/Y: .*{said}"):
-        CODEC.decode_request(packb(body), Frame, "request of x/Y")
+        CODEC.decode_request(seal(packb(body)), Frame, "request of x/Y")
     with pytest.raises(Internal, match=f"reply of x/Y: .*{said}"):
-        CODEC.decode_reply(packb(body), Frame, "reply of x/Y")
+        CODEC.decode_reply(seal(packb(body)), Frame, "reply of x/Y")
 
 
 @pytest.mark.parametrize(
@@ -98,11 +121,11 @@ def test_a_wrong_body_is_told_by_its_path(body: object, said: str) -> None:
 )
 def test_malformed_bytes_are_a_bad_request(raw: bytes) -> None:
     with pytest.raises(BadRequest, match="request of x/Y: "):
-        CODEC.decode_request(raw, Frame, "request of x/Y")
+        CODEC.decode_request(seal(raw), Frame, "request of x/Y")
 
 
 def test_keys_of_later_versions_are_ignored() -> None:
-    assert CODEC.decode_request(packb({"free_blocks": 3, "later": {"x": [1]}}), WorkerLoad, "it").free_blocks == 3
+    assert CODEC.decode_request(seal(packb({"free_blocks": 3, "later": {"x": [1]}})), WorkerLoad, "it").free_blocks == 3
 
 
 def test_size_is_measured_both_ways() -> None:
@@ -123,7 +146,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
 def test_a_body_that_is_not_a_map_is_a_bug() -> None:
     with pytest.raises(AssertionError, match="Row: a body must be a MessagePack map"):
-        CODEC.decode_request(b"\x91\x01", Row, "it")
+        CODEC.decode_request(seal(b"\x91\x01"), Row, "it")
 
 
 @given(

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from contracts.errors import DeadlineExceeded, WorkerUnavailable
 from contracts.messages import Method, StreamMethod
 from rpc import CallContext, MemoryNetwork
+from rpc.codec import CHECKSUM_BYTES
 from rpc.memory import BROKEN_AFTER_S, STREAM_WINDOW, Message
 from simulator import run
 
@@ -90,7 +91,7 @@ def test_a_delay_may_depend_on_everything_about_the_message() -> None:
         await network.process("here").channel(address).call(ECHO, Number(5), timeout_s=1)
 
     play(main())
-    num_bytes = len(b"\x81\xa5value\x05")
+    num_bytes = len(b"\x81\xa5value\x05") + CHECKSUM_BYTES
     assert seen == [
         Message(source="here", target="there", method="test/Echo", kind="request", num_bytes=num_bytes),
         Message(source="there", target="here", method="test/Echo", kind="reply", num_bytes=num_bytes),
