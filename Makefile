@@ -40,8 +40,7 @@ serve: $(STAMP)
 	@$(BIN)/tandem serve --config configs/local.yaml $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/pytest -n auto --dist loadfile tests/unit tests/simulation $(ARGS)
-	@$(BIN)/pytest tests/integration $(ARGS)
+	@$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

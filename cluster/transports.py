@@ -57,8 +57,7 @@ def build_transports(wanted: Literal["auto"] | TransportName, site: TransportSit
 
 def available_names() -> tuple[TransportName, ...]:
     """The transports whose libraries are here."""
-    there = [name for name in TRANSPORT_NAMES if importlib.util.find_spec(f"kvtransfer.{name}")]
-    return tuple(name for name in there if name != "ucx" or has_nixl())
+    return TRANSPORT_NAMES if has_nixl() else ("shm", "collective")
 
 
 def has_nixl() -> bool:

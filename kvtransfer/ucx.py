@@ -45,8 +45,8 @@ class UcxTransport:
         self._endpoint: bytes | None = None
 
     def register(self, pool: Pool) -> None:
-        """Takes half a second, and where RDMA pins the pool longer. A pool with an attribute `device` that is not
-        None lies in the memory of that CUDA device."""
+        """Takes half a second, and where RDMA pins the pool longer: it does so twice, once for each direction. A pool
+        with an attribute `device` that is not None lies in the memory of that CUDA device."""
         if self._thread is not None:
             raise InvariantBroken("a second pool is registered with the UCX transport")
         # No two lives share a name, not even those of one worker: peers tell them apart by it.

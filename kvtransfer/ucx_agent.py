@@ -114,7 +114,7 @@ class Agent:
 
     def __init__(self, name: str, interface: str | None, *, serves: bool) -> None:
         """Listens on that network interface alone; None: on loopback. Raises ConfigError where NIXL is missing
-        or cannot start. Takes a quarter of a second.
+        or cannot start. The first of a process takes half a second.
 
         `serves`: others read from it, and a thread of NIXL's answers them. Otherwise nothing moves but in
         `Read.post`, `Read.poll` and `progress`.

@@ -3,6 +3,9 @@
 Pulls advance side by side, part by part. A part that is posted cannot be taken back: whatever became of its
 pull, its bytes may land until NIXL reports the part over. So a pull that was stopped posts nothing more, and is
 terminal once its last posted part is. The same goes for a connection, and for the thread itself.
+
+There are two agents. Others read from one, which has a thread of NIXL's to answer them while this one sleeps. The other
+one reads, and has none: two threads that look after one agent get in each other's way, at twice the processor time.
 """
 
 from __future__ import annotations
@@ -48,12 +51,17 @@ MAX_PEERS = 256
 #: about the others. They count as over only this much later.
 SETTLE_S = 0.25
 
-#: Between two looks at reads under way the thread sleeps this share of the time in which nothing happened.
+#: Between two looks at reads under way the thread sleeps this share of the time in which none of them ended. Nobody
+#: else takes what arrives over TCP, so it must not take long: with 5 ms a fast network waits for the reader.
 SLEEP_SHARE = 1 / 16
 SHORTEST_SLEEP_S = 50e-6
-LONGEST_SLEEP_S = 5e-3
+LONGEST_SLEEP_S = 1e-3
 
-#: How often idle connections are looked after. Their keep-alives arrive all the time.
+#: Where none ended for so long, the network is slow or the holder stands still, and it sleeps longer.
+STALLED_AFTER_S = 1.0
+STALLED_SLEEP_S = 10e-3
+
+#: How often idle connections are looked after: keep-alives that nobody takes would fill them in the end.
 PROGRESS_INTERVAL_S = 1.0
 
 #: After a connection broke, pulls from that peer fail at once for so long; then one tries again. UCX keeps a
@@ -72,7 +80,7 @@ class Forget:
 
 
 class UcxThread:
-    """Owns the agent, the peers, and all pulls into one pool."""
+    """Owns the agents, the peers, and all pulls into one pool."""
 
     def __init__(
         self, pool: Pool, clock: Clock, *, agent: str, interface: str | None, incarnation: Incarnation
@@ -201,7 +209,10 @@ class UcxThread:
             return 0.0
         if self._idle:
             return PROGRESS_INTERVAL_S if self._peers else None
-        return min(max((now_s - self._quiet_since_s) * SLEEP_SHARE, SHORTEST_SLEEP_S), LONGEST_SLEEP_S)
+        quiet_s = now_s - self._quiet_since_s
+        if quiet_s > STALLED_AFTER_S:
+            return STALLED_SLEEP_S
+        return min(max(quiet_s * SLEEP_SHARE, SHORTEST_SLEEP_S), LONGEST_SLEEP_S)
 
     def _take_jobs(self, agent: Agent, timeout_s: float | None) -> bool:
         """Waits so long for a job, and takes all there are; whether there was any."""

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from contracts.errors import Internal, InvariantBroken, NotReady, StaleIncarnation, TandemError, TransferAborted
+from contracts.errors import Internal, InvariantBroken, NotReady, StaleIncarnation, TransferAborted
 from contracts.messages import (
     AUDIT,
     CANCEL,

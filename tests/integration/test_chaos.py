@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 
 from tests.support.layout import ROOT
+from tests.support.long_tests import only_long
 
 #: About a minute; several times that on a loaded machine.
 BOUND_S = 280.0
-
-LONG = os.environ.get("LONG_TESTS") == "1"
 
 
 async def chaos(*arguments: str) -> dict[str, Any]:
@@ -51,7 +50,7 @@ async def chaos(*arguments: str) -> dict[str, Any]:
         pytest.param(
             ("--seed", "2", "--cluster", "mixed"),
             id="mixed",
-            marks=pytest.mark.skipif(not LONG, reason="only with LONG_TESTS=1"),
+            marks=only_long,
         ),
     ],
 )

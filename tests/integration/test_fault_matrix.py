@@ -44,6 +44,7 @@ from tests.support.chaos_served import Scattered, Served
 from tests.support.chaos_worker import FOLDER, Brake
 from tests.support.cluster import started_cluster
 from tests.support.layout import ROOT
+from tests.support.long_tests import LONG, only_long
 from tests.support.pools import register_pool
 from tests.unit.kvtransfer.shm_holder import pattern
 
@@ -63,8 +64,6 @@ FREED_S = 10.0
 CHUNK_TOKENS = 96
 
 #: The whole matrix at its full length; the default run leaves out what others nearly cover.
-LONG = os.environ.get("LONG_TESTS") == "1"
-only_long = pytest.mark.skipif(not LONG, reason="only with LONG_TESTS=1")
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from kvtransfer import ucx, ucx_agent, ucx_thread
 from kvtransfer.ucx import UcxTransport
 from kvtransfer.ucx_endpoint import decode_endpoint, encode_endpoint
 from rpc import LiveClock
+from tests.support.long_tests import only_long
 from tests.support.pools import register_pool
 from tests.support.transport_contract import MakeTransport, TransportContract, closing, pair
 from tests.support.ucx_holder import content, words
@@ -343,6 +344,7 @@ async def test_holder_restarted_under_its_name(transports: str, monkeypatch: pyt
     await restart_holders(4)
 
 
+@only_long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_holder_restarted_a_hundred_times(tcp: None) -> None:
@@ -434,22 +436,27 @@ async def test_misuse_is_a_bug() -> None:
 # --- what it leaves, and whom it lets in ------------------------------------------------------------------
 
 
-def listening_addresses() -> set[str]:
-    """Where this process listens for TCP, as /proc writes addresses."""
-    sockets: set[str] = set()
+def own_sockets() -> dict[str, list[str]]:
+    """This process's TCP sockets by inode, with the columns of /proc/net/tcp."""
+    links: set[str] = set()
     for name in os.listdir("/proc/self/fd"):
         try:
-            sockets.add(os.readlink(f"/proc/self/fd/{name}"))
+            links.add(os.readlink(f"/proc/self/fd/{name}"))
         except FileNotFoundError:
             continue  # the descriptor of the listing itself
-    found: set[str] = set()
+    found: dict[str, list[str]] = {}
     for table in ("tcp", "tcp6"):
         with open(f"/proc/self/net/{table}") as lines:
             for line in list(lines)[1:]:
                 fields = line.split()
-                if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-                    found.add(fields[1].split(":")[0])
+                if f"socket:[{fields[9]}]" in links:
+                    found[fields[9]] = fields
     return found
+
+
+def listening_addresses() -> set[str]:
+    """Where this process listens for TCP, as /proc writes addresses."""
+    return {fields[1].split(":")[0] for fields in own_sockets().values() if fields[3] == "0A"}
 
 
 async def test_listens_on_loopback_alone_and_leaves_nothing(child: Holder) -> None:
@@ -464,6 +471,28 @@ async def test_listens_on_loopback_alone_and_leaves_nothing(child: Holder) -> No
     assert listening_addresses() == before
     assert num_descriptors() <= descriptors
     assert len(os.listdir("/proc/self/task")) <= threads
+
+
+async def test_idle_connections_are_looked_after(tcp: None) -> None:
+    """What the holder's keep-alives bring is taken, and so is the holder's end."""
+    before = set(own_sockets())
+
+    def new() -> list[list[str]]:
+        return [fields for inode, fields in own_sockets().items() if inode not in before]
+
+    def unread() -> bool:
+        return any(int(fields[4].split(":")[1], 16) > 0 for fields in new() if fields[3] != "0A")
+
+    with holder(**TCP, UCX_KEEPALIVE_INTERVAL="50ms") as child:
+        async with reader() as (transport, _):
+            await transport.connect(child.endpoint, PATIENCE_S)
+            for _ in range(2):
+                await until(unread)
+                await until(lambda: not unread())
+            child.kill()
+            # CLOSE_WAIT: the holder's side is closed, and nobody here has noticed.
+            await until(lambda: not unread() and all(fields[3] != "08" for fields in new()))
+            assert isinstance(await failed(transport, child.endpoint), WorkerUnavailable)
 
 
 async def test_closing_waits_for_pulls(big: Holder, tcp: None) -> None:
