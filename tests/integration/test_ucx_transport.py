@@ -483,7 +483,7 @@ async def test_idle_connections_are_looked_after(tcp: None) -> None:
     def unread() -> bool:
         return any(int(fields[4].split(":")[1], 16) > 0 for fields in new() if fields[3] != "0A")
 
-    with holder(**TCP, UCX_KEEPALIVE_INTERVAL="50ms") as child:
+    with holder(UCX_TLS="tcp", UCX_KEEPALIVE_INTERVAL="50ms") as child:
         async with reader() as (transport, _):
             await transport.connect(child.endpoint, PATIENCE_S)
             for _ in range(2):
