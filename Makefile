@@ -39,8 +39,10 @@ demo: $(STAMP)
 serve: $(STAMP)
 	@$(BIN)/tandem serve --config configs/local.yaml $(ARGS)
 
+# Whole clusters want the machine to themselves; the others share it.
 test: $(STAMP)
-	@$(BIN)/pytest -n auto --dist loadfile $(ARGS)
+	@$(BIN)/pytest -n auto --dist loadfile tests/unit tests/simulation $(ARGS)
+	@$(BIN)/pytest tests/integration $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
