@@ -158,12 +158,17 @@ def _after(history: History, failure: Failure, since_s: float) -> History:
     return replace(
         history,
         num_replays=history.num_replays + (failure.stage is Stage.STARTED),
-        num_failed_steps=history.num_failed_steps + isinstance(failure.error, _OF_A_STEP),
+        num_failed_steps=history.num_failed_steps + _is_failed_step(failure),
         since_s=since_s,
         num_waits=history.num_waits + 1,
         num_refusals=history.num_refusals + isinstance(failure.error, NoCapacity),
         avoid=history.avoid + suspects,
     )
+
+
+def _is_failed_step(failure: Failure) -> bool:
+    """Of a coordinator that did not answer nothing was computed."""
+    return failure.stage is not Stage.UNANSWERED and isinstance(failure.error, _OF_A_STEP)
 
 
 def _final(error: TandemError, history: History, why: str = "") -> TandemError:

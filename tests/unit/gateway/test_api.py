@@ -171,7 +171,8 @@ async def test_stop_strings_end_an_answer_and_its_work(
     include: bool,
     expected: str,
 ) -> None:
-    says(script, "Hello there! How are you today?")
+    # Long enough that its worker is still at it when the stop string is found.
+    says(script, "Hello there! " + "How are you today? " * 100)
     body = {"messages": USER, "stop": ["the", "you"], "include_stop_str_in_output": include}
     if stream:
         choices = [chunk["choices"][0] for chunk in await events(client, "/v1/chat/completions", **body)]
