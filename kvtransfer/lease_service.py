@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from contracts.errors import TandemError
@@ -25,7 +26,7 @@ RequestT = TypeVar("RequestT", bound="msgspec.Struct")
 ReplyT = TypeVar("ReplyT", bound="msgspec.Struct")
 
 
-class LeaseService(Generic[Event, Instruction]):
+class LeaseService(ABC, Generic[Event, Instruction]):
     """One side of the leased pull, live. An async context manager."""
 
     def __init__(
@@ -63,13 +64,13 @@ class LeaseService(Generic[Event, Instruction]):
         finally:
             self._work.close()
 
+    @abstractmethod
     def _perform(self, instruction: Instruction) -> None:
         """Carries out one instruction of the machine, without waiting."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _end_all(self) -> None:
         """Ends every lease: the service is being left."""
-        raise NotImplementedError
 
     async def _call(
         self, peer: Peer, method: Method[RequestT, ReplyT], body: RequestT, timeout_s: float

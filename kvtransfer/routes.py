@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from contracts.errors import Cancelled, IncompatiblePeer, TandemError, WorkerUnavailable
+from contracts.errors import Cancelled, TandemError, WorkerUnavailable
 from kvtransfer.transport import PullResult
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class RoutedPull:
         pairs: Sequence[BlockPair],
         on_settled: Callable[[str], None],
     ) -> None:
-        """`on_settled` hears the name of the transport that answered."""
+        """`transports` is not empty; `on_settled` hears the name of the one that answered."""
         self._stopped = False
         #: Set once one of them answered.
         self._pull: Pull | None = None
@@ -64,20 +64,29 @@ class RoutedPull:
         pairs: Sequence[BlockPair],
         on_settled: Callable[[str], None],
     ) -> PullResult:
-        problems: list[str] = []
-        error: TandemError = IncompatiblePeer("no transport is common to the two workers")
+        try:
+            transport = await self._first_to_connect(transports, endpoints)
+            if self._stopped:
+                raise Cancelled("the pull was stopped")
+        except TandemError as error:
+            return PullResult(num_bytes=0, wire_s=0.0, error=error)
+        on_settled(transport.name)
+        self._pull = transport.pull(endpoints[transport.name], pairs)
+        return await self._pull.wait()
+
+    async def _first_to_connect(self, transports: Sequence[Transport], endpoints: Mapping[str, bytes]) -> Transport:
+        """Raises what the only transport said, or WorkerUnavailable with what each of them said."""
+        failures: list[TandemError] = []
         for transport in transports:
+            if self._stopped:
+                raise Cancelled("the pull was stopped")
             try:
                 await transport.connect(endpoints[transport.name], CONNECT_TIMEOUT_S)
             except TandemError as failure:
-                error = failure
-                problems.append(f"{transport.name}: {failure.message}")
-                continue
-            if self._stopped:
-                return PullResult(num_bytes=0, wire_s=0.0, error=Cancelled("the pull was stopped"))
-            on_settled(transport.name)
-            self._pull = transport.pull(endpoints[transport.name], pairs)
-            return await self._pull.wait()
-        if len(problems) > 1:
-            error = WorkerUnavailable("no transport reaches the holder: " + "; ".join(problems))
-        return PullResult(num_bytes=0, wire_s=0.0, error=error)
+                failures.append(failure)
+            else:
+                return transport
+        if len(failures) == 1:
+            raise failures[0]
+        said = (f"{each.name}: {failure.message}" for each, failure in zip(transports, failures, strict=True))
+        raise WorkerUnavailable("no transport reaches the holder: " + "; ".join(said))

@@ -12,6 +12,7 @@ import contextlib
 import selectors
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ MAX_INLINE_BYTES = 1 << 20
 CONNECT_TIMEOUT_S = 1.0
 
 
-class Job:
+class Job(ABC):
     """Something to do with the pool behind `endpoint`. Ends once, on the thread."""
 
     def __init__(self, endpoint: bytes, timeout_s: float) -> None:
@@ -49,9 +50,9 @@ class Job:
         self.stop = StopFlag()
         self._loop = asyncio.get_running_loop()
 
+    @abstractmethod
     def fail(self, error: TandemError) -> None:
         """Ends it before it has begun."""
-        raise NotImplementedError
 
     def _tell(self, callback: Callable[[], None]) -> None:
         # A loop that was closed has nobody left to tell.

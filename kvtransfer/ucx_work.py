@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ class Peer:
         return not self.active and not self.waiting
 
 
-class Work:
+class Work(ABC):
     """Something to read from one peer. The thread's, except for `stop_requested`."""
 
     def __init__(self, endpoint: bytes, asked_s: float) -> None:
@@ -69,14 +70,14 @@ class Work:
         self.settled_s = 0.0
         self._loop = asyncio.get_running_loop()
 
+    @abstractmethod
     def next_read(self, agent: Agent, peer: Peer, pool: Pool) -> Read | None:
         """Posts the next part, None where there is none, and sets `exhausted` with the last. Raises Unreachable or
         BadRequest."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, now_s: float) -> None:
         """Nothing lands any more: tells who waits. Called once."""
-        raise NotImplementedError
 
     def tell(self, callback: Callable[[], None]) -> None:
         # A loop that was closed has nobody left to tell.

@@ -76,6 +76,10 @@ class PeerWatch:
             members = (await channel.call(MEMBERS, Empty(), timeout_s=ASK_TIMEOUT_S)).members
         except TandemError:
             return []  # the heartbeat task reports it
+        # What was noted of workers that are gone goes with them.
+        present = {member.info.worker_id: member.info.incarnation for member in members}
+        self._tries = {each: n for each, n in self._tries.items() if present.get(each.worker_id) == each.incarnation}
+        self._repeat_at_s = {each: at_s for each, at_s in self._repeat_at_s.items() if each in present}
         return [member for member in members if self._concerns(member.info)]
 
     def _concerns(self, other: WorkerInfo) -> bool:
