@@ -6,6 +6,7 @@ import msgspec
 
 from contracts.errors import BadRequest
 from contracts.ids import Incarnation
+from kvtransfer.endpoint import decode
 
 SECRET_BYTES = 16
 
@@ -30,10 +31,7 @@ def encode_endpoint(endpoint: Endpoint) -> bytes:
 
 def decode_endpoint(raw: bytes) -> Endpoint:
     """Raises BadRequest for bytes that describe no pool."""
-    try:
-        endpoint = msgspec.msgpack.decode(raw, type=Endpoint)
-    except msgspec.MsgspecError as error:
-        raise BadRequest(f"endpoint of a collective transport: {error}") from error
-    if endpoint.num_blocks < 1 or endpoint.block_bytes < 1 or len(endpoint.secret) != SECRET_BYTES:
+    endpoint = decode(raw, Endpoint, "a collective transport")
+    if len(endpoint.secret) != SECRET_BYTES:
         raise BadRequest(f"endpoint of a collective transport: {endpoint!r}")
     return endpoint

@@ -21,6 +21,7 @@ import msgspec
 
 from contracts.errors import BadRequest
 from contracts.ids import Incarnation
+from kvtransfer.endpoint import decode
 
 if TYPE_CHECKING:
     from contracts.clock import Clock
@@ -67,11 +68,8 @@ def encode_endpoint(endpoint: Endpoint) -> bytes:
 
 def decode_endpoint(raw: bytes) -> Endpoint:
     """Raises BadRequest for bytes that describe no pool."""
-    try:
-        endpoint = msgspec.msgpack.decode(raw, type=Endpoint)
-    except msgspec.MsgspecError as error:
-        raise BadRequest(f"endpoint of a shared-memory pool: {error}") from error
-    if endpoint.num_blocks < 1 or endpoint.block_bytes < 1 or len(endpoint.secret) != SECRET_BYTES:
+    endpoint = decode(raw, Endpoint, "a shared-memory pool")
+    if len(endpoint.secret) != SECRET_BYTES:
         raise BadRequest(f"endpoint of a shared-memory pool: {endpoint!r}")
     return endpoint
 

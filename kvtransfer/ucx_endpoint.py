@@ -8,6 +8,7 @@ import msgspec
 
 from contracts.errors import BadRequest
 from contracts.ids import Incarnation
+from kvtransfer.endpoint import decode
 
 DIGEST_BYTES = 16
 
@@ -46,13 +47,10 @@ def encode_endpoint(endpoint: UcxEndpoint) -> bytes:
 
 def decode_endpoint(raw: bytes) -> UcxEndpoint:
     """Raises BadRequest for bytes that describe no pool. Nothing else may reach NIXL, which crashes on some."""
-    try:
-        endpoint = msgspec.msgpack.decode(raw, type=UcxEndpoint)
-    except msgspec.MsgspecError as error:
-        raise BadRequest(f"endpoint of a UCX pool: {error}") from error
+    endpoint = decode(raw, UcxEndpoint, "a UCX pool")
     if endpoint.digest != _digest(endpoint):
         raise BadRequest(f"endpoint of a UCX pool: damaged: {endpoint!r}")
-    if endpoint.num_blocks < 1 or endpoint.block_bytes < 1 or endpoint.address < 1:
+    if endpoint.address < 1:
         raise BadRequest(f"endpoint of a UCX pool: {endpoint!r}")
     return endpoint
 
