@@ -24,6 +24,7 @@ FLOORS: dict[str, int] = {
     "kvtransfer": 2,
     "engine": 1,
     "rpc": 1,
+    "workload": 1,
     "contracts": 0,
 }
 

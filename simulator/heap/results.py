@@ -1,0 +1,104 @@
+"""What a capacity study found: one row a request, weighted gaps between tokens, and what each worker did.
+
+All arrays of `RequestColumns` have one element for each request, in order of arrival.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from contracts.messages import Role
+    from simulator.heap.histogram import Histogram
+    from simulator.heap.spec import StudySpec
+
+
+class Outcome(IntEnum):
+    FINISHED = 0
+    #: Refused by the dispatch policy or by a full queue.
+    REJECTED = 1
+    #: Not finished within the spec's time-out.
+    TIMED_OUT = 2
+    #: Outgrew every worker, as a live one would answer with `no_capacity` in the midst.
+    FAILED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestColumns:
+    """Times are seconds since the start of the study; NaN where a request did not come so far."""
+
+    arrival_s: NDArray[np.float64]
+    prompt_tokens: NDArray[np.int32]
+    output_tokens: NDArray[np.int32]
+    #: Values of `Outcome`.
+    outcome: NDArray[np.int8]
+    #: Rows of `StudyResult.workers`; -1 where it was never placed.
+    prefill_worker: NDArray[np.int32]
+    decode_worker: NDArray[np.int32]
+    #: Its first step began.
+    started_s: NDArray[np.float64]
+    first_token_s: NDArray[np.float64]
+    second_token_s: NDArray[np.float64]
+    finished_s: NDArray[np.float64]
+    #: Sum of its pulls on the wire.
+    transfer_s: NDArray[np.float32]
+    preemptions: NDArray[np.int16]
+    #: Index into `StudyResult.slo_classes`.
+    slo_class: NDArray[np.int16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerUsage:
+    """What one worker did."""
+
+    worker_id: str
+    role: Role
+    #: Steps ran for so long in all.
+    busy_s: float
+    steps: int
+    #: Prompt tokens computed, recomputation included, and answer tokens written.
+    prefill_tokens: int
+    decode_tokens: int
+    peak_blocks: int
+    #: Time-weighted mean of blocks that were not free.
+    mean_blocks: float
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeLine:
+    """Samples every `StudySpec.sample_interval_s`, for plots."""
+
+    at_s: NDArray[np.float64]
+    #: Prompts waiting or being read, over all workers; answers being written; of them preempted.
+    prompts: NDArray[np.int32]
+    answers: NDArray[np.int32]
+    preempted: NDArray[np.int32]
+    #: Share of prefill's and of decode's time spent in steps since the last sample; mixed workers count in both.
+    prefill_busy: NDArray[np.float32]
+    decode_busy: NDArray[np.float32]
+    #: Share of all KV blocks that were not free.
+    blocks_used: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyResult:
+    spec: StudySpec
+    requests: RequestColumns
+    #: Names by `RequestColumns.slo_class`.
+    slo_classes: tuple[str, ...]
+    #: Gaps between the tokens of an answer, the one behind the handoff included; seconds.
+    itl_s: Histogram
+    workers: tuple[WorkerUsage, ...]
+    time_line: TimeLine
+    transfer_bytes: int
+    #: Virtual seconds from the start to the end of the last request.
+    duration_s: float
+    #: Popped from the heap; and engine steps, those taken in closed form included.
+    num_events: int
+    num_steps: int
