@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from contracts.errors import StaleIncarnation
+from contracts.failpoints import RarePath
 from contracts.messages import Member, WorkerLife, WorkerLoad
 from contracts.pauses import PauseWatch
-from coordinator.policy.dispatch import WorkerView
+from coordinator.fleet import Fleet
 
 if TYPE_CHECKING:
     from contracts.ids import Incarnation, WorkerId
     from contracts.messages import DispatchItem, Placement, TransferReport, WorkerInfo
+    from coordinator.policy.fleet_view import FleetView
 
 #: `expire` is called at least this often.
 LOOK_INTERVAL_S = 0.5
@@ -49,12 +51,9 @@ class MembershipLimits:
     max_fenced: int = 16_384
 
 
-@dataclass(slots=True)
-class _Booking:
-    at_s: float
-    prompt_tokens: int = 0
-    context_tokens: int = 0
-    requests: int = 0
+_ISOLATED = RarePath("coordinator.isolated", "everybody fell silent at once, nobody is given up for it yet")
+_STALE_LIFE = RarePath("coordinator.stale_life", "a life spoke that is over")
+_PLACE_TAKEN = RarePath("coordinator.place_taken", "a later life of a worker took the place of one that was up")
 
 
 @dataclass(slots=True)
@@ -64,8 +63,6 @@ class _Entry:
     #: Of the last heartbeat; moved on by pauses of the coordinator.
     heartbeat_s: float
     transfers: TransferReport | None = None
-    #: Placements that no heartbeat contains yet, oldest first.
-    bookings: list[_Booking] = field(default_factory=list[_Booking])
 
 
 class Membership:
@@ -74,8 +71,12 @@ class Membership:
         self._pauses = PauseWatch(LONGEST_GAP_S)
         #: Nobody's silence is too long before this; looking at everybody with every message would be quadratic.
         self._look_again_s = -math.inf
+        #: Until then nobody's silence is too long for being given requests.
+        self._all_heard_until_s = -math.inf
         #: The present life of each worker that has one.
         self._entries: dict[WorkerId, _Entry] = {}
+        #: The same workers, as dispatch looks at them.
+        self._fleet = Fleet(limits.booking_grace_s)
         #: Last ended life of each worker, and why it ended; the one that ended last stands last.
         self._fenced: OrderedDict[WorkerId, tuple[Incarnation, str]] = OrderedDict()
         #: When lives ended, oldest first: those that are told.
@@ -95,9 +96,13 @@ class Membership:
             known.heartbeat_s = now_s
             return
         if known is not None and known.info.incarnation < info.incarnation:
+            _PLACE_TAKEN.reached()
             self._end(known, f"incarnation {info.incarnation} took its place", now_s)
+        elif known is not None:
+            self._fleet.remove(info.worker_id)
         load = WorkerLoad(free_blocks=info.total_blocks)
         self._entries[info.worker_id] = _Entry(info=info, load=load, heartbeat_s=now_s)
+        self._fleet.add(info)
 
     def heartbeat(
         self,
@@ -119,8 +124,7 @@ class Membership:
         entry.load = load
         entry.transfers = transfers or entry.transfers
         entry.heartbeat_s = now_s
-        settled_s = now_s - self._limits.booking_grace_s
-        entry.bookings = [booking for booking in entry.bookings if booking.at_s > settled_s]
+        self._fleet.report(self._fleet.row_of(worker_id), load, now_s)
         return True
 
     def deregister(self, worker_id: WorkerId, incarnation: Incarnation, now_s: float) -> bool:
@@ -139,12 +143,9 @@ class Membership:
 
     def book(self, item: DispatchItem, placement: Placement, now_s: float) -> None:
         """Remembers a placement as load until a heartbeat contains it."""
-        self._entries[placement.prefill.worker_id].bookings.append(
-            _Booking(at_s=now_s, prompt_tokens=item.prompt_tokens, requests=1)
-        )
-        self._entries[placement.decode.worker_id].bookings.append(
-            _Booking(at_s=now_s, context_tokens=item.prompt_tokens + item.max_tokens)
-        )
+        prefill_row = self._fleet.row_of(placement.prefill.worker_id)
+        decode_row = self._fleet.row_of(placement.decode.worker_id)
+        self._fleet.book(item, prefill_row, decode_row, now_s)
 
     def expire(self, now_s: float) -> list[str]:
         """To be called every `LOOK_INTERVAL_S`. One sentence for each life that fell silent since the last call."""
@@ -152,19 +153,14 @@ class Membership:
         lost, self._lost = self._lost, []
         return lost
 
-    def live(self, now_s: float) -> list[WorkerView]:
-        """The workers that may be given requests, by worker id."""
+    def live(self, now_s: float) -> FleetView:
+        """The workers that may be given requests, as they are now: of no use after the next call to this object."""
         self._look(now_s)
-        return [
-            WorkerView(
-                info=entry.info,
-                load=entry.load,
-                booked_prompt_tokens=sum(booking.prompt_tokens for booking in entry.bookings),
-                booked_context_tokens=sum(booking.context_tokens for booking in entry.bookings),
-                booked_requests=sum(booking.requests for booking in entry.bookings),
-            )
-            for entry in self._heard(now_s)
-        ]
+        view = self._fleet.view()
+        if now_s <= self._all_heard_until_s:
+            return view
+        heard = {entry.info.worker_id for entry in self._heard(now_s)}
+        return view.only(view.rows_of(heard))
 
     def members(self, now_s: float) -> tuple[Member, ...]:
         """Live workers with their last load, for people and health checks."""
@@ -194,6 +190,8 @@ class Membership:
         for entry in self._entries.values():
             entry.heartbeat_s = min(now_s, entry.heartbeat_s + paused_s)
         is_isolated = self._is_isolated(now_s)
+        if is_isolated:
+            _ISOLATED.reached()
         patience_s = self._limits.isolation_timeout_s if is_isolated else timeout_s
         for entry in list(self._entries.values()):
             silence_s = now_s - entry.heartbeat_s
@@ -203,7 +201,8 @@ class Membership:
                 self._end(entry, reason, now_s)
         # Heartbeats only move this on, and who registers from now on is heard later than anybody here.
         oldest_s = min((entry.heartbeat_s for entry in self._entries.values()), default=now_s)
-        self._look_again_s = now_s + LOOK_INTERVAL_S if is_isolated else timeout_s + oldest_s
+        self._all_heard_until_s = timeout_s + oldest_s
+        self._look_again_s = now_s + LOOK_INTERVAL_S if is_isolated else self._all_heard_until_s
 
     def _is_isolated(self, now_s: float) -> bool:
         """Whether everybody fell silent at once: then it is the coordinator that is cut off, or the network is down,
@@ -220,6 +219,7 @@ class Membership:
     def _end(self, entry: _Entry, reason: str, now_s: float) -> None:
         worker_id, incarnation = entry.info.worker_id, entry.info.incarnation
         del self._entries[worker_id]
+        self._fleet.remove(worker_id)
         self._fenced[worker_id] = (incarnation, reason)
         self._fenced.move_to_end(worker_id)
         if len(self._fenced) > self._limits.max_fenced:
@@ -231,11 +231,13 @@ class Membership:
     def _refuse_stale(self, worker_id: WorkerId, incarnation: Incarnation) -> None:
         known = self._entries.get(worker_id)
         if known is not None and known.info.incarnation > incarnation:
+            _STALE_LIFE.reached()
             raise StaleIncarnation(
                 f"{worker_id} speaks as incarnation {incarnation}, but {known.info.incarnation} is known"
             )
         last, reason = self._fenced.get(worker_id, (None, ""))
         if last is not None and incarnation <= last:
+            _STALE_LIFE.reached()
             raise StaleIncarnation(
                 f"incarnation {incarnation} of {worker_id} was given up and is not taken up again: {reason}"
             )

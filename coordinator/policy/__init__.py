@@ -1,5 +1,6 @@
 """Pure decisions: no clock, no I/O, no logging."""
 
-from coordinator.policy.dispatch import DispatchLimits, WorkerView, dispatch
+from coordinator.policy.dispatch import Chosen, DispatchLimits, Refused, choose, dispatch
+from coordinator.policy.fleet_view import FleetView
 
-__all__ = ["DispatchLimits", "WorkerView", "dispatch"]
+__all__ = ["Chosen", "DispatchLimits", "FleetView", "Refused", "choose", "dispatch"]

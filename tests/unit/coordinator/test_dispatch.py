@@ -1,15 +1,23 @@
-"""The dispatch policy: pure, so every case is a table of views and a verdict."""
+"""The dispatch policy: pure, so every case is a table of workers and a verdict."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import get_args
+
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.ids import Incarnation, RequestId, WorkerId
 from contracts.layout import BlockLayout, KvIdentity
 from contracts.messages import DispatchItem, Placement, Rejection, Role, WorkerInfo, WorkerLoad
-from coordinator.policy import DispatchLimits, WorkerView, dispatch
+from coordinator.fleet import Fleet
+from coordinator.policy import DispatchLimits, dispatch
+from tests.support.dispatch_reference import WorkerView, reference_dispatch
+
+Worker = tuple[WorkerInfo, WorkerLoad]
 
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=16, dtype="float32")
 
@@ -18,7 +26,7 @@ def identity(fingerprint: str = "m") -> KvIdentity:
     return KvIdentity(model_fingerprint=fingerprint, layout=LAYOUT, rope_base=10000.0, protocol_version=1)
 
 
-def view(
+def worker(
     name: str,
     role: Role,
     *,
@@ -27,7 +35,7 @@ def view(
     waiting: int = 0,
     fingerprint: str = "m",
     blocks: int = 1000,
-) -> WorkerView:
+) -> Worker:
     info = WorkerInfo(
         worker_id=WorkerId(name),
         incarnation=Incarnation(1),
@@ -39,7 +47,15 @@ def view(
         max_context_tokens=min(8192, blocks * LAYOUT.block_tokens),
     )
     load = WorkerLoad(pending_prompt_tokens=pending, context_tokens=context, waiting_requests=waiting)
-    return WorkerView(info=info, load=load)
+    return info, load
+
+
+def fleet(*workers: Worker) -> Fleet:
+    made = Fleet(booking_grace_s=0.25)
+    for info, load in workers:
+        made.add(info)
+        made.report(made.row_of(info.worker_id), load, 0.0)
+    return made
 
 
 def item(name: str = "r", tokens: int = 100, avoid: tuple[str, ...] = ()) -> DispatchItem:
@@ -47,21 +63,21 @@ def item(name: str = "r", tokens: int = 100, avoid: tuple[str, ...] = ()) -> Dis
         request_id=RequestId(name),
         prompt_tokens=tokens,
         max_tokens=16,
-        avoid=tuple(WorkerId(worker) for worker in avoid),
+        avoid=tuple(WorkerId(each) for each in avoid),
     )
 
 
-def place(ask: DispatchItem, *views: WorkerView) -> Placement | Rejection:
-    return dispatch([ask], views, DispatchLimits())[0]
+def place(ask: DispatchItem, *workers: Worker) -> Placement | Rejection:
+    return dispatch([ask], fleet(*workers).view(), DispatchLimits())[0]
 
 
 def test_least_loaded_of_each_role() -> None:
     verdict = place(
         item(),
-        view("p0", "prefill", pending=500),
-        view("p1", "prefill", pending=20),
-        view("d0", "decode", context=10),
-        view("d1", "decode", context=9),
+        worker("p0", "prefill", pending=500),
+        worker("p1", "prefill", pending=20),
+        worker("d0", "decode", context=10),
+        worker("d1", "decode", context=9),
     )
     assert isinstance(verdict, Placement)
     assert (verdict.prefill.worker_id, verdict.decode.worker_id) == ("p1", "d1")
@@ -69,27 +85,29 @@ def test_least_loaded_of_each_role() -> None:
 
 
 def test_ties_go_to_the_smaller_worker_id() -> None:
-    verdict = place(item(), view("p1", "prefill"), view("p0", "prefill"), view("d1", "decode"), view("d0", "decode"))
+    verdict = place(
+        item(), worker("p1", "prefill"), worker("p0", "prefill"), worker("d1", "decode"), worker("d0", "decode")
+    )
     assert isinstance(verdict, Placement)
     assert (verdict.prefill.worker_id, verdict.decode.worker_id) == ("p0", "d0")
 
 
 def test_mixed_worker_keeps_its_prompt() -> None:
-    verdict = place(item(), view("m0", "mixed"), view("d0", "decode"))
+    verdict = place(item(), worker("m0", "mixed"), worker("d0", "decode"))
     assert isinstance(verdict, Placement)
     assert verdict.prefill == verdict.decode
     assert verdict.prefill.worker_id == "m0"
 
 
 def test_no_prefill_worker() -> None:
-    verdict = place(item(), view("d0", "decode"))
+    verdict = place(item(), worker("d0", "decode"))
     assert isinstance(verdict, Rejection)
     assert verdict.code == "not_ready"
     assert verdict.message == "no prefill worker can take the request (workers up: d0 (decode))"
 
 
 def test_no_compatible_decode_worker() -> None:
-    verdict = place(item(), view("p0", "prefill"), view("d0", "decode", fingerprint="other"))
+    verdict = place(item(), worker("p0", "prefill"), worker("d0", "decode", fingerprint="other"))
     assert isinstance(verdict, Rejection)
     assert "no decode worker" in verdict.message
 
@@ -97,23 +115,23 @@ def test_no_compatible_decode_worker() -> None:
 def test_an_incompatible_pair_is_passed_over() -> None:
     verdict = place(
         item(),
-        view("p0", "prefill", fingerprint="old"),
-        view("p1", "prefill", pending=1000),
-        view("d0", "decode"),
+        worker("p0", "prefill", fingerprint="old"),
+        worker("p1", "prefill", pending=1000),
+        worker("d0", "decode"),
     )
     assert isinstance(verdict, Placement)
     assert verdict.prefill.worker_id == "p1"
 
 
 def test_full_queues_say_how_full() -> None:
-    verdict = place(item(), view("p0", "prefill", pending=7, waiting=512), view("d0", "decode"))
+    verdict = place(item(), worker("p0", "prefill", pending=7, waiting=512), worker("d0", "decode"))
     assert isinstance(verdict, Rejection)
     assert verdict.code == "no_capacity"
     assert "p0, has 512 requests and 7 prompt tokens waiting" in verdict.message
 
 
 @pytest.mark.parametrize(
-    ("views", "avoid", "chosen"),
+    ("workers", "avoid", "chosen"),
     [
         ("p0 d0 d1", ("d0",), ("p0", "d1")),
         ("p0 p1 d0", ("p0",), ("p1", "d0")),
@@ -131,14 +149,14 @@ def test_full_queues_say_how_full() -> None:
         ("p0 d0", ("p7",), ("p0", "d0")),
     ],
 )
-def test_workers_to_avoid_come_last(views: str, avoid: tuple[str, ...], chosen: tuple[str, str]) -> None:
+def test_workers_to_avoid_come_last(workers: str, avoid: tuple[str, ...], chosen: tuple[str, str]) -> None:
     """The avoided ones are the idle ones here."""
     roles: dict[str, Role] = {"p": "prefill", "d": "decode", "m": "mixed"}
     verdict = place(
         item(avoid=avoid),
         *(
-            view(name, roles[name[0]], pending=0 if name in avoid else 99, context=0 if name in avoid else 99)
-            for name in views.split()
+            worker(name, roles[name[0]], pending=0 if name in avoid else 99, context=0 if name in avoid else 99)
+            for name in workers.split()
         ),
     )
     assert isinstance(verdict, Placement)
@@ -148,48 +166,87 @@ def test_workers_to_avoid_come_last(views: str, avoid: tuple[str, ...], chosen: 
 
 def test_a_full_worker_is_no_alternative_to_an_avoided_one() -> None:
     verdict = place(
-        item(avoid=("p0",)), view("p0", "prefill"), view("p1", "prefill", waiting=512), view("d0", "decode")
+        item(avoid=("p0",)), worker("p0", "prefill"), worker("p1", "prefill", waiting=512), worker("d0", "decode")
     )
     assert isinstance(verdict, Placement)
     assert verdict.prefill.worker_id == "p0"
 
 
 def test_a_reader_whose_writer_is_avoided_comes_after_one_whose_is_not() -> None:
-    views = (
-        view("p0", "prefill", fingerprint="a"),
-        view("p1", "prefill", fingerprint="b", pending=9),
-        view("d0", "decode", fingerprint="a"),
-        view("d1", "decode", fingerprint="b"),
+    workers = (
+        worker("p0", "prefill", fingerprint="a"),
+        worker("p1", "prefill", fingerprint="b", pending=9),
+        worker("d0", "decode", fingerprint="a"),
+        worker("d1", "decode", fingerprint="b"),
     )
-    verdict = place(item(avoid=("d0",)), *views)
+    verdict = place(item(avoid=("d0",)), *workers)
     assert isinstance(verdict, Placement)
     assert (verdict.prefill.worker_id, verdict.decode.worker_id) == ("p1", "d1")
 
 
+def test_of_pairs_with_equally_many_avoided_the_first_reader_has_it() -> None:
+    workers = (
+        worker("p0", "prefill", fingerprint="a"),
+        worker("p1", "prefill", fingerprint="b"),
+        worker("d0", "decode", fingerprint="a"),
+        worker("d1", "decode", fingerprint="b"),
+    )
+    verdict = place(item(avoid=("d0", "d1")), *workers)
+    assert isinstance(verdict, Placement)
+    assert (verdict.prefill.worker_id, verdict.decode.worker_id) == ("p0", "d0")
+
+
+def test_of_equally_full_queues_one_not_avoided_is_named() -> None:
+    verdict = place(item(avoid=("p0",)), worker("p0", "prefill", waiting=512), worker("p1", "prefill", waiting=600))
+    assert isinstance(verdict, Rejection)
+    assert "the least loaded, p1, has 600 requests" in verdict.message
+
+
 def test_a_prompt_goes_where_it_fits() -> None:
-    views = (view("p0", "prefill"), view("d0", "decode", blocks=4), view("d1", "decode", context=999))
-    verdict = place(item(tokens=100), *views)
+    workers = (worker("p0", "prefill"), worker("d0", "decode", blocks=4), worker("d1", "decode", context=999))
+    verdict = place(item(tokens=100), *workers)
     assert isinstance(verdict, Placement)
     assert verdict.decode.worker_id == "d1", "d0 is idle and too small"
 
 
 def test_a_worker_for_the_whole_answer_comes_first() -> None:
-    views = (view("p0", "prefill"), view("d0", "decode", blocks=7), view("d1", "decode", context=999))
-    verdict = place(item(tokens=100), *views)
+    workers = (worker("p0", "prefill"), worker("d0", "decode", blocks=7), worker("d1", "decode", context=999))
+    verdict = place(item(tokens=100), *workers)
     assert isinstance(verdict, Placement)
     assert verdict.decode.worker_id == "d1", "d0 holds 112 tokens, prompt and answer are 116"
 
 
+def test_one_that_cannot_hold_the_prompt_is_none_for_a_part_of_the_answer() -> None:
+    workers = (worker("p0", "prefill"), worker("d0", "decode", blocks=6), worker("d1", "decode", blocks=7, context=999))
+    verdict = place(item(tokens=100), *workers)
+    assert isinstance(verdict, Placement)
+    assert verdict.decode.worker_id == "d1", "neither holds the whole answer"
+    verdict = place(item(tokens=100), *workers[:2])
+    assert isinstance(verdict, Rejection)
+    assert "no decode worker" in verdict.message
+
+
+def test_not_avoided_comes_before_room_for_the_whole_answer() -> None:
+    verdict = place(
+        item(tokens=100, avoid=("d1",)),
+        worker("p0", "prefill"),
+        worker("d0", "decode", blocks=7),
+        worker("d1", "decode"),
+    )
+    assert isinstance(verdict, Placement)
+    assert verdict.decode.worker_id == "d0"
+
+
 def test_what_fits_nowhere_is_not_worth_repeating() -> None:
-    verdict = place(item(tokens=200), view("p0", "prefill", blocks=4), view("d0", "decode", blocks=8))
+    verdict = place(item(tokens=200), worker("p0", "prefill", blocks=4), worker("d0", "decode", blocks=8))
     assert isinstance(verdict, Rejection)
     assert verdict.code == "context_length_exceeded"
     assert verdict.message.endswith("fit into no worker; the largest holds 128 tokens")
 
 
 def test_a_burst_in_one_call_is_spread() -> None:
-    views = [view("p0", "prefill"), view("p1", "prefill"), view("d0", "decode"), view("d1", "decode")]
-    verdicts = dispatch([item(f"r{n}") for n in range(10)], views, DispatchLimits())
+    workers = [worker("p0", "prefill"), worker("p1", "prefill"), worker("d0", "decode"), worker("d1", "decode")]
+    verdicts = dispatch([item(f"r{n}") for n in range(10)], fleet(*workers).view(), DispatchLimits())
     chosen = [verdict.prefill.worker_id for verdict in verdicts if isinstance(verdict, Placement)]
     assert chosen.count(WorkerId("p0")) == chosen.count(WorkerId("p1")) == 5
 
@@ -200,14 +257,85 @@ def test_a_burst_in_one_call_is_spread() -> None:
     tokens=st.lists(st.integers(1, 3000), min_size=1, max_size=20),
 )
 def test_each_choice_is_a_least_loaded_one(pendings: list[int], contexts: list[int], tokens: list[int]) -> None:
-    views = [view(f"p{n}", "prefill", pending=load) for n, load in enumerate(pendings)]
-    views += [view(f"d{n}", "decode", context=load) for n, load in enumerate(contexts)]
+    workers = [worker(f"p{n}", "prefill", pending=load) for n, load in enumerate(pendings)]
+    workers += [worker(f"d{n}", "decode", context=load) for n, load in enumerate(contexts)]
     items = [item(f"r{n}", count) for n, count in enumerate(tokens)]
     prefill = {f"p{n}": load for n, load in enumerate(pendings)}
     decode = {f"d{n}": load for n, load in enumerate(contexts)}
-    for ask, verdict in zip(items, dispatch(items, views, DispatchLimits()), strict=True):
+    for ask, verdict in zip(items, dispatch(items, fleet(*workers).view(), DispatchLimits()), strict=True):
         assert isinstance(verdict, Placement)
         assert prefill[verdict.prefill.worker_id] == min(prefill.values())
         assert decode[verdict.decode.worker_id] == min(decode.values())
         prefill[verdict.prefill.worker_id] += ask.prompt_tokens
         decode[verdict.decode.worker_id] += ask.prompt_tokens + ask.max_tokens
+
+
+# --- beside the policy worker by worker ---------------------------------------------------------------------
+
+OTHER_BLOCKS = msgspec.structs.replace(identity(), layout=msgspec.structs.replace(LAYOUT, block_tokens=8))
+
+
+@st.composite
+def some_workers(draw: st.DrawFn) -> list[Worker]:
+    """By name, with few values of everything: ties, full queues and prompts that fit nowhere are common."""
+    small = st.integers(0, 3)
+    return [
+        (
+            WorkerInfo(
+                worker_id=WorkerId(name),
+                incarnation=Incarnation(1),
+                role=draw(st.sampled_from(get_args(Role))),
+                address=f"{name}:1",
+                model="m",
+                identity=draw(st.sampled_from([identity(), identity("other"), OTHER_BLOCKS])),
+                total_blocks=draw(st.sampled_from([2, 4, 8])),
+                max_context_tokens=draw(st.sampled_from([15, 64, 128])),
+            ),
+            WorkerLoad(
+                pending_prompt_tokens=10 * draw(small), context_tokens=10 * draw(small), waiting_requests=draw(small)
+            ),
+        )
+        for name in sorted(draw(st.sets(st.sampled_from("abcdefgh"), min_size=draw(st.sampled_from([0, 5])))))
+    ]
+
+
+some_items = st.lists(
+    st.builds(
+        DispatchItem,
+        request_id=st.just(RequestId("r")),
+        prompt_tokens=st.sampled_from([1, 10, 14, 15, 31, 63, 127]),
+        max_tokens=st.sampled_from([1, 10, 40]),
+        avoid=st.lists(st.sampled_from("abcdefghz").map(WorkerId), max_size=4).map(tuple),
+    ),
+    max_size=6,
+)
+
+
+def book_in_both(made: Fleet, views: list[WorkerView], ask: DispatchItem, prefill_row: int, decode_row: int) -> None:
+    made.book(ask, prefill_row, decode_row, 0.0)
+    reader = views[prefill_row]
+    views[prefill_row] = replace(
+        reader,
+        booked_prompt_tokens=reader.booked_prompt_tokens + ask.prompt_tokens,
+        booked_requests=reader.booked_requests + 1,
+    )
+    writer = views[decode_row]
+    views[decode_row] = replace(
+        writer, booked_context_tokens=writer.booked_context_tokens + ask.prompt_tokens + ask.max_tokens
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(workers=some_workers(), placed=some_items, items=some_items, max_waiting=st.integers(2, 12), data=st.data())
+def test_decides_as_the_policy_worker_by_worker(
+    workers: list[Worker], placed: list[DispatchItem], items: list[DispatchItem], max_waiting: int, data: st.DataObject
+) -> None:
+    made = fleet(*workers)
+    views = [WorkerView(info=info, load=load) for info, load in workers]
+    for ask in placed if workers else ():
+        rows = st.integers(0, len(workers) - 1)
+        book_in_both(made, views, ask, data.draw(rows), data.draw(rows))
+    limits = DispatchLimits(max_waiting_requests=max_waiting)
+    before = made.view().prefill_load_tokens.tolist()
+    assert dispatch(items, made.view(), limits) == reference_dispatch(items, views, limits)
+    assert made.view().prefill_load_tokens.tolist() == before, "deciding books nothing"

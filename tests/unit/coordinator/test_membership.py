@@ -10,6 +10,7 @@ from contracts.ids import Incarnation, RequestId, WorkerId
 from contracts.layout import BlockLayout, KvIdentity
 from contracts.messages import (
     DispatchItem,
+    Peer,
     Placement,
     TransferReport,
     WorkerInfo,
@@ -44,6 +45,11 @@ def life(incarnation: int, worker_id: WorkerId = P0) -> WorkerInfo:
     return msgspec.structs.replace(INFO, worker_id=worker_id, incarnation=Incarnation(incarnation))
 
 
+def placed_on(name: str) -> Placement:
+    peer = Peer(worker_id=WorkerId(name), incarnation=Incarnation(1), address="127.0.0.1:1")
+    return Placement(request_id=RequestId("r"), prefill=peer, decode=peer, reason="")
+
+
 def gone(membership: Membership, now_s: float) -> list[tuple[str, int]]:
     return [(each.worker_id, each.incarnation) for each in membership.gone(now_s)]
 
@@ -71,9 +77,9 @@ def membership() -> Membership:
 
 def test_a_silent_worker_is_dead_after_the_timeout_for_good(membership: Membership) -> None:
     assert pass_time(membership, 0.0, 3.0) == []
-    assert len(membership.live(3.0)) == 1
+    assert len(membership.live(3.0).infos) == 1
     assert pass_time(membership, 3.0, 3.01) == ["p0 incarnation 1: no heartbeat for 3.0 s"]
-    assert membership.live(3.01) == []
+    assert membership.live(3.01).infos == ()
     assert membership.members(3.01) == ()
     assert gone(membership, 3.01) == [("p0", 1)]
     why = r"given up and is not taken up again: no heartbeat for 3\.0 s"
@@ -82,14 +88,14 @@ def test_a_silent_worker_is_dead_after_the_timeout_for_good(membership: Membersh
     with pytest.raises(StaleIncarnation, match=why):
         membership.register(life(1), 3.2)
     membership.register(life(2), 3.4)
-    assert [view.info.incarnation for view in membership.live(3.4)] == [2]
+    assert [info.incarnation for info in membership.live(3.4).infos] == [2]
     assert beat(membership, 3.5, incarnation=2)
 
 
 def test_whoever_asks_first_finds_the_dead(membership: Membership) -> None:
     """No answer depends on whether the shell has looked in between."""
     pass_time(membership, 0.0, 2.5)
-    assert membership.live(3.2) == []
+    assert membership.live(3.2).infos == ()
     assert membership.expire(3.2) == ["p0 incarnation 1: no heartbeat for 3.2 s"]
     assert membership.expire(3.3) == [], "told once"
 
@@ -123,7 +129,7 @@ def test_a_later_life_replaces_the_earlier_and_fences_it(membership: Membership)
     assert not membership.deregister(P0, Incarnation(1), 1.1)
     with pytest.raises(StaleIncarnation):
         membership.register(life(1), 1.2)
-    assert [view.info.incarnation for view in membership.live(1.2)] == [2]
+    assert [info.incarnation for info in membership.live(1.2).infos] == [2]
 
 
 def test_a_goodbye_is_final_too(membership: Membership) -> None:
@@ -176,7 +182,20 @@ def test_the_last_transfers_told_stay(membership: Membership) -> None:
 def test_registering_twice_keeps_what_is_known(membership: Membership) -> None:
     membership.heartbeat(WorkerId("p0"), Incarnation(1), WorkerLoad(context_tokens=5), 0.5)
     membership.register(life(1), 0.6)
-    assert membership.live(0.6)[0].load.context_tokens == 5
+    assert membership.live(0.6).decode_load_tokens.tolist() == [5]
+    assert membership.members(0.6)[0].load.context_tokens == 5
+
+
+@pytest.mark.parametrize("incarnation", [1, 2])
+def test_another_registration_starts_without_load(membership: Membership, incarnation: int) -> None:
+    """A later life, and the same one with other figures."""
+    ask = DispatchItem(request_id=RequestId("r"), prompt_tokens=30, max_tokens=10)
+    membership.book(ask, placed_on("p0"), 0.5)
+    beat(membership, 0.6, load=WorkerLoad(context_tokens=5))
+    membership.register(msgspec.structs.replace(life(incarnation), total_blocks=20), 0.7)
+    view = membership.live(0.7)
+    assert [info.total_blocks for info in view.infos] == [20]
+    assert view.prefill_load_tokens.tolist() == view.decode_load_tokens.tolist() == [0]
 
 
 def test_an_unknown_worker_is_told_to_register(membership: Membership) -> None:
@@ -188,12 +207,12 @@ def test_placements_count_until_a_heartbeat_contains_them(membership: Membership
     verdict = dispatch([ask], membership.live(1.0), DispatchLimits())[0]
     assert isinstance(verdict, Placement)
     membership.book(ask, verdict, 1.0)
-    view = membership.live(1.0)[0]
-    assert (view.prefill_load_tokens, view.decode_load_tokens, view.waiting_requests) == (30, 40, 1)
+    view = membership.live(1.0)
+    assert (view.prefill_load_tokens[0], view.decode_load_tokens[0], view.waiting_requests[0]) == (30, 40, 1)
     membership.heartbeat(WorkerId("p0"), Incarnation(1), WorkerLoad(), 1.1)
-    assert membership.live(1.1)[0].prefill_load_tokens == 30, "the heartbeat may have left before the request came"
+    assert membership.live(1.1).prefill_load_tokens[0] == 30, "the heartbeat may have left before the request came"
     membership.heartbeat(WorkerId("p0"), Incarnation(1), WorkerLoad(), 1.6)
-    assert membership.live(1.6)[0].prefill_load_tokens == 0
+    assert membership.live(1.6).prefill_load_tokens[0] == 0
 
 
 # --- everybody silent at once ---------------------------------------------------------------------------
@@ -209,12 +228,31 @@ def pair() -> Membership:
 
 def test_silence_of_everybody_is_the_coordinators_own(pair: Membership) -> None:
     assert pass_time(pair, 0.0, LIMITS.isolation_timeout_s - 0.1) == []
-    assert pair.live(LIMITS.isolation_timeout_s - 0.1) == []
+    assert pair.live(LIMITS.isolation_timeout_s - 0.1).infos == ()
     assert pair.members(LIMITS.isolation_timeout_s - 0.1) == ()
     assert gone(pair, LIMITS.isolation_timeout_s - 0.1) == []
     for name in ("p0", "d0"):
         assert pair.heartbeat(WorkerId(name), Incarnation(1), WorkerLoad(), LIMITS.isolation_timeout_s - 0.1)
-    assert len(pair.live(LIMITS.isolation_timeout_s)) == 2
+    assert len(pair.live(LIMITS.isolation_timeout_s).infos) == 2
+
+
+def test_of_the_silent_only_those_heard_again_get_requests(pair: Membership) -> None:
+    """As long as nobody has looked again. p0 is the second of the two and the first of those heard: its load is its
+    own all the same."""
+    back_s = 10.5
+    pass_time(pair, 0.0, back_s)
+    beat(pair, back_s)
+    ask = DispatchItem(request_id=RequestId("r"), prompt_tokens=30, max_tokens=10)
+    view = pair.live(back_s + 0.1)
+    assert [info.worker_id for info in view.infos] == ["p0"]
+    verdict = dispatch([ask], view, DispatchLimits())[0]
+    assert isinstance(verdict, Placement)
+    pair.book(ask, verdict, back_s + 0.1)
+    assert pair.live(back_s + 0.2).prefill_load_tokens.tolist() == [30]
+    assert pair.heartbeat(WorkerId("d0"), Incarnation(1), WorkerLoad(), back_s + 0.2)
+    view = pair.live(back_s + 0.3)
+    assert [info.worker_id for info in view.infos] == ["d0", "p0"]
+    assert view.prefill_load_tokens.tolist() == [0, 30]
 
 
 def test_silence_of_everybody_ends_them_too_in_the_end(pair: Membership) -> None:
@@ -228,7 +266,7 @@ def test_silence_of_one_among_others_is_its_own(pair: Membership) -> None:
     while now_s < 4.0:
         now_s += 0.5
         beat(pair, now_s)
-    assert [view.info.worker_id for view in pair.live(now_s)] == ["p0"]
+    assert [info.worker_id for info in pair.live(now_s).infos] == ["p0"]
     assert gone(pair, now_s) == [("d0", 1)]
 
 

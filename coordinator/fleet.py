@@ -1,0 +1,126 @@
+"""The columns that dispatch decides over, kept up to date: who is live, what they reported, what was placed since.
+
+A placement counts as load until its worker's own figures contain it: until the first report that is at least
+`booking_grace_s` younger. Reports and placements cost the same however many workers there are; only a worker that
+comes or goes moves the rows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from coordinator.policy.fleet_view import LARGEST_COUNT, decode_tokens, find_row, prefill_tokens, view_of
+
+if TYPE_CHECKING:
+    from contracts.ids import WorkerId
+    from contracts.messages import DispatchItem, WorkerInfo, WorkerLoad
+    from coordinator.policy.fleet_view import FleetView
+
+
+class _Booking(NamedTuple):
+    at_s: float
+    prefill_tokens: int
+    decode_tokens: int
+    requests: int
+
+
+@dataclass(slots=True)
+class _Bookings:
+    """One worker's placements that no report contains yet, oldest first, and their sums."""
+
+    queue: deque[_Booking] = field(default_factory=deque[_Booking])
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    requests: int = 0
+
+    def add(self, booking: _Booking) -> None:
+        self.queue.append(booking)
+        self.prefill_tokens += booking.prefill_tokens
+        self.decode_tokens += booking.decode_tokens
+        self.requests += booking.requests
+
+    def settle(self, until_s: float) -> None:
+        """Forgets those made until then."""
+        while self.queue and self.queue[0].at_s <= until_s:
+            booking = self.queue.popleft()
+            self.prefill_tokens -= booking.prefill_tokens
+            self.decode_tokens -= booking.decode_tokens
+            self.requests -= booking.requests
+
+
+class Fleet:
+    """Rows stand in order of worker id and keep their number until a worker comes or goes."""
+
+    def __init__(self, booking_grace_s: float) -> None:
+        self._booking_grace_s = booking_grace_s
+        # Parallel, by worker id.
+        self._infos: list[WorkerInfo] = []
+        self._bookings: list[_Bookings] = []
+        self._prefill_load_tokens = np.zeros(0, np.int64)
+        self._decode_load_tokens = np.zeros(0, np.int64)
+        self._waiting_requests = np.zeros(0, np.int64)
+        #: Made when asked for after a worker came or went.
+        self._view: FleetView | None = None
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def row_of(self, worker_id: WorkerId) -> int:
+        """Raises KeyError when the worker is not here."""
+        row, is_here = find_row(worker_id, self._infos)
+        if not is_here:
+            raise KeyError(worker_id)
+        return row
+
+    def add(self, info: WorkerInfo) -> None:
+        """A worker without load. Raises ValueError when it is here already."""
+        row, is_here = find_row(info.worker_id, self._infos)
+        if is_here:
+            raise ValueError(f"worker {info.worker_id} is in the fleet already")
+        self._infos.insert(row, info)
+        self._bookings.insert(row, _Bookings())
+        self._prefill_load_tokens = np.insert(self._prefill_load_tokens, row, 0)
+        self._decode_load_tokens = np.insert(self._decode_load_tokens, row, 0)
+        self._waiting_requests = np.insert(self._waiting_requests, row, 0)
+        self._view = None
+
+    def remove(self, worker_id: WorkerId) -> None:
+        """Raises KeyError when the worker is not here."""
+        row = self.row_of(worker_id)
+        del self._infos[row], self._bookings[row]
+        self._prefill_load_tokens = np.delete(self._prefill_load_tokens, row)
+        self._decode_load_tokens = np.delete(self._decode_load_tokens, row)
+        self._waiting_requests = np.delete(self._waiting_requests, row)
+        self._view = None
+
+    def report(self, row: int, load: WorkerLoad, now_s: float) -> None:
+        """A worker's own figures, as of now. Times of calls must not go backwards."""
+        bookings = self._bookings[row]
+        bookings.settle(now_s - self._booking_grace_s)
+        self._prefill_load_tokens[row] = min(load.pending_prompt_tokens, LARGEST_COUNT) + bookings.prefill_tokens
+        self._decode_load_tokens[row] = min(load.context_tokens, LARGEST_COUNT) + bookings.decode_tokens
+        self._waiting_requests[row] = min(load.waiting_requests, LARGEST_COUNT) + bookings.requests
+
+    def book(self, item: DispatchItem, prefill_row: int, decode_row: int, now_s: float) -> None:
+        """Counts a placement as load from now on, until reports contain it."""
+        to_prefill, to_decode = prefill_tokens(item), decode_tokens(item)
+        self._bookings[prefill_row].add(_Booking(now_s, to_prefill, 0, 1))
+        self._bookings[decode_row].add(_Booking(now_s, 0, to_decode, 0))
+        self._prefill_load_tokens[prefill_row] += to_prefill
+        self._waiting_requests[prefill_row] += 1
+        self._decode_load_tokens[decode_row] += to_decode
+
+    def view(self) -> FleetView:
+        """A window: it shows what is reported and booked later too. Stale once a worker came or went."""
+        if self._view is None:
+            self._view = view_of(
+                self._infos,
+                prefill_load_tokens=self._prefill_load_tokens,
+                decode_load_tokens=self._decode_load_tokens,
+                waiting_requests=self._waiting_requests,
+            )
+        return self._view
