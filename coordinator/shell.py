@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Self
 
+from contracts.failpoints import Failpoint, RarePath
 from contracts.messages import (
     DEREGISTER,
     DISPATCH,
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
         WorkerInfo,
     )
     from rpc import CallContext, Server
+
+_ASKS_TO_REGISTER = Failpoint("coordinator.asks_to_register", "a worker is told to register although it is known")
+
+_AVOIDS = RarePath("coordinator.avoids", "a request is placed that should avoid some workers")
+_REFUSED = RarePath("coordinator.refused", "a request found no place")
+_LIFE_LOST = RarePath("coordinator.life_lost", "a worker fell silent and was given up")
 
 
 class CoordinatorShell:
@@ -87,6 +94,7 @@ class CoordinatorShell:
         while True:
             await self._clock.sleep(LOOK_INTERVAL_S)
             for sentence in self.membership.expire(self._clock.now_s()):
+                _LIFE_LOST.reached()
                 self._log(f"worker lost: {sentence}")
 
     async def _on_register(self, info: WorkerInfo, context: CallContext) -> RegisterReply:
@@ -100,6 +108,7 @@ class CoordinatorShell:
     async def _on_heartbeat(self, beat: HeartbeatRequest, context: CallContext) -> HeartbeatReply:
         now_s = self._clock.now_s()
         known = self.membership.heartbeat(beat.worker_id, beat.incarnation, beat.load, now_s, beat.transfers)
+        known = known and not _ASKS_TO_REGISTER.fires()
         return HeartbeatReply(known=known, gone=self.membership.gone(now_s))
 
     async def _on_deregister(self, leave: DeregisterRequest, context: CallContext) -> Empty:
@@ -115,6 +124,10 @@ class CoordinatorShell:
             self.verdicts_total[outcome] = self.verdicts_total.get(outcome, 0) + 1
             if isinstance(verdict, Placement):
                 self.membership.book(item, verdict, now_s)
+            else:
+                _REFUSED.reached()
+            if item.avoid:
+                _AVOIDS.reached()
         return DispatchReply(verdicts=tuple(verdicts))
 
     async def _on_members(self, ask: Empty, context: CallContext) -> MembersReply:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from contracts.errors import BadRequest, Cancelled, NoCapacity
+from contracts.failpoints import Failpoint, RarePath
 from contracts.requests import PhaseTimes
 from decode.admission import OfferVerdict, admit, may_resume, retry_after_s
 from decode.incoming import Incoming, IncomingOffers
@@ -37,6 +38,16 @@ if TYPE_CHECKING:
     from engine.room import Room
     from engine.sequence import Emit
     from kvtransfer import Ledger, ReaderService
+
+_HOLDS_BACK = Failpoint("decode.holds_back", "an offer waits although there is room for it")
+_PREEMPTS = Failpoint("decode.preempts", "the newest answer is preempted although blocks are free")
+
+_PREEMPTED = RarePath("decode.preempted", "an answer lost its blocks")
+_RESUMED = RarePath("decode.resumed", "a preempted answer is read again")
+_OFFERED_TOO_LATE = RarePath("decode.offered_too_late", "an offer came for a try that was cancelled or has ended")
+_CANCELLED_COMING = RarePath("decode.cancelled_coming", "a try was cancelled while its KV was on its way")
+_DROPPED_IN_STEP = RarePath("decode.dropped_in_step", "a try ended while a step computed it")
+_DEADLINE_PASSED = RarePath("decode.deadline_passed", "a deadline passed while the KV came or the answer was written")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +169,7 @@ class DecodeBatch:
         """
         key = request_key(ask.request)
         if key in self._over:
+            _OFFERED_TOO_LATE.reached()
             raise Cancelled(f"request {key.request_id} attempt {key.attempt} is over at {self._own_worker_id}")
         self._check_fits(ask)
         lease_id = ask.terms.lease_id
@@ -194,6 +206,8 @@ class DecodeBatch:
     def may_reserve(self) -> bool:
         """Whether the offer that has waited longest may have its blocks now: what the reader asks before each."""
         first = self._incoming.note_blocks()
+        if _HOLDS_BACK.fires():
+            return False
         return first is None or admit(first.demand, self._room.view()) is OfferVerdict.RESERVE
 
     def take_over(self, sequence: Sequence, now_s: float) -> None:
@@ -204,6 +218,7 @@ class DecodeBatch:
         """Forgets a try. Unknown tries are no error."""
         lease_id = self._incoming.lease_of(key)
         if lease_id is not None:
+            _CANCELLED_COMING.reached()
             self._incoming.take(lease_id)
             self._over.add(key)
             self._reader.cancel(lease_id, reason)
@@ -218,9 +233,11 @@ class DecodeBatch:
         message = f"the request's deadline passed on {self._own_worker_id}"
         for answer in [late for late in self._answers.values() if now_s > late.sequence.deadline_s]:
             if not answer.doomed:
+                _DEADLINE_PASSED.reached()
                 self._fail(answer, "deadline_exceeded", message)
         for incoming in self._incoming:
             if now_s > incoming.deadline_s:
+                _DEADLINE_PASSED.reached()
                 self.cancel(incoming.key, message)
                 self._fail_incoming(incoming, "deadline_exceeded", message)
 
@@ -340,6 +357,8 @@ class DecodeBatch:
         """Gives every running sequence the blocks for its remaining tokens, oldest first, preempting the
         newest. Sequence ids grow with arrival."""
         order = deque(sorted(self._running))
+        if order and _PREEMPTS.fires():
+            self._preempt(self._running[order.pop()])
         while order:
             if self._extend(self._running[order[0]].sequence):
                 order.popleft()
@@ -366,6 +385,7 @@ class DecodeBatch:
             message = f"the answer outgrew the {self._engine.num_blocks} KV blocks of {self._own_worker_id}"
             self._fail(answer, "no_capacity", message)
             return
+        _PREEMPTED.reached()
         self.preemptions_total += 1
         self.recomputed_tokens_total += num_lost
         self._preempted[sequence.sequence_id] = answer
@@ -383,6 +403,7 @@ class DecodeBatch:
                 return
             blocks = self._ledger.allocate(sequence.owner, needed)
             assert blocks is not None, (self._ledger, needed)
+            _RESUMED.reached()
             sequence.block_ids = blocks
             del self._preempted[sequence_id]
             self._room.starving = bool(self._preempted)
@@ -396,6 +417,7 @@ class DecodeBatch:
     def _drop(self, answer: _Answer) -> None:
         """Ends a try on this side; its blocks are released after the step that writes them."""
         if answer.in_step:
+            _DROPPED_IN_STEP.reached()
             answer.doomed = True
             return
         sequence = answer.sequence

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
+import msgspec
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 
 class GrantReason(Enum):
@@ -27,8 +30,7 @@ class GrantReason(Enum):
     ADMIT = "admit"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """A sequence that could run in the next step."""
 
     #: Unique among the candidates of a step.
@@ -41,6 +43,9 @@ class Candidate:
     started: bool = False
 
 
+_BY_ARRIVAL = attrgetter("arrival", "sequence_id")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBudget:
     """What one step may hold; both > 0."""
@@ -49,8 +54,7 @@ class StepBudget:
     max_sequences: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True, kw_only=True):
     sequence_id: int
     num_tokens: int
     reason: GrantReason
@@ -62,22 +66,16 @@ def compose(decodes: Sequence[Candidate], chunks: Sequence[Candidate], budget: S
     A decode runs whole or not at all; a chunk gets `min(remaining, budget left)`. Nobody is passed by a
     later arrival of its own class. Candidates without a grant simply wait for the next step.
     """
-    ordered = (
-        *_by_arrival(decodes, GrantReason.DECODE),
-        *_by_arrival((chunk for chunk in chunks if chunk.started), GrantReason.CONTINUE),
-        *_by_arrival((chunk for chunk in chunks if not chunk.started), GrantReason.ADMIT),
-    )
+    begun = [chunk for chunk in chunks if chunk.started]
+    new = [chunk for chunk in chunks if not chunk.started]
     grants: list[Grant] = []
     tokens_left = budget.max_tokens
-    for candidate, reason in ordered[: budget.max_sequences]:
-        num_tokens = min(candidate.num_tokens, tokens_left)
-        if num_tokens == 0 or (reason is GrantReason.DECODE and num_tokens < candidate.num_tokens):
-            break
-        grants.append(Grant(sequence_id=candidate.sequence_id, num_tokens=num_tokens, reason=reason))
-        tokens_left -= num_tokens
+    for reason, candidates in ((GrantReason.DECODE, decodes), (GrantReason.CONTINUE, begun), (GrantReason.ADMIT, new)):
+        for candidate in sorted(candidates, key=_BY_ARRIVAL):
+            num_tokens = min(candidate.num_tokens, tokens_left)
+            is_cut_decode = reason is GrantReason.DECODE and num_tokens < candidate.num_tokens
+            if num_tokens == 0 or is_cut_decode or len(grants) == budget.max_sequences:
+                return tuple(grants)
+            grants.append(Grant(sequence_id=candidate.sequence_id, num_tokens=num_tokens, reason=reason))
+            tokens_left -= num_tokens
     return tuple(grants)
-
-
-def _by_arrival(candidates: Iterable[Candidate], reason: GrantReason) -> list[tuple[Candidate, GrantReason]]:
-    ordered = sorted(candidates, key=lambda candidate: (candidate.arrival, candidate.sequence_id))
-    return [(candidate, reason) for candidate in ordered]

@@ -4,23 +4,25 @@ One step may hold decodes (one new token of a running sequence) beside chunks of
 budget (Orca's iteration-level batching; Sarathi-Serve's chunked prefill). The engine computes the plan and
 samples where asked; it keeps no state between steps but the KV pool and the weights: a sequence is only
 its tokens and its blocks, which is what lets it move between workers.
+
+What is made for every token is a msgspec struct: it costs a fifth of a frozen dataclass.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
+from contracts.ids import BlockId
+from contracts.requests import SamplingParams, TokenLogprobs
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from contracts.ids import BlockId
     from contracts.layout import KvIdentity
-    from contracts.requests import SamplingParams, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleSpec:
+class SampleSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Ask for the token after the last new one of a sequence."""
 
     params: SamplingParams
@@ -32,8 +34,7 @@ class SampleSpec:
     num_prompt_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceStep:
+class SequenceStep(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of one sequence: positions `[start, start + len(token_ids))`.
 
     `block_ids` cover at least `start + len(token_ids)` tokens; KV of positions before `start` is in them
@@ -49,8 +50,7 @@ class SequenceStep:
     sample: SampleSpec | None
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True):
     sequences: tuple[SequenceStep, ...]
 
     @property
@@ -58,17 +58,15 @@ class StepPlan:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
+class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     token_id: int
     logprobs: TokenLogprobs | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """By `sequence_id`, for every sequence of the plan that asked; `duration_s` is the engine's own time."""
 
-    sampled: dict[int, Sampled] = field(default_factory=dict[int, Sampled])
+    sampled: dict[int, Sampled] = {}
     duration_s: float = 0.0
 
 

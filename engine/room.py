@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from contracts.errors import InvariantBroken
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from contracts.layout import BlockLayout
     from contracts.requests import GenerateRequest
@@ -104,7 +104,7 @@ class Room:
         self._growth_blocks = layout.blocks_for(growth_tokens)
         self._available_blocks = available_blocks
         #: owner -> growth, of everything admitted to be written here.
-        self._promised: dict[str, int] = {}
+        self._promised: dict[Hashable, int] = {}
         #: Sum of `_promised`.
         self._promised_blocks = 0
         self._lent_blocks = 0
@@ -136,16 +136,24 @@ class Room:
         """Blocks that a request's sequence takes within its next tokens, holding `num_held` now: none past the end
         of its answer, whose last token needs no place."""
         last = min(request.num_prompt_tokens + request.sampling.max_tokens, max_context_tokens) - 1
-        return max(0, min(self._growth_blocks, self._layout.blocks_for(last) - num_held))
+        return self.growth_until(last, num_held)
 
-    def promise(self, owner: str, growth_blocks: int) -> None:
+    def growth_until(self, num_tokens: int, num_held: int) -> int:
+        """The same for a sequence that keeps `num_tokens` tokens when it ends."""
+        return max(0, min(self._growth_blocks, self._layout.blocks_for(num_tokens) - num_held))
+
+    def promise(self, owner: Hashable, growth_blocks: int) -> None:
         """`owner` is admitted and takes so many more soon; replaces what it was promised."""
         self._promised_blocks += growth_blocks - self._promised.get(owner, 0)
         self._promised[owner] = growth_blocks
 
-    def forget(self, owner: str) -> None:
+    def forget(self, owner: Hashable) -> None:
         """`owner` has ended here, or was preempted. Of an unknown one: ignored."""
         self._promised_blocks -= self._promised.pop(owner, 0)
+
+    @property
+    def lent_blocks(self) -> int:
+        return self._lent_blocks
 
     def lend(self, num_blocks: int) -> None:
         self._lent_blocks += num_blocks

@@ -10,6 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from contracts.errors import TandemError
+from contracts.failpoints import Failpoint
 from contracts.messages import CANCEL, CancelRequest, RequestKey
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from rpc import Network
 
     Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
+
+_CANCEL_LOST = Failpoint("gateway.cancel_lost", "cancels are not sent and count as failed")
 
 
 class CancelQueue:
@@ -65,6 +68,8 @@ class CancelQueue:
         for attempt in range(self._limits.cancel_attempts):
             if attempt:
                 await self._clock.sleep(self._limits.cancel_backoff_s * attempt)
+            if _CANCEL_LOST.fires():
+                continue
             try:
                 channel = self._network.channel(address)
                 await channel.call(CANCEL, request, timeout_s=self._limits.cancel_timeout_s)

@@ -25,6 +25,7 @@ from contracts.errors import (
     Unauthorized,
     WorkerUnavailable,
 )
+from contracts.failpoints import Failpoint, RarePath
 from contracts.ids import RequestId
 from contracts.messages import (
     MEMBERS,
@@ -61,6 +62,11 @@ if TYPE_CHECKING:
 #: Cancels that are remembered, and how soon one is repeated for tokens that come in spite of it.
 _MAX_REMEMBERED_CANCELS = 4096
 _CANCEL_AGAIN_AFTER_S = 1.0
+
+_PREFILL_TWICE = Failpoint("gateway.prefill_twice", "the answer to a Prefill is lost, it is sent again")
+
+_FORGOTTEN = RarePath("gateway.forgotten", "tokens came of a request that has ended here")
+_STREAM_LOST = RarePath("gateway.stream_lost", "an open stream of frames ended")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,6 +337,8 @@ class GatewayCore:
         body = PrefillRequest(target=peer.incarnation, request=request, decode=placement.decode)
         try:
             channel = self._network.channel(peer.address)
+            if _PREFILL_TWICE.fires():
+                await channel.call(PREFILL, body, timeout_s=self.limits.prefill_timeout_s)
             await channel.call(PREFILL, body, timeout_s=self.limits.prefill_timeout_s)
         except TandemError as error:
             self.log.warning("prefill_failed", worker=peer.worker_id, error=error.message)
@@ -362,6 +370,7 @@ class GatewayCore:
                 self.feed(delta.request_id, ev.Received(peer, delta))
                 continue
             # Its Cancel was lost, or crossed these tokens on the way.
+            _FORGOTTEN.reached()
             self.stats.drop("forgotten")
             if delta.finish is None:
                 self._cancel_stray(peer, RequestKey(delta.request_id, delta.attempt))
@@ -382,6 +391,7 @@ class GatewayCore:
     def _on_lost(self, peer: Peer, reason: str) -> None:
         if self._stopping:
             return
+        _STREAM_LOST.reached()
         self.stats.lost_streams += 1
         self.log.warning("worker_lost", worker=peer.worker_id, incarnation=peer.incarnation, reason=reason)
         lost = ev.WorkerLost(peer, reason)

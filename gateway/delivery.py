@@ -39,7 +39,7 @@ class Delivery:
 
     @property
     def num_early_tokens(self) -> int:
-        return sum(len(early.token_ids) for early in self._early.values())
+        return sum(len(early.token_ids) for early in self._early.values()) if self._early else 0
 
     def is_news(self, delta: TokenDelta) -> bool:
         """Whether it holds a token that was not delivered, or the end."""
@@ -57,7 +57,7 @@ class Delivery:
             fresh = _from_index(following, self.next_index)
             self.token_ids.extend(fresh.token_ids)
             out.append(fresh)
-            following = None if fresh.finish is not None else self._next_early()
+            following = self._next_early() if self._early and fresh.finish is None else None
         return out
 
     def forget_early(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from contracts.errors import NoCapacity, NotReady, TandemError
+from contracts.failpoints import Failpoint
 from contracts.messages import DISPATCH, DispatchItem, DispatchRequest, Placement, Rejection
 
 if TYPE_CHECKING:
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 #: What a rejected client is told where the coordinator could not be asked.
 _RETRY_AFTER_S = 1.0
+
+_DISPATCH_LATE = Failpoint("gateway.dispatch_late", "the coordinator is asked late, for more requests at once")
+_DISPATCH_TWICE = Failpoint("gateway.dispatch_twice", "the coordinator's answer is lost, it is asked again")
+_LONGEST_LATENESS_S = 0.2
 
 
 class Dispatcher:
@@ -56,6 +61,7 @@ class Dispatcher:
     async def run(self) -> None:
         while True:
             await self._wanted.wait()
+            await _DISPATCH_LATE.delay(_LONGEST_LATENESS_S)
             batch = self._take()
             if not batch:
                 self._wanted.clear()
@@ -72,6 +78,8 @@ class Dispatcher:
         request = DispatchRequest(gateway_id=self._gateway_id, items=batch)
         try:
             channel = self._network.channel(self._address)
+            if _DISPATCH_TWICE.fires():
+                await channel.call(DISPATCH, request, timeout_s=self._limits.dispatch_timeout_s)
             reply = await channel.call(DISPATCH, request, timeout_s=self._limits.dispatch_timeout_s)
         except TandemError as error:
             return [self._no_answer(f"did not answer ({error.code})")] * len(batch)

@@ -1,6 +1,6 @@
 """What happens to one request at the gateway, and what the gateway does about it: the words of
 `gateway.ownership`. Answers to an instruction carry the attempt it was given for, so that what comes too late is
-known as such.
+known as such. What is made for every token is a msgspec struct: it costs a fifth of a frozen dataclass.
 """
 
 from __future__ import annotations
@@ -8,11 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from contracts.messages import Peer
+from contracts.requests import TokenDelta
+
 if TYPE_CHECKING:
     from contracts.errors import TandemError
     from contracts.ids import Attempt, WorkerId
-    from contracts.messages import DispatchItem, Peer, Placement, RequestKey
-    from contracts.requests import GenerateRequest, TokenDelta
+    from contracts.messages import DispatchItem, Placement, RequestKey
+    from contracts.requests import GenerateRequest
     from gateway.timeline import Timeline
 
 # --- events -----------------------------------------------------------------------------------------
@@ -71,8 +76,7 @@ class PrefillFailed:
     error: TandemError
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True):
     peer: Peer
     delta: TokenDelta
 
@@ -174,8 +178,7 @@ class Accept:
     """The request is in a worker's hands: later failures come after the first byte of an answer. Once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True):
     delta: TokenDelta
 
 

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from contracts.errors import Internal, StaleIncarnation, TandemError, WorkerUnavailable
+from contracts.failpoints import Failpoint
 from contracts.messages import FRAMES, FramesRequest
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
     OnFrame = Callable[[Peer, Frame], None]
     OnLost = Callable[[Peer, str], None]
+
+_NOT_OPENED = Failpoint("gateway.stream_not_opened", "a worker's stream ends before its first frame")
 
 
 class WorkerLink:
@@ -100,6 +103,8 @@ class WorkerLink:
 
     async def _read_one_stream(self) -> TandemError:
         """Why the stream ended."""
+        if _NOT_OPENED.fires():
+            return WorkerUnavailable(f"the stream of worker {self.peer.worker_id} is not opened on purpose")
         try:
             frames = self._network.channel(self.peer.address).stream(
                 FRAMES, self._request, idle_timeout_s=self._limits.frames_idle_timeout_s

@@ -38,6 +38,7 @@ from contracts.errors import (
     TransferAborted,
     WorkerUnavailable,
 )
+from contracts.failpoints import RarePath
 from contracts.ids import Attempt, OwnerEpoch
 from contracts.messages import DispatchItem, RequestKey
 from gateway import events as ev
@@ -50,6 +51,17 @@ if TYPE_CHECKING:
     from contracts.messages import Peer, Placement
     from contracts.requests import GenerateRequest, TokenDelta
     from gateway.limits import GatewayLimits
+
+_REPLAYED = RarePath("gateway.replayed", "a request was taken up again before its first token")
+_REPLAYED_MIDWAY = RarePath("gateway.replayed_midway", "a request was taken up again after its first token")
+_GAVE_UP = RarePath("gateway.gave_up", "a request failed although it had been taken up again")
+_WAITS_FOR_PLACE = RarePath("gateway.waits_for_place", "nobody has a request, its place is asked for later")
+_FULL_ELSEWHERE = RarePath("gateway.full_elsewhere", "a full prefill worker was placed again, there is no other")
+_CANCEL_HELD_BACK = RarePath("gateway.cancel_held_back", "a cancel has to wait for the answer to Prefill")
+_TOKEN_EARLY = RarePath("gateway.token_early", "a token came before the one that precedes it")
+_DEADLINE_PASSED = RarePath("gateway.deadline_passed", "a request's deadline passed")
+_OLD_ATTEMPT = RarePath("gateway.old_attempt", "tokens of an earlier attempt were dropped")
+_DONE_WORKER_LOST = RarePath("gateway.done_worker_lost", "the prefill worker of a request being decoded was lost")
 
 
 class Phase(Enum):
@@ -145,6 +157,7 @@ class RequestMachine:
             case ev.GapExpired():
                 return self._gap_failed("later ones did", now_s)
             case ev.DeadlinePassed(after_s):
+                _DEADLINE_PASSED.reached()
                 return self._end_with(DeadlineExceeded(f"the request was not finished within {after_s:g} s"), now_s)
             case ev.Overflowed(num_tokens):
                 return self._end_with(NoCapacity(f"the client is too slow: {num_tokens} tokens wait for it"), now_s)
@@ -166,6 +179,7 @@ class RequestMachine:
         if self._refusal is not None and not self.history.accepted:
             full, error = self._refusal
             if full == placement.prefill:
+                _FULL_ELSEWHERE.reached()
                 return self._fail(Failure(Stage.REJECTED, error), now_s)
         self.placement = placement
         self.phase = Phase.OPENING
@@ -238,6 +252,7 @@ class RequestMachine:
         prefill, decode = self.placement.prefill, self.placement.decode
         peers = (prefill,) if prefill == decode else (prefill, decode)
         if self.phase is Phase.SENDING:
+            _CANCEL_HELD_BACK.reached()
             self._unsettled[self.request.attempt] = (peers, reason)
             return []
         return [ev.SendCancel(peers, self.key, reason)]
@@ -262,6 +277,7 @@ class RequestMachine:
 
     def _why_dropped(self, peer: Peer, delta: TokenDelta) -> str | None:
         if delta.attempt != self.request.attempt:
+            _OLD_ATTEMPT.reached()
             return "attempt"
         if delta.owner_epoch != self.request.owner_epoch:
             return "owner_epoch"
@@ -269,7 +285,7 @@ class RequestMachine:
             return "over"
         if self.placement is None or self.phase not in (Phase.SENDING, Phase.STREAMING):
             return "early"
-        if not any(_is_life(peer, owner) for owner in (self.placement.prefill, self.placement.decode)):
+        if not (_is_life(peer, self.placement.decode) or _is_life(peer, self.placement.prefill)):
             return "worker"
         if delta.finish == "error" and self._is_done_with(peer):
             return "handed_off"
@@ -298,6 +314,7 @@ class RequestMachine:
                 self.phase = Phase.ENDED
                 return [*out, ev.End(None, self._timeline(now_s, finish))]
         if self._delivery.has_gap:
+            _TOKEN_EARLY.reached()
             out.append(ev.StartGapTimer())
         elif had_gap:
             out.append(ev.StopGapTimer())
@@ -325,7 +342,10 @@ class RequestMachine:
             return []
         roles = {"prefill": self.placement.prefill, "decode": self.placement.decode}
         role = next((role for role, peer in roles.items() if _is_life(lost.peer, peer)), None)
-        if role is None or self._is_done_with(lost.peer):
+        if role is None:
+            return []
+        if self._is_done_with(lost.peer):
+            _DONE_WORKER_LOST.reached()
             return []
         num_delivered = self._delivery.next_index
         where = f"after {num_delivered} output tokens" if num_delivered else "before the answer"
@@ -344,6 +364,8 @@ class RequestMachine:
         verdict = decide(self.history, failure, now_s, self._limits)
         is_refused = failure.stage is Stage.REFUSED
         if isinstance(verdict, GiveUp):
+            if self.history.num_replays:
+                _GAVE_UP.reached()
             return self._end_with(verdict.error, now_s, is_held=not is_refused)
         self.history = verdict.history
         out = [] if is_refused else self._give_up_try(failure.error.message)
@@ -351,11 +373,13 @@ class RequestMachine:
             out.append(ev.StopGapTimer())
         if verdict.replay_reason is not None:
             num_delivered = self._delivery.next_index
+            (_REPLAYED_MIDWAY if num_delivered else _REPLAYED).reached()
             out.append(ev.NoteReplay(verdict.replay_reason, failure.error, failure.suspects, num_delivered))
             self._lost_s = now_s if self._lost_s is None else self._lost_s
         self._start_over()
         if not verdict.delay_s:
             return [*out, *self._ask()]
+        _WAITS_FOR_PLACE.reached()
         return [*out, ev.RetryLater(verdict.delay_s)]
 
     def _start_over(self) -> None:
@@ -370,6 +394,9 @@ class RequestMachine:
         )
 
     def _end_with(self, error: TandemError, now_s: float, *, is_held: bool = True) -> list[ev.Instruction]:
+        if isinstance(error, StaleIncarnation):
+            # That a worker has lives is between our own processes.
+            error = WorkerUnavailable(error.message, retry_after_s=error.retry_after_s)
         return self._end(now_s, reason=error.message, outcome=error.code, error=error, is_held=is_held)
 
     def _end(
@@ -393,7 +420,7 @@ class RequestMachine:
 
 
 def _is_life(peer: Peer, owner: Peer) -> bool:
-    return (peer.worker_id, peer.incarnation) == (owner.worker_id, owner.incarnation)
+    return peer.worker_id == owner.worker_id and peer.incarnation == owner.incarnation
 
 
 def _owner_ids(placement: Placement) -> tuple[WorkerId, ...]:

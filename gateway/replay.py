@@ -167,8 +167,9 @@ def _after(history: History, failure: Failure, since_s: float) -> History:
 
 
 def _is_failed_step(failure: Failure) -> bool:
-    """Of a coordinator that did not answer nothing was computed."""
-    return failure.stage is not Stage.UNANSWERED and isinstance(failure.error, _OF_A_STEP)
+    """Whatever a coordinator answered, or did not: nothing was computed."""
+    is_the_coordinators = failure.stage in (Stage.UNANSWERED, Stage.REJECTED)
+    return not is_the_coordinators and isinstance(failure.error, _OF_A_STEP)
 
 
 def _final(error: TandemError, history: History, why: str = "") -> TandemError:

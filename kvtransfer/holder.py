@@ -35,6 +35,7 @@ from contracts.errors import (
     TandemError,
     WorkerUnavailable,
 )
+from contracts.failpoints import RarePath
 from contracts.messages import (
     AckRequest,
     BlockRef,
@@ -89,6 +90,15 @@ MAX_PREPARED_BYTES = 64 << 20
 
 #: Failures of an offer that a repeat may mend. Everything else ends the lease at once.
 RETRIED_ERRORS: tuple[type[TandemError], ...] = (NoCapacity, NotReady, WorkerUnavailable, DeadlineExceeded)
+
+_NO_ROOM = RarePath("kvtransfer.no_room", "a reader had no room for an offer, it is made again")
+_OFFER_LOST = RarePath("kvtransfer.offer_lost", "an offer or its answer was lost, it is made again")
+_HOLDER_TERM_OVER = RarePath("kvtransfer.holder_term_over", "a lease ran out at its holder")
+_ACK_UNKNOWN = RarePath("kvtransfer.ack_unknown", "an acknowledgement came again, or after the lease's end")
+_CONFIRM_REFUSED = RarePath("kvtransfer.confirm_refused", "a reader asked about a lease that was let go")
+_OTHER_LIFE_ASKED = RarePath("kvtransfer.other_life_asked", "a question was meant for another life of the holder")
+_READER_GAVE_UP = RarePath("kvtransfer.reader_gave_up", "a reader acknowledged a lease that it did not take")
+_READER_LOST = RarePath("kvtransfer.reader_lost", "a lease ended because its reader's life is over")
 
 
 class Holder:
@@ -248,7 +258,10 @@ class Holder:
             return self._end(lease, LeaseOutcome.REFUSED, error.message)
         if isinstance(error, NoCapacity):
             # It lives, and nothing of the lease has begun there.
+            _NO_ROOM.reached()
             lease.expires_s = max(lease.expires_s, min(now_s + lease.terms.ttl_s, lease.last_s))
+        else:
+            _OFFER_LOST.reached()
         self._call_failed(lease, error, now_s)
         return self._drive(lease, now_s)
 
@@ -328,6 +341,7 @@ class Holder:
     def _other_life(self, incarnation: Incarnation) -> Refuse | None:
         if incarnation == self._incarnation:
             return None
+        _OTHER_LIFE_ASKED.reached()
         return Refuse(StaleIncarnation(f"this is life {self._incarnation} of the holder, not {incarnation}"))
 
     def _confirm(self, body: ConfirmRequest, now_s: float) -> Answer | Refuse:
@@ -335,6 +349,7 @@ class Holder:
             return refusal
         lease = self._leases.get(body.lease_id)
         if lease is None:
+            _CONFIRM_REFUSED.reached()
             return Answer(ConfirmReply(stands=False, reason="the holder let the lease go"))
         if lease.seal is None:
             return Answer(ConfirmReply(stands=False, reason="the lease is not sealed"))
@@ -376,10 +391,12 @@ class Holder:
         for lease_id in body.lease_ids:
             lease = self._leases.get(lease_id)
             if lease is None:
+                _ACK_UNKNOWN.reached()
                 self.counters.ignored["AckArrived: unknown lease"] += 1
             elif lease.confirmed:
                 instructions += self._end(lease, LeaseOutcome.RELEASED, "acknowledged")
             else:
+                _READER_GAVE_UP.reached()
                 instructions += self._end(lease, LeaseOutcome.REFUSED, "the reader let the lease go")
         return [*instructions, Answer(Empty())]
 
@@ -398,6 +415,7 @@ class Holder:
         return instructions
 
     def _expire(self, lease: HolderLease) -> list[HolderInstruction]:
+        _HOLDER_TERM_OVER.reached()
         if not lease.accepted:
             return self._lose(lease, f"not taken in time: {lease.last_error}")
         return self._lose(lease, "the reader did not renew it")
@@ -412,6 +430,7 @@ class Holder:
         instructions: list[HolderInstruction] = []
         for lease in list(self._leases.values()):
             if (lease.reader.worker_id, lease.reader.incarnation) == (event.worker_id, event.incarnation):
+                _READER_LOST.reached()
                 instructions += self._lose(lease, f"life {event.incarnation} of {event.worker_id} is over")
         return instructions
 

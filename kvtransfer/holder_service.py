@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from contracts.errors import DeadlineExceeded, Internal, TandemError, WorkerUnavailable
+from contracts.failpoints import Failpoint
 from contracts.ids import LeaseId
 from contracts.messages import (
     ACK,
@@ -82,6 +83,10 @@ DEFAULT_TTL_S = 10.0
 
 #: How long a stopping holder tries to tell readers that it withdraws.
 CLOSE_GRACE_S = 1.0
+
+_SHORT_TERM = Failpoint("kvtransfer.short_term", "a lease is granted for half of its usual term at a time")
+_OFFER_ANSWER_LATE = Failpoint("kvtransfer.offer_answer_late", "the answer to an offer comes late, or too late")
+_PROGRESS_LOST = Failpoint("kvtransfer.progress_lost", "an announcement is not sent, a later one contains it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +182,7 @@ class HolderService(LeaseService[HolderEvent, HolderInstruction]):
         if not self._shell.running:
             raise WorkerUnavailable(f"{self._worker.worker_id} is stopping: no lease is granted")
         worker = self._worker
+        ttl_s = self._ttl_s / 2 if _SHORT_TERM.fires() else self._ttl_s
         lease_id = LeaseId(f"{worker.worker_id}/{worker.incarnation}/{next(self._numbers)}")
         terms = LeaseTerms(
             lease_id=lease_id,
@@ -184,7 +190,7 @@ class HolderService(LeaseService[HolderEvent, HolderInstruction]):
             identity=self._identity,
             endpoints=self._transports.endpoints(),
             num_blocks=len(blocks),
-            ttl_s=self._ttl_s,
+            ttl_s=ttl_s,
             checksums=self._work.checksum,
         )
         self._callers[lease_id] = _Caller(send_offer, on_ended)
@@ -277,6 +283,7 @@ class HolderService(LeaseService[HolderEvent, HolderInstruction]):
         try:
             async with asyncio.timeout(order.timeout_s):
                 reply = await caller.send_offer(order.terms, order.timeout_s)
+                await _OFFER_ANSWER_LATE.delay(1.5 * order.timeout_s)
         except TandemError as error:
             self._shell.feed(OfferFailed(lease_id, error))
         except TimeoutError:
@@ -287,6 +294,9 @@ class HolderService(LeaseService[HolderEvent, HolderInstruction]):
 
     async def _send_progress(self, order: SendProgress) -> None:
         lease_id = order.body.lease_id
+        if _PROGRESS_LOST.fires():
+            self._shell.feed(ProgressFailed(lease_id, DeadlineExceeded("the announcement is lost on purpose")))
+            return
         reply = await self._call(order.reader, PROGRESS, order.body, order.timeout_s)
         if isinstance(reply, TandemError):
             self._shell.feed(ProgressFailed(lease_id, reply))

@@ -34,6 +34,7 @@ from contracts.errors import (
     TandemError,
     TransferAborted,
 )
+from contracts.failpoints import RarePath
 from contracts.messages import (
     ConfirmReply,
     ConfirmRequest,
@@ -97,6 +98,19 @@ CONFIRM_TIMEOUT_S = 1.0
 
 #: How often a block with a wrong checksum is pulled again before its lease is given up.
 MAX_REFETCHES = 2
+
+_OFFER_WAITS = RarePath("kvtransfer.offer_waits", "a new offer has to wait for blocks at its reader")
+_OFFER_REPEATED = RarePath("kvtransfer.offer_repeated", "an offer came again because its answer was lost")
+_NEWER_LIFE = RarePath("kvtransfer.newer_life", "the first offer of a new life ends what older ones offered")
+_PULL_UNSEALED = RarePath("kvtransfer.pull_unsealed", "blocks are pulled while their prompt is still being read")
+_PULL_FAILED = RarePath("kvtransfer.pull_failed", "a lease ended because its pull failed")
+_QUARANTINED = RarePath("kvtransfer.quarantined", "a lease was aborted while bytes may still land in its blocks")
+_LANDED_LATE = RarePath("kvtransfer.landed_late", "a pull ended after its lease was aborted, its blocks are free")
+_NOT_CONFIRMED = RarePath("kvtransfer.not_confirmed", "the holder said that a lease does not stand any more")
+_CONFIRM_AGAIN = RarePath("kvtransfer.confirm_again", "a confirmation was not answered and is asked again")
+_READER_TERM_OVER = RarePath("kvtransfer.reader_term_over", "a lease ran out at its reader")
+_WITHDRAWN = RarePath("kvtransfer.withdrawn", "a lease was taken back while its reader held it")
+_WITHDRAWN_EARLY = RarePath("kvtransfer.withdrawn_early", "a withdrawal overtook its offer, or found its lease ended")
 
 
 class Reader:
@@ -242,6 +256,7 @@ class Reader:
         terms = event.terms
         known = self._leases.get(terms.lease_id)
         if known is not None and known.state is not ReaderState.QUARANTINED:
+            _OFFER_REPEATED.reached()
             return self._offered_again(known, terms, now_s)
         instructions = self._fence(terms.holder, now_s)
         lease = ReaderLease(
@@ -262,6 +277,8 @@ class Reader:
         self._waiting[terms.lease_id] = lease
         self._calls.add(lease)
         instructions += self._reserve_waiting(now_s)
+        if lease.state is ReaderState.WAITING:
+            _OFFER_WAITS.reached()
         instructions += self._drive(lease, now_s)
         return [*instructions, self._verdict(lease), *self._calls.drive(lease.holder_key, now_s)]
 
@@ -316,6 +333,7 @@ class Reader:
         newest = self._newest.setdefault(holder.worker_id, holder.incarnation)
         if holder.incarnation <= newest:
             return []
+        _NEWER_LIFE.reached()
         self._newest[holder.worker_id] = holder.incarnation
         instructions: list[ReaderInstruction] = []
         for worker_id, incarnation in self._calls.lives():
@@ -344,6 +362,7 @@ class Reader:
         if lease is None or lease.state is ReaderState.QUARANTINED:
             if body.withdrawn is not None:
                 # The offer itself may still be on its way.
+                _WITHDRAWN_EARLY.reached()
                 self._remember_end(body.lease_id, f"withdrawn: {body.withdrawn}")
             return [ReplyProgress(ProgressReply(known=False))]
         if body.holder_incarnation != lease.terms.holder.incarnation:
@@ -352,6 +371,7 @@ class Reader:
             return [RefuseProgress(StaleIncarnation(text))]
         if body.withdrawn is not None:
             # Whoever withdraws also answers for the request: nobody is to be told twice.
+            _WITHDRAWN.reached()
             error = Cancelled(f"lease {body.lease_id} was withdrawn: {body.withdrawn}")
             aborted = self._abort(lease, AbortReason.WITHDRAWN, error, now_s)
             return [*aborted, ReplyProgress(ProgressReply(known=True))]
@@ -370,6 +390,7 @@ class Reader:
         if lease.state is ReaderState.QUARANTINED:
             return self._settle(lease)
         if result.error is not None:
+            _PULL_FAILED.reached()
             error = TransferAborted(f"pull of lease {lease.lease_id} failed: {result.error.message}")
             return self._give_up(lease, AbortReason.PULL_FAILED, error, now_s)
         if self._lands:
@@ -407,6 +428,7 @@ class Reader:
         )
 
     def _settle(self, lease: ReaderLease) -> list[ReaderInstruction]:
+        _LANDED_LATE.reached()
         self._ledger.settle(lease.lease_id)
         del self._leases[lease.lease_id]
         return []
@@ -425,6 +447,7 @@ class Reader:
 
     def _confirm_answered(self, lease: ReaderLease, reply: ConfirmReply, now_s: float) -> list[ReaderInstruction]:
         if not reply.stands:
+            _NOT_CONFIRMED.reached()
             error = TransferAborted(f"lease {lease.lease_id} does not stand: {reply.reason}")
             return self._abort(lease, AbortReason.NOT_CONFIRMED, error, now_s)
         seal = lease.seal
@@ -441,6 +464,7 @@ class Reader:
         if isinstance(error, StaleIncarnation):
             gone = TransferAborted(f"the holder of lease {lease.lease_id} restarted: {error.message}")
             return self._abort(lease, AbortReason.HOLDER_GONE, gone, now_s)
+        _CONFIRM_AGAIN.reached()
         lease.calling = False
         lease.failures += 1
         lease.retry_at_s = now_s + retry_delay_s(lease.failures)
@@ -462,6 +486,8 @@ class Reader:
     def _pull(self, lease: ReaderLease) -> StartPull:
         start = lease.num_pulled
         stop = min(len(lease.announced), start + self._max_pull_blocks)
+        if lease.seal is None:
+            _PULL_UNSEALED.reached()
         self._ledger.begin_pull(lease.lease_id)
         lease.state = ReaderState.PULLING
         lease.num_pulling = stop
@@ -505,6 +531,7 @@ class Reader:
         elif self._ledger.abort(lease_id):
             del self._leases[lease_id]
         else:
+            _QUARANTINED.reached()
             lease.state = ReaderState.QUARANTINED
             if not lease.landing:
                 instructions.append(StopPull(lease_id))
@@ -545,6 +572,7 @@ class Reader:
             if isinstance(key, tuple):
                 instructions += self._calls.drive(key, now_s)
             elif now_s >= self._leases[key].expires_s:
+                _READER_TERM_OVER.reached()
                 error = TransferAborted(f"lease {key} ended: its holder did not renew it")
                 instructions += self._abort(self._leases[key], AbortReason.EXPIRED, error, now_s)
             else:

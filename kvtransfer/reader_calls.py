@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from contracts.errors import StaleIncarnation
+from contracts.failpoints import RarePath
 from contracts.ids import LeaseId
 from contracts.messages import AckRequest, RenewRequest
 from kvtransfer.reader_events import AskRenew, SendAck
@@ -35,6 +36,9 @@ LONGEST_CALL_S = 1.0
 OFFER_RENEW_SHARE = 1 / 4
 RENEW_SHARE = 1 / 3
 CALL_SHARE = 1 / 4
+
+_RENEWAL_FAILED = RarePath("kvtransfer.renewal_failed", "a renewal was not answered and is asked again")
+_ACK_FAILED = RarePath("kvtransfer.ack_failed", "an acknowledgement was not answered and is sent again")
 
 
 @dataclass(slots=True)
@@ -142,6 +146,7 @@ class HolderCalls:
         return lost
 
     def renew_failed(self, key: HolderKey, error: TandemError, now_s: float) -> None:
+        _RENEWAL_FAILED.reached()
         self._failed_calls[f"renew: {error.code}"] += 1
         holder = self._holders[key]
         holder.renewing = None
@@ -157,6 +162,7 @@ class HolderCalls:
             for lease_id in sent:
                 holder.acks_owed.pop(lease_id, None)
             return
+        _ACK_FAILED.reached()
         self._failed_calls[f"ack: {error.code}"] += 1
         holder.ack_failures += 1
         holder.ack_retry_at_s = now_s + retry_delay_s(holder.ack_failures)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from contracts.errors import Internal, TandemError, WorkerUnavailable
+from contracts.errors import DeadlineExceeded, Internal, NoCapacity, TandemError, WorkerUnavailable
+from contracts.failpoints import Failpoint
 from contracts.ids import BlockId, LeaseId
 from contracts.messages import (
     ACK,
@@ -74,6 +75,15 @@ AbortedCallback = Callable[[LeaseId, TandemError], None]
 
 #: How long a stopping reader waits for its pulls to become terminal and for its acknowledgements to arrive.
 CLOSE_GRACE_S = 3.0
+
+_OFFER_REFUSED = Failpoint("kvtransfer.offer_refused", "a reader refuses a new offer as if too many waited")
+_PULL_HEARD_LATE = Failpoint("kvtransfer.pull_heard_late", "that a pull has ended is heard late")
+_CONFIRM_TWICE = Failpoint("kvtransfer.confirm_twice", "the answer to a confirmation is lost, it is asked again")
+_RENEWAL_LOST = Failpoint("kvtransfer.renewal_lost", "a renewal is not sent and counts as failed")
+_ACK_LOST = Failpoint("kvtransfer.ack_lost", "an acknowledgement is not sent and counts as failed")
+_ACK_TWICE = Failpoint("kvtransfer.ack_twice", "an acknowledgement is sent twice")
+#: Past it a stopping reader would wait for what is over.
+_LONGEST_DEAFNESS_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +177,8 @@ class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
         """
         if not self._shell.running:
             raise WorkerUnavailable(f"lease {terms.lease_id}: this reader is stopping")
+        if not self.holds(terms.lease_id) and _OFFER_REFUSED.fires():
+            raise NoCapacity(f"lease {terms.lease_id} is refused on purpose")
         for instruction in self._shell.feed(Offered(terms=terms, owner=owner)):
             if isinstance(instruction, RefuseOffer):
                 raise instruction.error
@@ -230,7 +242,9 @@ class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
             case LandBlocks(lease_id=lease_id):
                 self._shell.spawn(self._land(instruction), f"land {lease_id}")
             case StopPull(lease_id):
-                self._pulls[lease_id].request_stop()
+                # The machine looks at its deadlines before it hears that a pull has ended.
+                if (pull := self._pulls.get(lease_id)) is not None:
+                    pull.request_stop()
             case AskConfirm(lease_id=lease_id):
                 self._shell.spawn(self._ask_confirm(instruction), f"confirm {lease_id}")
             case AskRenew(holder=holder):
@@ -249,6 +263,7 @@ class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
 
     async def _await_pull(self, lease_id: LeaseId, pull: Pull) -> None:
         result = await pull.wait()
+        await _PULL_HEARD_LATE.delay(_LONGEST_DEAFNESS_S)
         del self._pulls[lease_id]
         self._shell.feed(PullEnded(lease_id, result))
         self._on_settled()
@@ -259,6 +274,8 @@ class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
         self._on_settled()
 
     async def _ask_confirm(self, order: AskConfirm) -> None:
+        if _CONFIRM_TWICE.fires():
+            await self._call(order.holder, CONFIRM, order.body, order.timeout_s)
         reply = await self._call(order.holder, CONFIRM, order.body, order.timeout_s)
         if isinstance(reply, TandemError):
             self._shell.feed(ConfirmFailed(order.lease_id, reply))
@@ -267,13 +284,21 @@ class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
 
     async def _ask_renew(self, order: AskRenew) -> None:
         key: HolderKey = (order.holder.worker_id, order.holder.incarnation)
+        if _RENEWAL_LOST.fires():
+            self._shell.feed(RenewFailed(key, DeadlineExceeded("the renewal is lost on purpose")))
+            return
         reply = await self._call(order.holder, RENEW, order.body, order.timeout_s)
         self._shell.feed(RenewFailed(key, reply) if isinstance(reply, TandemError) else RenewAnswered(key, reply))
 
     async def _send_ack(self, order: SendAck) -> None:
+        key: HolderKey = (order.holder.worker_id, order.holder.incarnation)
+        if _ACK_LOST.fires():
+            self._shell.feed(AckEnded(key, DeadlineExceeded("the acknowledgement is lost on purpose")))
+            return
+        if _ACK_TWICE.fires():
+            await self._call(order.holder, ACK, order.body, order.timeout_s)
         reply = await self._call(order.holder, ACK, order.body, order.timeout_s)
-        failure = reply if isinstance(reply, TandemError) else None
-        self._shell.feed(AckEnded((order.holder.worker_id, order.holder.incarnation), failure))
+        self._shell.feed(AckEnded(key, reply if isinstance(reply, TandemError) else None))
 
     def _lease_ended(self, ended: LeaseAdopted | LeaseAborted) -> None:
         caller = self._callers.pop(ended.lease_id)

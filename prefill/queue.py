@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from contracts.errors import BadRequest, DeadlineExceeded, NoCapacity, TandemError
+from contracts.failpoints import Failpoint, RarePath
 from contracts.messages import Seal
 from contracts.requests import PhaseTimes
 from engine.compose import Candidate
@@ -40,6 +41,18 @@ if TYPE_CHECKING:
 
 #: How long after its deadline a prompt's lease may stand at most: `PrefillQueue.expire` is called more often.
 DEADLINE_SLACK_S = 5.0
+
+_SAYS_FULL = Failpoint("prefill.says_full", "a prompt is refused as if too many waited")
+
+_KNOWN_TRY = RarePath("prefill.known_try", "a prompt came for a try that is here already, was cancelled, or has ended")
+_CANCELLED_SEALED = RarePath("prefill.cancelled_sealed", "a try was cancelled while its KV waited for its reader")
+_DROPPED_IN_STEP = RarePath("prefill.dropped_in_step", "a prompt was dropped while a step read it")
+_DEADLINE_PASSED = RarePath(
+    "prefill.deadline_passed", "a deadline passed before the KV was read, or before it was taken"
+)
+_PARTIAL_TAIL = RarePath("prefill.partial_tail", "a lease was sealed whose last block is not full")
+_NOT_ADMITTED = RarePath("prefill.not_admitted", "the prompt at the head of the queue has to wait for room")
+_HANDOFF_FAILED = RarePath("prefill.handoff_failed", "a lease ended without its KV having been taken")
 
 
 class LocalHandoff(Protocol):
@@ -146,6 +159,7 @@ class PrefillQueue:
         request = ask.request
         key = request_key(request)
         if key in self._prompts or key in self._over:
+            _KNOWN_TRY.reached()
             return
         self._check_fits(request)
         self._check_queue(len(request.token_ids), now_s)
@@ -171,14 +185,17 @@ class PrefillQueue:
         prompt = self._prompts.get(key)
         if prompt is None:
             self._over.add(key)
-        else:
-            self._drop(prompt, reason)
+            return
+        if prompt.sealed:
+            _CANCELLED_SEALED.reached()
+        self._drop(prompt, reason)
 
     def expire(self, now_s: float) -> None:
         """Ends the tries whose deadline has passed."""
         for prompt in [prompt for prompt in self._prompts.values() if now_s > prompt.sequence.deadline_s]:
             if prompt.doomed:
                 continue
+            _DEADLINE_PASSED.reached()
             message = "the request's deadline passed during prefill"
             if prompt.sealed and prompt.reader is not None:
                 message = f"the request's deadline passed before {prompt.reader.worker_id} had taken its KV"
@@ -256,6 +273,8 @@ class PrefillQueue:
             waiting_tokens=self._waiting.num_tokens,
             num_tokens=num_tokens,
         )
+        if problem is None and _SAYS_FULL.fires():
+            raise NoCapacity(f"{self._own_worker_id} is full on purpose", retry_after_s=retry_after_s(0.0))
         if problem is not None:
             waited_s = now_s - self._waiting.first().received_s
             raise NoCapacity(f"{self._own_worker_id} has {problem}", retry_after_s=retry_after_s(waited_s))
@@ -273,10 +292,13 @@ class PrefillQueue:
     # --- admission --------------------------------------------------------------------------------
 
     def _admit(self, now_s: float) -> None:
+        if not self._waiting:
+            return
         while self._waiting:
             prompt = self._waiting.first()
             verdict = admit(self._demand(prompt), self._room.view(), self._handoffs(prompt))
             if verdict is not PromptVerdict.ADMIT:
+                _NOT_ADMITTED.reached()
                 break
             self._take_blocks(prompt, now_s)
         self._note_head()
@@ -368,6 +390,7 @@ class PrefillQueue:
             # A reader that gives up what it had accepted tells the client why.
             self._drop(prompt, reason)
         else:
+            _HANDOFF_FAILED.reached()
             self._fail(prompt, prompt.refusal_code, f"handoff {lease_id} {outcome}: {reason}")
         self._on_blocks_freed()
 
@@ -393,6 +416,8 @@ class PrefillQueue:
             self._hand_over(sequence, now_s)
         else:
             del self._running[sequence.sequence_id]
+            if sequence.num_computed % self._layout.block_tokens:
+                _PARTIAL_TAIL.reached()
             prompt.sealed = True
             self._untaken_count += 1
             self._untaken_blocks += prompt.num_blocks
@@ -412,6 +437,7 @@ class PrefillQueue:
             self._end_lease(lease_id)
             self._holder.withdraw(lease_id, reason)
         if prompt.in_step:
+            _DROPPED_IN_STEP.reached()
             prompt.doomed = True
             return
         self._release(prompt)

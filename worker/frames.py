@@ -10,6 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from contracts.errors import WorkerUnavailable
+from contracts.failpoints import Failpoint, RarePath
 from contracts.requests import Frame
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ SIGN_OF_LIFE_S = 1.0
 #: A gateway without a stream for this long is gone; nobody waits for its requests' tokens. One that lives opens a
 #: lost stream again within a fraction of a second, and replays the requests of one that it cannot.
 UNATTENDED_S = 3.0
+
+_FLUSHED_LATER = Failpoint("worker.flushed_later", "what a step wrote leaves after a later one")
+
+_GIVEN_UP = RarePath("worker.gateway_given_up", "a gateway that went away, or fell behind, was given up")
 
 
 class _Mailbox:
@@ -64,7 +69,7 @@ class FrameOutbox:
         for gateway_id, mailbox in list(self._mailboxes.items()):
             if len(mailbox.deltas) > self._max_pending_deltas:
                 self._give_up(gateway_id, mailbox, f"fell {len(mailbox.deltas)} deltas behind")
-            elif mailbox.deltas:
+            elif mailbox.deltas and not _FLUSHED_LATER.fires():
                 mailbox.ready.set()
 
     def expire(self, now_s: float) -> None:
@@ -75,6 +80,7 @@ class FrameOutbox:
                 self._give_up(gateway_id, mailbox, f"has had no frame stream for {UNATTENDED_S:g} s")
 
     def _give_up(self, gateway_id: GatewayId, mailbox: _Mailbox, reason: str) -> None:
+        _GIVEN_UP.reached()
         del self._mailboxes[gateway_id]
         mailbox.deltas = []
         mailbox.stream_number += 1
@@ -113,11 +119,12 @@ class FrameOutbox:
         )
 
     async def _wait(self, mailbox: _Mailbox) -> None:
+        """Until there is something to send, or a sign of life is due."""
+        alarm = asyncio.get_running_loop().call_later(SIGN_OF_LIFE_S, mailbox.ready.set)
         try:
-            async with asyncio.timeout(SIGN_OF_LIFE_S):
-                await mailbox.ready.wait()
-        except TimeoutError:
-            return
+            await mailbox.ready.wait()
+        finally:
+            alarm.cancel()
 
     def _mailbox(self, gateway_id: GatewayId) -> _Mailbox:
         mailbox = self._mailboxes.get(gateway_id)

@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from contracts.errors import IncompatiblePeer, NoCapacity, TandemError
+from contracts.failpoints import Failpoint
 from contracts.messages import DESCRIBE, MEMBERS, DescribeRequest, Empty, Peer
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ REPEAT_AFTER_S = 10.0
 
 #: Tries to describe and measure one life before it is left to its first pull.
 MAX_TRIES = 3
+
+_MET_LATE = Failpoint("worker.peer_met_late", "a peer is measured late, maybe after its first offer")
+_LONGEST_LATENESS_S = 2.0
 
 
 class PeerWatch:
@@ -94,6 +98,7 @@ class PeerWatch:
         peer = Peer(worker_id=other.worker_id, incarnation=other.incarnation, address=other.address)
         if self._tries.get(peer, 0) >= MAX_TRIES:
             return
+        await _MET_LATE.delay(_LONGEST_LATENESS_S)
         try:
             ask = DescribeRequest(target=peer.incarnation)
             described = await self._network.channel(peer.address).call(DESCRIBE, ask, timeout_s=ASK_TIMEOUT_S)

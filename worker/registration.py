@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from contracts.errors import StaleIncarnation, TandemError
+from contracts.failpoints import Failpoint, RarePath
 from contracts.messages import DEREGISTER, HEARTBEAT, REGISTER, DeregisterRequest, HeartbeatRequest
 from worker.watchdog import LifeOver
 
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 #: Between tries before the coordinator has said how often it wants to hear.
 FIRST_INTERVAL_S = 0.5
 TIMEOUT_S = 1.0
+
+_BEAT_LATE = Failpoint("worker.heartbeat_late", "a heartbeat is late by up to two others")
+#: With the time that a heartbeat may take this is well below what the coordinator calls silence.
+_LONGEST_LATENESS_S = 1.0
+
+_REGISTERED_AGAIN = RarePath("worker.registered_again", "the coordinator does not know this life any more")
+_NOT_HEARD = RarePath("worker.coordinator_silent", "the coordinator did not answer")
+_FENCED = RarePath("worker.fenced", "the coordinator has given this life up")
 
 
 class Registration:
@@ -61,6 +70,7 @@ class Registration:
         while True:
             try:
                 if known:
+                    await _BEAT_LATE.delay(_LONGEST_LATENESS_S)
                     known = await self._beat()
                 else:
                     channel = self._network.channel(self._address)
@@ -68,8 +78,10 @@ class Registration:
                     known, interval_s = True, taken_up.heartbeat_interval_s
                     self.registered.set()
             except StaleIncarnation as error:
+                _FENCED.reached()
                 raise LifeOver(error.message) from error
             except TandemError as error:
+                _NOT_HEARD.reached()
                 self._log(f"coordinator at {self._address}: {error.message}")
             await self._clock.sleep(interval_s)
 
@@ -95,4 +107,6 @@ class Registration:
         for life in sorted(gone - self._buried):
             self._on_gone(life)
         self._buried = gone
+        if not reply.known:
+            _REGISTERED_AGAIN.reached()
         return reply.known

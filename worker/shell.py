@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from contracts.errors import Internal, InvariantBroken, NotReady, StaleIncarnation, TransferAborted
+from contracts.failpoints import RarePath
 from contracts.messages import (
     AUDIT,
     CANCEL,
@@ -68,6 +69,10 @@ ReplyT = TypeVar("ReplyT")
 SWEEP_INTERVAL_S = 0.5
 #: What a worker whose life is over gets to tell everybody.
 LAST_WORDS_S = 1.5
+
+_OTHER_LIFE_CALLED = RarePath("worker.other_life_called", "a call was meant for another life of this worker")
+_PEER_BURIED = RarePath("worker.peer_buried", "the coordinator told of a life that is over")
+_LIFE_OVER = RarePath("worker.life_over", "a worker ends its own life")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,6 +333,7 @@ class WorkerShell:
 
     def _require(self, target: Incarnation, what: str) -> None:
         if target != self._info.incarnation:
+            _OTHER_LIFE_CALLED.reached()
             raise StaleIncarnation(
                 f"{what} is meant for {self._info.worker_id} incarnation {target}, this is {self._info.incarnation}"
             )
@@ -410,6 +416,7 @@ class WorkerShell:
                 raise self._over(reason)
 
     def _over(self, reason: str) -> LifeOver:
+        _LIFE_OVER.reached()
         self._end_reason = reason
         self._life_over.set()
         return LifeOver(f"{self._info.worker_id} incarnation {self._info.incarnation} ends: {reason}")
@@ -422,6 +429,7 @@ class WorkerShell:
 
     def _bury(self, life: WorkerLife) -> None:
         """Ends the leases with a life that the coordinator has given up."""
+        _PEER_BURIED.reached()
         self.holder.reader_gone(life.worker_id, life.incarnation)
         self.reader.holder_gone(life.worker_id, life.incarnation)
 

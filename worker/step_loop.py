@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from contracts.errors import Internal, InvariantBroken, TandemError
+from contracts.failpoints import Failpoint
 from engine.compose import compose
 from engine.plan import StepPlan
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from engine.plan import Engine, StepResult
     from engine.source import StepSource
     from worker.watchdog import Watchdog
+
+_SMALLER_STEP = Failpoint("worker.smaller_step", "a step leaves one sequence to the next")
 
 
 class StepLoop:
@@ -70,11 +73,15 @@ class StepLoop:
         chunks: list[Candidate] = []
         for source in self._sources:
             more_decodes, more_chunks = source.candidates(now_s)
-            for candidate in (*more_decodes, *more_chunks):
+            for candidate in more_decodes:
                 owners[candidate.sequence_id] = source
-            decodes.extend(more_decodes)
-            chunks.extend(more_chunks)
-        return compose(decodes, chunks, self._budget)
+            for candidate in more_chunks:
+                owners[candidate.sequence_id] = source
+            decodes += more_decodes
+            chunks += more_chunks
+        grants = compose(decodes, chunks, self._budget)
+        # Never none: nothing else would wake the loop for what is left.
+        return grants[:-1] if len(grants) > 1 and _SMALLER_STEP.fires() else grants
 
     async def _step(self, grants: Sequence[Grant], owners: dict[int, StepSource]) -> None:
         started_s = self._clock.now_s()

@@ -17,6 +17,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from contracts.errors import WorkerUnavailable
+from contracts.failpoints import RarePath
 from contracts.pauses import PauseWatch
 
 #: How often the shell looks.
@@ -25,6 +26,10 @@ LOOK_INTERVAL_S = 0.25
 LONGEST_GAP_S = 1.0
 #: Steps of a size class whose slowest one counts.
 REMEMBERED_STEPS = 32
+
+_ENGINE_STUCK = RarePath("worker.engine_stuck", "a step took longer than any may")
+_PULLS_STUCK = RarePath("worker.pulls_stuck", "too many blocks stayed in quarantine for too long")
+_PAUSED = RarePath("worker.paused", "a worker finds that it did not run for a while")
 
 
 class LifeOver(WorkerUnavailable):
@@ -86,7 +91,10 @@ class Watchdog:
 
     def look(self, now_s: float, *, quarantined_blocks: int, total_blocks: int) -> str | None:
         """Why this worker must end, or None."""
-        self._forgive(self._pauses.look(now_s), now_s)
+        paused_s = self._pauses.look(now_s)
+        if paused_s:
+            _PAUSED.reached()
+        self._forgive(paused_s, now_s)
         return self._overdue_step(now_s) or self._crowded_quarantine(now_s, quarantined_blocks, total_blocks)
 
     def _forgive(self, paused_s: float, now_s: float) -> None:
@@ -103,6 +111,7 @@ class Watchdog:
         age_s, bound_s = now_s - started_s, self.bound_s(num_tokens)
         if age_s <= bound_s:
             return None
+        _ENGINE_STUCK.reached()
         return f"its engine is stuck: a step of {num_tokens} tokens has run for {age_s:.1f} s ({bound_s:.1f} s allowed)"
 
     def _crowded_quarantine(self, now_s: float, quarantined_blocks: int, total_blocks: int) -> str | None:
@@ -114,6 +123,7 @@ class Watchdog:
         crowded_s = now_s - self._crowded_since_s
         if crowded_s <= self._limits.quarantine_grace_s:
             return None
+        _PULLS_STUCK.reached()
         return (
             f"{quarantined_blocks} of its {total_blocks} blocks have been in quarantine for {crowded_s:.1f} s: "
             "their pulls do not end"

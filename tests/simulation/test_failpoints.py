@@ -1,0 +1,72 @@
+"""Every failpoint is legal: a healthy cluster in which it fires answers every request, token by token.
+
+Each alone with a chance of three in ten, and all together with one in ten. What may be refused is what the
+failpoint's meaning allows; nothing else may be noticed by a client, and the books are clean afterwards.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from contracts.failpoints import FAILPOINTS, Failpoints, armed
+from simulator import Program, run
+from simulator.cluster import ClusterSpec, SimulatedCluster
+from tests.support.workload import Answer, serve, workload
+
+if TYPE_CHECKING:
+    from collections import Counter
+
+    from contracts.messages import Role
+
+ROLES: dict[str, dict[str, Role]] = {
+    "1P1D": {"p0": "prefill", "d0": "decode"},
+    "2P2D": {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"},
+    "mixed": {"m0": "mixed", "p0": "prefill", "d0": "decode"},
+}
+#: The one whose meaning is that a client is told to come later.
+REFUSES = "prefill.says_full"
+
+
+async def served(program: Program, spec: ClusterSpec) -> list[Answer]:
+    """All answers, checked. A tenth of the clients go away before the end."""
+    async with SimulatedCluster(program, spec) as cluster:
+        asks = workload(program.rng("asks"), count=40, over_s=2.0, output=60, cancels=0.1)
+        answers = await serve(program, cluster, asks, deadline_s=120.0)
+        assert cluster.ended == []
+        return answers
+
+
+def serve_armed(chances: dict[str, float], cluster: str, seed: int) -> Counter[str]:
+    """What was counted; checks all that holds whatever fires."""
+
+    async def main(program: Program) -> None:
+        # Little memory, small steps and short terms: offers wait, answers are preempted, leases are renewed.
+        spec = ClusterSpec(
+            roles=ROLES[cluster], num_blocks=40, max_batch_tokens=32, max_waiting_offers=4, lease_ttl_s=2.0
+        )
+        answers = await served(program, spec)
+        refused = [answer for answer in answers if answer.error is not None]
+        allowed = {"no_capacity"} if chances.get(REFUSES) else set[str]()
+        assert {answer.error.code for answer in refused if answer.error is not None} <= allowed, refused
+        assert not any(answer.token_ids for answer in refused), "a refusal is the first that a client hears"
+        assert len(refused) < len(answers) / 2
+
+    with armed(Failpoints(random.Random(seed), chances)) as firing:
+        run(main, seed=seed)
+    return firing.counts
+
+
+@pytest.mark.parametrize("cluster", ["1P1D", "mixed"])
+@pytest.mark.parametrize("name", sorted(FAILPOINTS))
+def test_a_failpoint_that_fires_is_noticed_by_nobody(name: str, cluster: str) -> None:
+    assert serve_armed({name: 0.3}, cluster, seed=1)[name] > 0
+
+
+@pytest.mark.parametrize("cluster", ROLES)
+@pytest.mark.parametrize("seed", range(3))
+def test_all_failpoints_together_are_noticed_by_nobody(cluster: str, seed: int) -> None:
+    counts = serve_armed(dict.fromkeys(FAILPOINTS, 0.1), cluster, seed)
+    assert sum(name in counts for name in FAILPOINTS) > 0.7 * len(FAILPOINTS), counts
