@@ -1,8 +1,8 @@
 """The transport in memory: the promises of `kvtransfer.transport` on any event loop, with faults.
 
-A pull's blocks land all at once, when its modelled time is over. A pool is bytes, or whatever a modelled
-engine keeps per block. Time is the running loop's, so on a virtual
-loop everything is deterministic. Nothing here reads a clock or global randomness.
+A pull's blocks land all at once, when its modelled time is over, or, where its fate says so, some after others. A
+block is read and lands in one instant. A pool is bytes, or whatever a modelled engine keeps per block. Time is the
+running loop's, so on a virtual loop everything is deterministic. Nothing here reads a clock or global randomness.
 """
 
 from __future__ import annotations
@@ -33,16 +33,31 @@ class PullInfo:
     num_bytes: int
 
 
+#: Asked before blocks land: None: they may; seconds: not now, ask again after so many; an error: the pull ends with it.
+Obstacle = Callable[[], float | TandemError | None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PullFate:
     """What becomes of one pull."""
 
-    #: Seconds until its bytes land.
+    #: Seconds until its last blocks land, or until its error; obstacles come on top.
     duration_s: float
-    #: None: they land. Otherwise nothing lands, and the pull ends with this.
+    #: None: all blocks land. Otherwise the pull ends with this.
     error: TandemError | None = None
-    #: False: a request to stop is not heard, and the bytes land when they land.
+    #: False: a request to stop is not heard, and the blocks land when they land.
     heeds_stop: bool = True
+    #: The blocks land in so many pieces (never more than blocks), evenly over the duration.
+    num_pieces: int = 1
+    #: With an error: how many of the pieces land before it.
+    num_landed: int = 0
+    obstacle: Obstacle | None = None
+
+    def pieces(self, pairs: Sequence[BlockPair]) -> list[Sequence[BlockPair]]:
+        """What lands together, in order."""
+        count = max(1, min(self.num_pieces, len(pairs)))
+        num_landing = count if self.error is None else min(self.num_landed, count)
+        return [pairs[len(pairs) * i // count : len(pairs) * (i + 1) // count] for i in range(num_landing)]
 
 
 #: Decides about one pull when it starts.
@@ -99,14 +114,26 @@ class MemoryFabric:
 
 
 class MemoryPull:
-    """`kvtransfer.transport.Pull` in memory."""
+    """`kvtransfer.transport.Pull` in memory. `land` copies blocks; its error ends the pull."""
 
-    def __init__(self, fate: PullFate, land: Callable[[], PullResult]) -> None:
+    def __init__(
+        self,
+        fate: PullFate,
+        pairs: Sequence[BlockPair],
+        block_bytes: int,
+        land: Callable[[Sequence[BlockPair]], TandemError | None],
+    ) -> None:
         loop = asyncio.get_running_loop()
-        self._heeds_stop = fate.heeds_stop
+        self._fate = fate
+        self._pieces = fate.pieces(pairs)
+        self._block_bytes = block_bytes
         self._land = land
+        self._num_landed_pieces = 0
+        self._num_landed_blocks = 0
+        self._started_s = loop.time()
+        self._interval_s = fate.duration_s / (len(self._pieces) + (fate.error is not None))
         self._result: asyncio.Future[PullResult] = loop.create_future()
-        self._timer = loop.call_later(fate.duration_s, self._end)
+        self._timer = loop.call_later(self._interval_s, self._go_on)
 
     @property
     def terminal(self) -> bool:
@@ -116,20 +143,50 @@ class MemoryPull:
         return await asyncio.shield(self._result)
 
     def request_stop(self) -> None:
-        if self._heeds_stop and not self._result.done():
-            self._timer.cancel()
-            stopped = Cancelled("the pull was stopped")
-            self._result.set_result(PullResult(num_bytes=0, wire_s=0.0, error=stopped))
+        if self._fate.heeds_stop:
+            self._stop("the pull was stopped")
 
     def forget(self) -> None:
-        """The reader's process is gone: nothing lands."""
+        """The reader's process is gone: nothing lands any more."""
+        self._stop("the reader is gone")
+
+    def _stop(self, why: str) -> None:
         self._timer.cancel()
         if not self._result.done():
-            gone = Cancelled("the reader is gone")
-            self._result.set_result(PullResult(num_bytes=0, wire_s=0.0, error=gone))
+            self._end(Cancelled(why))
 
-    def _end(self) -> None:
-        self._result.set_result(self._land())
+    def _go_on(self) -> None:
+        if self._num_landed_pieces == len(self._pieces):
+            self._end(self._fate.error)
+            return
+        obstacle = self._fate.obstacle() if self._fate.obstacle is not None else None
+        if isinstance(obstacle, TandemError):
+            self._end(obstacle)
+        elif obstacle is not None:
+            self._wait(obstacle)
+        else:
+            self._land_next()
+
+    def _land_next(self) -> None:
+        piece = self._pieces[self._num_landed_pieces]
+        error = self._land(piece)
+        if error is not None:
+            self._end(error)
+            return
+        self._num_landed_pieces += 1
+        self._num_landed_blocks += len(piece)
+        if self._num_landed_pieces == len(self._pieces) and self._fate.error is None:
+            self._end(None)
+        else:
+            self._wait(self._interval_s)
+
+    def _wait(self, delay_s: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._go_on)
+
+    def _end(self, error: TandemError | None) -> None:
+        wire_s = asyncio.get_running_loop().time() - self._started_s
+        num_bytes = self._num_landed_blocks * self._block_bytes
+        self._result.set_result(PullResult(num_bytes=num_bytes, wire_s=wire_s, error=error))
 
 
 class MemoryTransport:
@@ -174,7 +231,7 @@ class MemoryTransport:
         num_bytes = len(pairs) * self._block_bytes
         holder = endpoint.decode().split("/", 2)[-1]
         fate = self._fabric.fate(PullInfo(holder=holder, reader=self._worker, num_bytes=num_bytes))
-        pull = MemoryPull(fate, lambda: self._land(endpoint, tuple(pairs), fate))
+        pull = MemoryPull(fate, tuple(pairs), self._block_bytes, lambda piece: self._land(endpoint, piece))
         self._pulls = [*(each for each in self._pulls if not each.terminal), pull]
         return pull
 
@@ -201,16 +258,14 @@ class MemoryTransport:
             raise IncompatiblePeer(f"block_bytes: {self._block_bytes} here, {peer._block_bytes} there")
         return peer
 
-    def _land(self, endpoint: bytes, pairs: Sequence[BlockPair], fate: PullFate) -> PullResult:
+    def _land(self, endpoint: bytes, pairs: Sequence[BlockPair]) -> TandemError | None:
         try:
-            if fate.error is not None:
-                raise fate.error
             peer = self._peer(endpoint)
             check_pairs(pairs, peer._num_blocks, self._num_blocks)
         except TandemError as error:
-            return PullResult(num_bytes=0, wire_s=fate.duration_s, error=error)
+            return error
         assert self._store is not None, f"{self!r} pulled without a pool"
         assert peer._store is not None, f"{peer!r} is reachable without a pool"
         for source, target in pairs:
             self._store.write_block(target, peer._store.read_block(source))
-        return PullResult(num_bytes=len(pairs) * self._block_bytes, wire_s=fate.duration_s)
+        return None

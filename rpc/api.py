@@ -17,8 +17,9 @@ Cancelling a call (or closing a stream's generator) cancels its handler. A netwo
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 MAX_OPEN_CALLS = 4096
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallContext:
+class CallContext(msgspec.Struct, frozen=True, kw_only=True):
     """What a handler may know about its call besides the body."""
 
     #: The caller's address, for people.

@@ -59,9 +59,9 @@ class Codec:
 
     def _checked(self, raw: bytes, what: str) -> bytes:
         """The body of `raw`. Raises PayloadTooLarge, and WorkerUnavailable where it changed on its way."""
-        self._check_size(raw[:-CHECKSUM_BYTES], what)
-        body, checksum = raw[:-CHECKSUM_BYTES], raw[-CHECKSUM_BYTES:]
-        if xxhash.xxh3_64_digest(body) != checksum:
+        body = raw[:-CHECKSUM_BYTES]
+        self._check_size(body, what)
+        if xxhash.xxh3_64_digest(body) != raw[-CHECKSUM_BYTES:]:
             raise WorkerUnavailable(f"{what}: {len(body)} bytes were damaged on their way")
         return body
 

@@ -59,11 +59,13 @@ class RouteTable:
         method: Method[RequestT, ReplyT],
         handler: Callable[[RequestT, CallContext], Awaitable[ReplyT]],
     ) -> None:
+        what_request, what_reply = f"request of {method.name}", f"reply of {method.name}"
+
         async def serve(raw: bytes, context: CallContext) -> bytes:
             with self._supervised(method.name):
-                request = self._codec.decode_request(raw, method.request, f"request of {method.name}")
+                request = self._codec.decode_request(raw, method.request, what_request)
                 reply = await handler(request, context)
-                return self._codec.encode(reply, f"reply of {method.name}")
+                return self._codec.encode(reply, what_reply)
 
         self._insert(method.name, UnaryRoute(serve))
 
@@ -72,13 +74,15 @@ class RouteTable:
         method: StreamMethod[RequestT, ReplyT],
         handler: Callable[[RequestT, CallContext], AsyncIterator[ReplyT]],
     ) -> None:
+        what_request, what_body = f"request of {method.name}", f"body of {method.name}"
+
         async def serve(raw: bytes, context: CallContext) -> AsyncGenerator[bytes, None]:
             with self._supervised(method.name):
-                request = self._codec.decode_request(raw, method.request, f"request of {method.name}")
+                request = self._codec.decode_request(raw, method.request, what_request)
                 bodies = cast("AsyncGenerator[ReplyT, None]", handler(request, context))
                 async with aclosing(bodies):
                     async for body in bodies:
-                        yield self._codec.encode(body, f"body of {method.name}")
+                        yield self._codec.encode(body, what_body)
 
         self._insert(method.name, StreamRoute(serve))
 
