@@ -22,7 +22,6 @@ from engine.plan import Sampled, SequenceStep, StepPlan, StepResult
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
-    from contracts.clock import Clock
     from contracts.ids import BlockId
     from engine.plan import SampleSpec
 
@@ -47,6 +46,8 @@ _PRIME = (1 << 61) - 1
 _BASE = 0x1A2B3C4D5E6F7081 % _PRIME
 _ODD = 0x9E37_79B9_7F4A_7C15
 _EMPTY_SLOT = 0x0BAD_5107
+#: An unwritten slot and its hash.
+_UNWRITTEN = (None, _EMPTY_SLOT)
 
 DEFAULT_VOCAB_SIZE = 32_000
 
@@ -69,9 +70,13 @@ class StepTiming:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
 
     def duration_s(self, plan: StepPlan) -> float:
-        context_tokens = sum(step.start + len(step.token_ids) for step in plan.sequences)
+        num_tokens = context_tokens = 0
+        for step in plan.sequences:
+            num_tokens += len(step.token_ids)
+            context_tokens += step.start
+        context_tokens += num_tokens
         return (
-            max(self.floor_s, self.per_new_token_s * plan.num_tokens)
+            max(self.floor_s, self.per_new_token_s * num_tokens)
             + self.per_context_token_s * context_tokens
             + self.per_sequence_s * len(plan.sequences)
         )
@@ -88,11 +93,10 @@ def modelled_identity(*, block_tokens: int = 16) -> KvIdentity:
 
 
 class ModelledEngine:
-    """`engine.plan.Engine` for simulations. `clock` gives it its time; nothing in it is random."""
+    """`engine.plan.Engine` for simulations. Steps take time on the running loop; nothing in it is random."""
 
     def __init__(
         self,
-        clock: Clock,
         *,
         identity: KvIdentity,
         num_blocks: int,
@@ -101,20 +105,20 @@ class ModelledEngine:
         vocab_size: int = DEFAULT_VOCAB_SIZE,
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
-        self._clock = clock
         self._identity = identity
         self._num_blocks = num_blocks
+        self._block_ids = frozenset(range(num_blocks))
         self._max_context_tokens = max_context_tokens
         self._timing = timing or StepTiming()
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._pool = _Pool(num_blocks, identity.layout.block_tokens)
-        #: The step that touches the pool now; outlives the await of a cancelled caller.
-        self._running: asyncio.Task[StepResult] | None = None
         self._closed = False
-        #: Cleared for good by `get_stuck`.
-        self._moving = asyncio.Event()
-        self._moving.set()
+        #: Set for good by `get_stuck`.
+        self._stuck = False
+        #: Set exactly while no step touches the pool. A step goes on when its caller is cancelled.
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def identity(self) -> KvIdentity:
@@ -143,19 +147,21 @@ class ModelledEngine:
     async def step(self, plan: StepPlan) -> StepResult:
         """Raises InvariantBroken for a plan that no caller may make: overlapping steps, blocks that are too
         few, unknown or written by two sequences, positions past the context."""
-        if self._closed or self._running is not None:
+        if self._closed or not self._idle.is_set():
             raise InvariantBroken(f"a step was asked for while {'closed' if self._closed else 'another runs'}")
         self._check(plan)
-        prefixes = self._prefix_hashes(plan)
         for step in plan.sequences:
             # What is being written reads as unwritten until the step ends.
-            self._pool.write(step.block_ids, step.start, [None] * len(step.token_ids))
-        self._running = asyncio.get_running_loop().create_task(self._compute(plan, prefixes))
-        return await asyncio.shield(self._running)
+            self._pool.write(step.block_ids, step.start, [_UNWRITTEN] * len(step.token_ids))
+        begun = _Begun(plan, self._timing.duration_s(plan), self._prefix_hashes(plan), self._pool.num_writes)
+        self._idle.clear()
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[StepResult] = loop.create_future()
+        loop.call_later(begun.duration_s, self._end, begun, result)
+        return await result
 
     async def quiesce(self) -> None:
-        if self._running is not None:
-            await asyncio.wait([self._running])
+        await self._idle.wait()
 
     async def close(self) -> None:
         self._closed = True
@@ -163,7 +169,7 @@ class ModelledEngine:
 
     def get_stuck(self) -> None:
         """From now on no step ends, as when a kernel hangs: `quiesce` and `close` do not return either."""
-        self._moving.clear()
+        self._stuck = True
 
     def read_block(self, block_id: BlockId) -> BlockContent:
         """The block as it is now, for a simulated transport. Slots that a step is writing are None."""
@@ -173,22 +179,30 @@ class ModelledEngine:
         """Overwrites the block, as a transport's last byte does."""
         self._pool.write_block(block_id, content)
 
-    async def _compute(self, plan: StepPlan, prefixes_at_start: list[int]) -> StepResult:
-        duration_s = self._timing.duration_s(plan)
+    def _end(self, begun: _Begun, result: asyncio.Future[StepResult]) -> None:
+        if self._stuck:
+            return
+        self._idle.set()
         try:
-            await self._clock.sleep(duration_s)
-            await self._moving.wait()
-        finally:
-            self._running = None
+            sampled = self._compute(begun)
+        except InvariantBroken as error:
+            if not result.done():
+                result.set_exception(error)
+            return
+        if not result.done():
+            result.set_result(StepResult(sampled=sampled, duration_s=begun.duration_s))
+
+    def _compute(self, begun: _Begun) -> dict[int, Sampled]:
+        at_start = at_end = begun.prefix_hashes
+        if self._pool.num_writes != begun.num_writes:
+            at_end = self._prefix_hashes(begun.plan)
         sampled: dict[int, Sampled] = {}
-        prefixes = zip(prefixes_at_start, self._prefix_hashes(plan), strict=True)
-        for step, (at_start, at_end) in zip(plan.sequences, prefixes, strict=True):
+        for step, before, after in zip(begun.plan.sequences, at_start, at_end, strict=True):
             # A context that changed while the step read it is neither the one nor the other.
-            prefix_hash = at_start if at_start == at_end else _mix(at_start + at_end)
-            context_hash = self._append(step, prefix_hash)
+            context_hash = self._append(step, before if before == after else _mix(before + after))
             if step.sample is not None:
                 sampled[step.sequence_id] = self._choose(context_hash, step.sample)
-        return StepResult(sampled=sampled, duration_s=duration_s)
+        return sampled
 
     def _prefix_hashes(self, plan: StepPlan) -> list[int]:
         """By sequence of the plan: the hash of the context before its new tokens."""
@@ -196,9 +210,8 @@ class ModelledEngine:
 
     def _append(self, step: SequenceStep, prefix_hash: int) -> int:
         """Writes a sequence's new tokens; the hash of its context with them."""
-        context = _Context(step.start, prefix_hash)
-        slots = [context.append(token_id) for token_id in step.token_ids]
-        self._pool.write(step.block_ids, step.start, slots)
+        context = _Context(step.start, prefix_hash, self._pool.weight(step.start))
+        self._pool.write(step.block_ids, step.start, [context.append(token_id) for token_id in step.token_ids])
         return context.hash
 
     def _choose(self, context_hash: int, spec: SampleSpec) -> Sampled:
@@ -225,27 +238,43 @@ class ModelledEngine:
                     )
 
     def _check_sequence(self, step: SequenceStep) -> None:
+        if (complaint := self._complaint(step)) is not None:
+            stop = step.start + len(step.token_ids)
+            raise InvariantBroken(f"sequence {step.sequence_id}, positions [{step.start}, {stop}): {complaint}")
+
+    def _complaint(self, step: SequenceStep) -> str | None:
         stop = step.start + len(step.token_ids)
-        where = f"sequence {step.sequence_id}, positions [{step.start}, {stop})"
         if not step.token_ids or step.start < 0:
-            raise InvariantBroken(f"{where}: nothing to compute")
+            return "nothing to compute"
         if stop > self._max_context_tokens:
-            raise InvariantBroken(f"{where}: the context ends at {self._max_context_tokens}")
+            return f"the context ends at {self._max_context_tokens}"
         if len(step.block_ids) < self._identity.layout.blocks_for(stop):
-            raise InvariantBroken(f"{where}: only {len(step.block_ids)} blocks")
-        if len(set(step.block_ids)) < len(step.block_ids):
-            raise InvariantBroken(f"{where}: a block is twice in {list(step.block_ids)}")
-        for block_id in step.block_ids:
-            if not 0 <= block_id < self._num_blocks:
-                raise InvariantBroken(f"{where}: no block {block_id}, there are {self._num_blocks}")
-        for token_id in step.token_ids:
+            return f"only {len(step.block_ids)} blocks"
+        block_ids = set(step.block_ids)
+        if len(block_ids) < len(step.block_ids):
+            return f"a block is twice in {list(step.block_ids)}"
+        if not block_ids <= self._block_ids:
+            return f"no block {min(block_ids - self._block_ids)}, there are {self._num_blocks}"
+        for token_id in (min(step.token_ids), max(step.token_ids)):
             if not 0 <= token_id < self._vocab_size:
-                raise InvariantBroken(f"{where}: no token {token_id}, the vocabulary has {self._vocab_size}")
+                return f"no token {token_id}, the vocabulary has {self._vocab_size}"
+        return None
 
     def _written_blocks(self, step: SequenceStep) -> Sequence[BlockId]:
         layout = self._identity.layout
         first = step.start // layout.block_tokens
         return step.block_ids[first : layout.blocks_for(step.start + len(step.token_ids))]
+
+
+class _Begun(NamedTuple):
+    """A step that runs."""
+
+    plan: StepPlan
+    duration_s: float
+    #: By sequence: the hash of the context before its new tokens, as the step found it.
+    prefix_hashes: list[int]
+    #: `_Pool.num_writes` since then.
+    num_writes: int
 
 
 class _Pool:
@@ -256,26 +285,36 @@ class _Pool:
         self._slots: list[list[Slot]] = [[None] * block_tokens for _ in range(num_blocks)]
         #: By block and slot: `_slot_hash` of it.
         self._slot_hashes = [[_EMPTY_SLOT] * block_tokens for _ in range(num_blocks)]
-        #: By block: weighted sum of its slots' hashes; None when they changed since it was asked for.
-        self._block_hashes: list[int | None] = [None] * num_blocks
         self._slot_weights = _powers(_BASE, block_tokens)
+        #: By block: weighted sum of its slots' hashes.
+        self._block_hashes = [sum(self._slot_weights) * _EMPTY_SLOT % _PRIME] * num_blocks
         self._block_weights = _powers(pow(_BASE, block_tokens, _PRIME), num_blocks)
+        #: Grows with every slot that is written.
+        self.num_writes = 0
 
     def read(self, block_id: BlockId) -> BlockContent:
         return tuple(self._slots[block_id])
 
-    def write(self, block_ids: Sequence[BlockId], start: int, slots: Sequence[Slot]) -> None:
-        """Writes tokens `[start, start + len(slots))` of a sequence whose blocks are these."""
-        for index, slot in enumerate(slots, start):
-            block_id, offset = block_ids[index // self._block_tokens], index % self._block_tokens
+    def write(self, block_ids: Sequence[BlockId], start: int, slots: Sequence[tuple[Slot, int]]) -> None:
+        """Writes slots, each with its `_slot_hash`, from position `start` of a sequence whose blocks are these."""
+        for position, (slot, slot_hash) in enumerate(slots, start):
+            block_id, offset = block_ids[position // self._block_tokens], position % self._block_tokens
+            hashes = self._slot_hashes[block_id]
+            change = self._slot_weights[offset] * (slot_hash - hashes[offset])
+            self._block_hashes[block_id] = (self._block_hashes[block_id] + change) % _PRIME
+            hashes[offset] = slot_hash
             self._slots[block_id][offset] = slot
-            self._slot_hashes[block_id][offset] = _slot_hash(slot)
-            self._block_hashes[block_id] = None
+        self.num_writes += len(slots)
 
     def write_block(self, block_id: BlockId, content: BlockContent) -> None:
         if len(content) != self._block_tokens:
             raise InvariantBroken(f"block {block_id} has {self._block_tokens} slots, not {len(content)}")
-        self.write([block_id], 0, content)
+        self.write([block_id], 0, [(slot, _slot_hash(slot)) for slot in content])
+
+    def weight(self, position: int) -> int:
+        """`_BASE**position`."""
+        place, offset = divmod(position, self._block_tokens)
+        return self._block_weights[place] * self._slot_weights[offset] % _PRIME
 
     def context_hash(self, block_ids: Sequence[BlockId], num_tokens: int) -> int:
         """Sum over i of `_BASE**i` times the hash of slot i, over the first `num_tokens` slots of the blocks.
@@ -283,22 +322,16 @@ class _Pool:
         The same for every block size: a block's own sum, times the weight of its place, is its part.
         """
         num_full, num_rest = divmod(num_tokens, self._block_tokens)
-        hashes = [self._block_hash(block_id) for block_id in block_ids[:num_full]]
+        total = _dot(self._block_weights, map(self._block_hashes.__getitem__, block_ids[:num_full]))
         if num_rest:
-            hashes.append(_dot(self._slot_weights, self._slot_hashes[block_ids[num_full]][:num_rest]))
-        return _dot(self._block_weights, hashes)
-
-    def _block_hash(self, block_id: BlockId) -> int:
-        known = self._block_hashes[block_id]
-        if known is None:
-            known = self._block_hashes[block_id] = _dot(self._slot_weights, self._slot_hashes[block_id])
-        return known
+            rest = _dot(self._slot_weights, self._slot_hashes[block_ids[num_full]][:num_rest])
+            total += self._block_weights[num_full] * rest
+        return total % _PRIME
 
 
 def _dot(weights: Iterable[int], hashes: Iterable[int]) -> int:
     """Their products' sum, as far as the shorter goes."""
-    total: int = sum(map(operator.mul, weights, hashes))
-    return total % _PRIME
+    return sum(map(operator.mul, weights, hashes))
 
 
 def _powers(base: int, count: int) -> list[int]:
@@ -309,24 +342,28 @@ def _powers(base: int, count: int) -> list[int]:
 def _slot_hash(slot: Slot) -> int:
     if slot is None:
         return _EMPTY_SLOT
-    return _mix(_mix((slot.position + 1) * _ODD + slot.token_id + 1) + slot.prefix_hash)
+    position, token_id, prefix_hash = slot
+    return _mix((position + 1) * _ODD + token_id + 1 + prefix_hash)
 
 
 class _Context:
     """A context that grows by tokens, without a pool."""
 
-    def __init__(self, num_tokens: int, context_hash: int) -> None:
-        self._num_tokens = num_tokens
-        self._weight = pow(_BASE, num_tokens, _PRIME)
+    def __init__(self, num_tokens: int, context_hash: int, weight: int) -> None:
+        """`weight` is `_BASE**num_tokens`."""
+        self.num_tokens = num_tokens
         #: What `_Pool.context_hash` says of a pool that holds all its tokens.
         self.hash = context_hash
+        self._weight = weight
 
-    def append(self, token_id: int) -> TokenKv:
-        kv = TokenKv(self._num_tokens, token_id, self.hash)
-        self.hash = (self.hash + self._weight * _slot_hash(kv)) % _PRIME
+    def append(self, token_id: int) -> tuple[TokenKv, int]:
+        """What the token leaves in a pool, and `_slot_hash` of it."""
+        kv = TokenKv(self.num_tokens, token_id, self.hash)
+        slot_hash = _slot_hash(kv)
+        self.hash = (self.hash + self._weight * slot_hash) % _PRIME
         self._weight = self._weight * _BASE % _PRIME
-        self._num_tokens += 1
-        return kv
+        self.num_tokens += 1
+        return kv, slot_hash
 
 
 def _mix(value: int) -> int:
@@ -382,7 +419,7 @@ def expected_tokens(
 
     Stop tokens do not end it (callers cut there), nor does `params.max_tokens`.
     """
-    context = _Context(0, 0)
+    context = _Context(0, 0, 1)
     for token_id in prompt:
         context.append(token_id)
     output: list[int] = []

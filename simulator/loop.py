@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import heapq
 import itertools
 import threading
+from collections import deque
 from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, TypeVarTuple
 
@@ -35,9 +37,14 @@ _CLEAN_UP_TURNS = 100_000
 #: Turns of the loop at one instant that no sane program needs: it spins.
 SPIN_TURNS = 200_000
 
-
 #: Turns between two collections of cyclic garbage, where the program has switched automatic ones off.
 _COLLECT_TURNS = 100_000
+
+#: Turns between two looks at what they are limited by.
+_CHECK_TURNS = 1000
+
+#: So many cancelled timers may always wait for their time.
+_FEW_TIMERS = 100
 
 
 class SimulationError(Exception):
@@ -57,14 +64,18 @@ class ThreadsRefused(SimulationError):
 
 
 class _OrdinalFuture(asyncio.Future[T]):
-    """A future whose hash is its place in the order of creation."""
+    """A future whose hash is its place in the order in which futures and tasks were first hashed."""
 
-    def __init__(self, ordinal: int, *, loop: asyncio.AbstractEventLoop) -> None:
-        self._ordinal = ordinal
-        super().__init__(loop=loop)
+    _ordinal: int
 
     def __hash__(self) -> int:
-        return self._ordinal
+        try:
+            return self._ordinal
+        except AttributeError:
+            loop = self.get_loop()
+            assert isinstance(loop, VirtualLoop)
+            self._ordinal = loop.next_ordinal()
+            return self._ordinal
 
 
 class _OrdinalTask(asyncio.Task[T]):
@@ -86,40 +97,55 @@ class _OrdinalTask(asyncio.Task[T]):
         return self.ordinal
 
 
-class _Gate:
-    """A scheduled callback of a host: held while the host is frozen."""
+class _Entry(asyncio.TimerHandle):
+    """A scheduled callback, of a timer or not. Its context says whose it is, see `HOST`.
 
-    __slots__ = ("_args", "_callback", "_held", "_host", "context", "handle")
+    The constructor of the base class takes several times as long, mostly to ask for the debug mode.
+    """
+
+    __slots__ = ("in_heap",)
 
     def __init__(
         self,
-        held: dict[str, list[_Gate]],
-        host: str,
+        when_s: float,
         callback: Callable[..., object],
         args: tuple[Any, ...],
-        context: Context,
+        loop: VirtualLoop,
+        context: Context | None,
     ) -> None:
-        self._held = held
-        self._host = host
-        self._callback = callback
+        self._when = when_s
+        self._callback: Callable[..., object] | None = callback
         self._args = args
-        self.context = context
-        #: What the scheduler was given, who may cancel it while it is held.
-        self.handle: asyncio.Handle
+        self._loop = loop
+        self._context = copy_context() if context is None else context
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
+        #: Whether it waits for its time.
+        self.in_heap = False
 
-    def __call__(self) -> None:
-        if self._host in self._held:
-            self._held[self._host].append(self)
-        elif not self.handle.cancelled():
-            self._callback(*self._args)
+    @property
+    def host(self) -> str | None:
+        return self._context.get(HOST)
+
+    def cancel(self) -> None:
+        if not self._cancelled:
+            self._cancelled = True
+            self._callback, self._args = None, ()
+            if self.in_heap:
+                self._loop.timer_cancelled()
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """`time()` starts at 0 and counts virtual seconds.
+    """`time()` starts at 0 and counts virtual seconds. Timers of the same instant run in the order they were set.
 
     `limit_s` bounds the virtual time, `limit_turns` the turns of the loop (one turn runs everything that was
     ready when it began).
     """
+
+    #: Kept by the base class.
+    _closed: bool
+    _stopping: bool
 
     def __init__(self, *, limit_s: float, limit_turns: int) -> None:
         super().__init__()
@@ -130,11 +156,16 @@ class VirtualLoop(asyncio.BaseEventLoop):
         #: `_turns` when time last moved.
         self._turns_at_jump = 0
         self._ordinals = itertools.count(1)
+        self._timer_ordinals = itertools.count()
         self._thread = threading.get_ident()
+        #: Callbacks to run, in order; also what the base class clears on closing.
+        self._ready: deque[_Entry] = deque()
+        #: A heap of timers: when, an ordinal, and what to run. Also what the base class clears.
+        self._scheduled: list[tuple[float, int, _Entry]] = []
+        #: How many of `_scheduled` are cancelled.
+        self._num_cancelled = 0
         #: By frozen host: what would have run, in order.
-        self._held: dict[str, list[_Gate]] = {}
-        # The base class asks it for I/O once a turn, saying how long it may wait at most.
-        self._selector = _NeverWaits(self)
+        self._held: dict[str | None, list[_Entry]] = {}
         self.set_task_factory(self._make_task)
 
     def time(self) -> float:
@@ -144,18 +175,43 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def turns(self) -> int:
         return self._turns
 
-    def turn(self, wait_s: float | None) -> None:
-        """Ends one turn. `wait_s`: until the next timer; 0: something is ready; None: neither."""
+    def next_ordinal(self) -> int:
+        return next(self._ordinals)
+
+    # --- turns ------------------------------------------------------------------------------------
+
+    def _run_once(self) -> None:
+        """One turn; what the base class calls until it is stopped."""
         self._turns += 1
-        if self._turns % _COLLECT_TURNS == 0:
-            gc.collect(0)
-        if wait_s is None:
+        if self._turns % _CHECK_TURNS == 0:
+            self._check_turns()
+        ready, scheduled = self._ready, self._scheduled
+        if not ready and not self._stopping:
+            self._jump()
+        while scheduled and scheduled[0][0] <= self._now_s:
+            ready.append(self._pop_timer())
+        for _ in range(len(ready)):
+            entry = ready.popleft()
+            if entry._cancelled or (self._held and self._hold(entry)):
+                continue
+            entry._run()
+
+    def _jump(self) -> None:
+        """Moves time to the next timer that was not cancelled."""
+        scheduled = self._scheduled
+        while scheduled and scheduled[0][2].cancelled():
+            self._pop_timer()
+        if not scheduled:
             self._give_up(StuckProgram, "nothing is ready and nothing is scheduled")
-        if wait_s > 0:
-            self._now_s += wait_s
+        if scheduled[0][0] > self._now_s:
+            self._now_s = scheduled[0][0]
             self._turns_at_jump = self._turns
         if self._now_s > self._limit_s:
             self._give_up(LimitReached, f"the program runs past its limit of {self._limit_s:g} virtual seconds")
+
+    def _check_turns(self) -> None:
+        if self._turns % _COLLECT_TURNS == 0:
+            gc.collect(0)
         if self._turns > self._limit_turns:
             self._give_up(LimitReached, f"the program took more than {self._limit_turns} turns of the loop")
         if self._turns - self._turns_at_jump > SPIN_TURNS:
@@ -169,6 +225,45 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._turns_at_jump = self._turns
         raise error
 
+    # --- scheduling -------------------------------------------------------------------------------
+
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        if self._closed:
+            raise RuntimeError("Event loop is closed")
+        entry = _Entry(self._now_s, callback, args, self, context)
+        self._ready.append(entry)
+        return entry
+
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        if self._closed:
+            raise RuntimeError("Event loop is closed")
+        entry = _Entry(when, callback, args, self, context)
+        entry.in_heap = True
+        heapq.heappush(self._scheduled, (when, next(self._timer_ordinals), entry))
+        return entry
+
+    def _pop_timer(self) -> _Entry:
+        """The next timer, cancelled or not."""
+        entry = heapq.heappop(self._scheduled)[2]
+        entry.in_heap = False
+        self._num_cancelled -= entry.cancelled()
+        return entry
+
+    def timer_cancelled(self) -> None:
+        """For its entries: long timers that are set and cancelled all the time must not pile up."""
+        self._num_cancelled += 1
+        if self._num_cancelled > _FEW_TIMERS and self._num_cancelled * 2 > len(self._scheduled):
+            self._scheduled[:] = [timer for timer in self._scheduled if not timer[2].cancelled()]
+            heapq.heapify(self._scheduled)
+            self._num_cancelled = 0
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return _OrdinalFuture(loop=self)
+
     def _make_task(
         self,
         loop: asyncio.AbstractEventLoop,
@@ -177,40 +272,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
         context: Context | None = None,
     ) -> asyncio.Task[T]:
         return _OrdinalTask(coroutine, next(self._ordinals), loop=loop, context=context)
-
-    # --- freezing ---------------------------------------------------------------------------------
-
-    def freeze(self, host: str) -> None:
-        """Nothing of this host runs until `thaw`. Repeats change nothing."""
-        self._held.setdefault(host, [])
-
-    def thaw(self, host: str) -> None:
-        """What came due meanwhile runs now; timers that would have come due at different times run together."""
-        for gate in self._held.pop(host, ()):
-            super().call_soon(gate, context=gate.context)
-
-    def call_soon(
-        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
-    ) -> asyncio.Handle:
-        host = HOST.get() if context is None else context.get(HOST)
-        if host is None:
-            return super().call_soon(callback, *args, context=context)
-        gate = _Gate(self._held, host, callback, args, context or copy_context())
-        gate.handle = super().call_soon(gate, context=gate.context)
-        return gate.handle
-
-    def call_at(
-        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
-    ) -> asyncio.TimerHandle:
-        host = HOST.get() if context is None else context.get(HOST)
-        if host is None:
-            return super().call_at(when, callback, *args, context=context)
-        gate = _Gate(self._held, host, callback, args, context or copy_context())
-        gate.handle = handle = super().call_at(when, gate, context=gate.context)
-        return handle
-
-    def create_future(self) -> asyncio.Future[Any]:
-        return _OrdinalFuture(next(self._ordinals), loop=self)
 
     def call_soon_threadsafe(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
@@ -224,24 +285,23 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> NoReturn:  # type: ignore[override]
         raise ThreadsRefused(f"{func!r} was to run in a thread beside a loop on virtual time")
 
-    # The two hooks of the base class that exist for real I/O.
+    # --- freezing ---------------------------------------------------------------------------------
 
-    def _process_events(self, event_list: object) -> None:
-        pass
+    def freeze(self, host: str) -> None:
+        """Nothing of this host runs until `thaw`. Repeats change nothing."""
+        self._held.setdefault(host, [])
 
-    def _write_to_self(self) -> None:
-        pass
+    def thaw(self, host: str) -> None:
+        """What came due meanwhile runs now; timers that would have come due at different times run together."""
+        self._ready.extend(self._held.pop(host, ()))
 
-
-class _NeverWaits:
-    """What the base class takes for its selector."""
-
-    def __init__(self, loop: VirtualLoop) -> None:
-        self._loop = loop
-
-    def select(self, timeout: float | None) -> tuple[()]:
-        self._loop.turn(timeout)
-        return ()
+    def _hold(self, entry: _Entry) -> bool:
+        """Whether it is a frozen host's, and was put aside."""
+        held = self._held.get(entry.host)
+        if held is None:
+            return False
+        held.append(entry)
+        return True
 
 
 def describe_tasks(loop: asyncio.AbstractEventLoop) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import hashlib
 import random
+import traceback
 from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,18 +30,22 @@ KEPT_LINES = 1000
 class Trace:
     """What happened, in order, with virtual times."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sink: Callable[[str], None] | None = None) -> None:
+        """`sink` is given every line as it is written."""
         self._loop = loop
+        self._sink = sink
         self._hash = hashlib.sha256()
         self._last_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.num_lines = 0
 
     def add(self, text: str) -> None:
-        line = f"{self._loop.time():.9f} {text}"
+        line = f"{self._loop.time():15.9f} {text}"
         self._hash.update(line.encode())
         self._hash.update(b"\n")
         self._last_lines.append(line)
         self.num_lines += 1
+        if self._sink is not None:
+            self._sink(line)
 
     def digest(self) -> str:
         """SHA-256 of all lines so far: equal for equal runs."""
@@ -54,9 +59,9 @@ class Trace:
 class Program:
     """What a simulated program is given: its seed's randomness and its trace."""
 
-    def __init__(self, seed: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, seed: int, loop: asyncio.AbstractEventLoop, sink: Callable[[str], None] | None = None) -> None:
         self.seed = seed
-        self.trace = Trace(loop)
+        self.trace = Trace(loop, sink)
 
     def rng(self, name: str) -> random.Random:
         """A random stream of its own for `name`: equal for equal (seed, name), and independent of what other
@@ -70,8 +75,10 @@ def run(
     seed: int,
     limit_s: float = DEFAULT_LIMIT_S,
     limit_turns: int = DEFAULT_LIMIT_TURNS,
+    sink: Callable[[str], None] | None = None,
 ) -> T:
-    """Runs `main` to its end on a new `VirtualLoop`, cancels what it left running, and returns its result.
+    """Runs `main` to its end on a new `VirtualLoop`, cancels what it left running, and returns its result. `sink` is
+    given every line of the program's trace.
 
     Raises what `main` raises, with the seed in a note; StuckProgram and LimitReached; SimulationError when
     `main` ended well but a task or callback failed with nobody to hear of it.
@@ -82,7 +89,7 @@ def run(
     with _collecting_by_turns():
         try:
             with asyncio.Runner(loop_factory=lambda: loop) as runner:
-                result = runner.run(main(Program(seed, loop)))
+                result = runner.run(main(Program(seed, loop, sink)))
         except Exception as error:
             error.add_note("\n".join([f"seed {seed}, at {loop.time():.6f} virtual seconds", *unheard]))
             raise
@@ -92,7 +99,9 @@ def run(
 
 
 def _describe(context: dict[str, Any]) -> str:
-    return f"  {context.get('message')}: {context.get('exception')!r}"
+    error = context.get("exception")
+    lines = traceback.format_exception(error) if isinstance(error, BaseException) else []
+    return f"  {context.get('message')}: {error!r}\n{''.join(lines)}".rstrip()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from contracts.errors import InvariantBroken
 from contracts.ids import BlockId
 from contracts.requests import SamplingParams
 from engine.plan import SampleSpec, SequenceStep, StepPlan
-from simulator import ModelledEngine, StepTiming, VirtualClock, expected_tokens, modelled_identity, run
+from simulator import ModelledEngine, StepTiming, expected_tokens, modelled_identity, run
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -37,7 +37,7 @@ def play(main: Coroutine[Any, Any, T]) -> T:
 
 def make_engine(*, block_tokens: int = 4, num_blocks: int = 32, **options: Any) -> ModelledEngine:
     identity = modelled_identity(block_tokens=block_tokens)
-    return ModelledEngine(VirtualClock(), identity=identity, num_blocks=num_blocks, max_context_tokens=100, **options)
+    return ModelledEngine(identity=identity, num_blocks=num_blocks, max_context_tokens=100, **options)
 
 
 def one_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 from simulator import LimitReached, SimulationError, StuckProgram, ThreadsRefused, VirtualClock, run
+from simulator.loop import HOST, VirtualLoop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Coroutine
@@ -99,6 +101,54 @@ def test_sets_of_tasks_iterate_in_order_of_creation() -> None:
         return cancelled
 
     assert play(main()) == [0, 1, 2]
+
+
+def test_sets_of_futures_iterate_in_the_order_of_being_put_into_sets() -> None:
+    async def main() -> list[int]:
+        loop = asyncio.get_running_loop()
+        kept = [loop.create_future() for _ in range(100)]
+        numbers = {future: number for number, future in enumerate(kept)}
+        return [numbers[future] for future in set(kept)]
+
+    assert play(main()) == play(main()) == list(range(100))
+
+
+def test_timers_of_one_instant_run_in_the_order_they_were_set() -> None:
+    async def main() -> list[int]:
+        loop = asyncio.get_running_loop()
+        ran: list[int] = []
+        timers = [loop.call_at(10.0 - number % 3, ran.append, number) for number in range(900)]
+        # Enough to have the cancelled ones thrown out, and not only skipped.
+        for number, timer in enumerate(timers):
+            if number % 4:
+                timer.cancel()
+                timer.cancel()
+        await asyncio.sleep(20)
+        return ran
+
+    assert play(main()) == sorted(range(0, 900, 4), key=lambda number: (-(number % 3), number))
+
+
+def test_what_a_frozen_host_has_to_do_waits_in_order() -> None:
+    async def main() -> list[str]:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        said: list[str] = []
+        here = contextvars.copy_context()
+        here.run(HOST.set, "here")
+        loop.freeze("here")
+        late = loop.call_at(3.0, said.append, "late", context=here)
+        loop.call_at(2.0, said.append, "on time", context=here)
+        loop.call_soon(said.append, "at once", context=here)
+        loop.call_at(1.0, said.append, "elsewhere")
+        await asyncio.sleep(5)
+        assert said == ["elsewhere"]
+        late.cancel()
+        loop.thaw("here")
+        await asyncio.sleep(0)
+        return said
+
+    assert play(main()) == ["elsewhere", "at once", "on time"]
 
 
 async def wait_for_godot(event: asyncio.Event) -> None:
