@@ -3,18 +3,22 @@
 PYTHON ?= python3
 # A further package index for torch, where the default one would bring a build for other hardware.
 TORCH_INDEX ?=
+# How many seeds `make chaos` plays, and the first of them.
+SEEDS ?= 1000
+FIRST ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help venv demo serve test lint types check clean
+.PHONY: help venv demo serve test chaos lint types check clean
 
 help:
 	@echo "make demo    start a small cluster, hold three chats with it, show where the time went, stop it"
 	@echo "make serve   leave it running on 127.0.0.1:8000"
 	@echo "make test    the whole test suite"
 	@echo "make check   lint, types and tests"
+	@echo "make chaos SEEDS=1000   simulated clusters under drawn faults; a failing seed is told with how to repeat it"
 	@echo "make bench-NAME [ARGS=...]   run benchmarks/NAME.py, e.g. make bench-engine ARGS=--quick"
 
 venv: $(STAMP)
@@ -43,6 +47,9 @@ serve: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/pytest -n auto --dist loadfile tests/unit tests/simulation $(ARGS)
 	@$(BIN)/pytest tests/integration $(ARGS)
+
+chaos: $(STAMP)
+	@$(BIN)/python -m simulator.chaos --first $(FIRST) --seeds $(SEEDS) $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -13,23 +13,26 @@ import contextvars
 from collections import Counter
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self, cast
-
-import structlog
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from contracts.ids import GatewayId, Incarnation, WorkerId
 from contracts.messages import AUDIT, Empty, WorkerInfo
 from coordinator import CoordinatorShell
+from decode import DecodeLimits
 from engine.compose import StepBudget
 from gateway.core import GatewayCore
 from gateway.limits import GatewayLimits
 from kvtransfer import MemoryFabric, TransportSet
 from kvtransfer.memory import FateModel, steady_link
+from prefill import PrefillLimits
 from rpc import MemoryNetwork
 from rpc.memory import loopback_latency
-from simulator.clock import VirtualClock
 from simulator.engine import ModelledEngine, StepTiming, modelled_identity
+from simulator.faults.clocks import MachineClock, ProcessClock
+from simulator.faults.network import FaultyNetwork
 from simulator.loop import HOST, VirtualLoop
+from simulator.message_log import logged_messages, logged_pulls
+from simulator.trace_log import trace_logger
 from worker import WorkerLimits, WorkerShell
 
 if TYPE_CHECKING:
@@ -42,12 +45,15 @@ if TYPE_CHECKING:
     from rpc.memory import Latency, MemoryProcess
     from simulator.program import Program
 
-COORDINATOR = "coordinator:1"
-GATEWAY = GatewayId("gateway")
+COORDINATOR_HOST = "coordinator"
+COORDINATOR = f"{COORDINATOR_HOST}:1"
+GATEWAY_HOST = "gateway"
 #: As in a live worker.
 STOP_GRACE_S = 1.0
 #: How long a cluster may take until all its workers are registered.
 START_LIMIT_S = 10.0
+#: What the remains of killed programs may take to end.
+CLEARING_LIMIT_S = 10.0
 #: From the end of a life that ended itself to the start of the next.
 RESTART_S = 0.5
 
@@ -67,10 +73,17 @@ class ClusterSpec:
     max_waiting_offers: int = 256
     lease_ttl_s: float = 10.0
     timing: StepTiming = field(default_factory=StepTiming)
+    #: What becomes of pulls and messages while `SimulatedCluster.network` has no rules. Hosts are the worker ids,
+    #: "gateway" and "coordinator", and "observer" for what the test itself asks.
     fate: FateModel = steady_link
-    #: Hosts are the worker ids, "gateway" and "coordinator".
     latency_s: Latency = loopback_latency
+    #: Each machine's clocks gain or lose up to so many seconds in a second; how many is drawn.
+    clock_drift: float = 0.0
     gateway: GatewayLimits = field(default_factory=GatewayLimits)
+    prefill: PrefillLimits = field(default_factory=PrefillLimits)
+    decode: DecodeLimits = field(default_factory=DecodeLimits)
+    #: A line of the trace for every message and pull.
+    log_messages: bool = False
 
 
 @dataclass(slots=True)
@@ -134,11 +147,19 @@ class SimulatedCluster:
     def __init__(self, program: Program, spec: ClusterSpec) -> None:
         self._program = program
         self._spec = spec
+        #: Where faults of the network are switched.
+        self.network = FaultyNetwork(program, latency_s=spec.latency_s, fate=spec.fate)
+        message_fate: Latency = self.network.message_fate
+        pull_fate: FateModel = self.network.pull_fate
+        if spec.log_messages:
+            message_fate = logged_messages(message_fate, program.trace)
+            pull_fate = logged_pulls(pull_fate, program.trace)
         self._network = MemoryNetwork(
-            rng=program.rng("network"), latency_s=spec.latency_s, host="observer", log=self._log("network")
+            rng=program.rng("network"), latency_s=message_fate, host="observer", log=self._log("network")
         )
-        self._gateway_program = self._network.process("gateway")
-        self._fabric = MemoryFabric(spec.fate)
+        self._fabric = MemoryFabric(pull_fate)
+        #: By host.
+        self._clocks = {host: self._make_clock(host) for host in (*spec.roles, COORDINATOR_HOST, GATEWAY_HOST)}
         self._incarnations: Counter[str] = Counter()
         #: The current life of each worker that is up.
         self._lives: dict[str, _Life] = {}
@@ -148,36 +169,82 @@ class SimulatedCluster:
         self._restarting = True
         self._coordinator: CoordinatorShell | None = None
         self._coordinator_program: MemoryProcess
-        self.core: GatewayCore
+        #: None while the gateway is down.
+        self._core: GatewayCore | None = None
+        self._gateway_program: MemoryProcess
+        self._gateway_lives = 0
+        #: Of those that were killed: what still runs until it hears of it.
+        self._dying: dict[asyncio.Task[Any], None] = {}
 
     async def __aenter__(self) -> Self:
         await self.start_coordinator()
-        self.core = GatewayCore(
-            self._gateway_program, VirtualClock(), GATEWAY, COORDINATOR, self._spec.gateway, structlog.get_logger()
-        )
-        await self.core.__aenter__()
+        await self.start_gateway()
         await asyncio.gather(*(self.start(worker_id) for worker_id in self._spec.roles))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.core.__aexit__(None, None, None)
+        if self._core is not None:
+            await self._core.__aexit__(None, None, None)
         for restart in list(self._restarts):
             restart.cancel()
         self._restarting = False
         while self._lives:
             await self.stop(next(iter(self._lives)))
         await self.crash_coordinator()
+        if self._dying:
+            await asyncio.wait(list(self._dying), timeout=CLEARING_LIMIT_S)
+
+    # --- gateway ----------------------------------------------------------------------------------
+
+    @property
+    def core(self) -> GatewayCore:
+        """The gateway's present life."""
+        assert self._core is not None, "the gateway is down"
+        return self._core
+
+    @property
+    def gateway_is_up(self) -> bool:
+        return self._core is not None
+
+    async def start_gateway(self) -> None:
+        """A new life, under a name of its own."""
+        assert self._core is None, "the gateway is up"
+        self._gateway_lives += 1
+        self._gateway_program = self._network.process(GATEWAY_HOST)
+        self._core = GatewayCore(
+            self._gateway_program,
+            ProcessClock(self._clocks[GATEWAY_HOST], offset_s=2000.0 * self._gateway_lives),
+            GatewayId(f"{GATEWAY_HOST}-{self._gateway_lives}"),
+            COORDINATOR,
+            self._spec.gateway,
+            trace_logger(self._log(GATEWAY_HOST)),
+        )
+        await self._core.__aenter__()
+
+    def crash_gateway(self) -> None:
+        """SIGKILL; of one that is down: nothing. Its clients hear of it at once, its remains are cleared away in the
+        background."""
+        core, self._core = self._core, None
+        if core is None:
+            return
+        self._gateway_program.kill()
+        self._clear_away(asyncio.create_task(core.__aexit__(None, None, None), name="dead gateway"))
 
     # --- coordinator ------------------------------------------------------------------------------
+
+    @property
+    def coordinator_is_up(self) -> bool:
+        return self._coordinator is not None
 
     async def start_coordinator(self) -> None:
         """A new life, which knows nothing of the one before."""
         assert self._coordinator is None, "the coordinator is up"
         self._coordinator_program = self._network.process("coordinator")
         server = self._coordinator_program.server(COORDINATOR)
-        self._coordinator = CoordinatorShell(VirtualClock(offset_s=500.0), log=self._log("coordinator"))
+        clock = ProcessClock(self._clocks[COORDINATOR_HOST], offset_s=500.0)
+        self._coordinator = CoordinatorShell(clock, log=self._log("coordinator"))
         self._coordinator.register_on(server)
         await self._coordinator.__aenter__()
         await server.start()
@@ -193,14 +260,19 @@ class SimulatedCluster:
 
     async def start(self, worker_id: str) -> None:
         """A new life of a worker; returns once the coordinator knows it."""
+        shell = await self.launch(worker_id)
+        async with asyncio.timeout(START_LIMIT_S):
+            await shell.registered.wait()
+
+    async def launch(self, worker_id: str) -> WorkerShell:
+        """As `start`, without waiting for the coordinator: it may be down."""
         assert worker_id not in self._lives, f"{worker_id} is up"
         self._incarnations[worker_id] += 1
         incarnation = Incarnation(self._incarnations[worker_id])
         name = f"{worker_id}@{incarnation}"
-        clock = VirtualClock(offset_s=1000.0 * self._incarnations.total() + 17.0)
+        clock = ProcessClock(self._clocks[worker_id], offset_s=1000.0 * self._incarnations.total() + 17.0)
         spec = self._spec
         engine = ModelledEngine(
-            clock,
             identity=modelled_identity(block_tokens=spec.block_tokens),
             num_blocks=spec.num_blocks,
             max_context_tokens=spec.max_context_tokens,
@@ -229,6 +301,8 @@ class SimulatedCluster:
             coordinator_address=COORDINATOR,
             limits=WorkerLimits(
                 budget=StepBudget(max_tokens=spec.max_batch_tokens, max_sequences=spec.max_sequences),
+                prefill=spec.prefill,
+                decode=spec.decode,
                 lease_ttl_s=spec.lease_ttl_s,
                 max_waiting_offers=spec.max_waiting_offers,
             ),
@@ -240,8 +314,7 @@ class SimulatedCluster:
         task = asyncio.get_running_loop().create_task(shell.live(), name=name, context=context)
         life = self._lives[worker_id] = _Life(name, program, engine, transport, shell, server, task)
         task.add_done_callback(lambda _: self._life_ended(worker_id, life), context=contextvars.copy_context())
-        async with asyncio.timeout(START_LIMIT_S):
-            await shell.registered.wait()
+        return shell
 
     def crash(self, worker_id: str) -> None:
         """SIGKILL: nothing of this life is heard any more. Its remains are cleared away in the background."""
@@ -251,16 +324,29 @@ class SimulatedCluster:
         life.transport.crash()
         _loop().thaw(life.host)
         life.task.cancel()
+        self._clear_away(life.task)
 
-    def freeze(self, worker_id: str) -> None:
-        """SIGSTOP: nothing of this life runs; its connections stay, and what is sent to it waits."""
+    def freeze(self, worker_id: str) -> str:
+        """SIGSTOP: nothing of this life runs; its connections stay, and what is sent to it waits. Returns the life's
+        host, for `thaw_host`."""
         self._program.trace.add(f"{worker_id} freezes")
-        _loop().freeze(self._lives[worker_id].host)
+        host = self._lives[worker_id].host
+        _loop().freeze(host)
+        return host
 
     def thaw(self, worker_id: str) -> None:
         """SIGCONT."""
-        self._program.trace.add(f"{worker_id} thaws")
-        _loop().thaw(self._lives[worker_id].host)
+        self.thaw_host(self._lives[worker_id].host)
+
+    def thaw_host(self, host: str) -> None:
+        """SIGCONT to one life; of one that is gone: nothing."""
+        self._program.trace.add(f"{host} thaws")
+        _loop().thaw(host)
+
+    def host_of(self, worker_id: str) -> str | None:
+        """Of the present life; None while it is down."""
+        life = self._lives.get(worker_id)
+        return life.host if life is not None else None
 
     def stick(self, worker_id: str) -> None:
         """From now on no engine step of this life ends; everything else of it goes on."""
@@ -283,18 +369,28 @@ class SimulatedCluster:
     def up(self) -> Sequence[str]:
         return tuple(self._lives)
 
+    def problems(self) -> dict[str, Sequence[str]]:
+        """What is wrong with the books of the workers that are up, by life; looked at from outside, at once."""
+        return {life.host: found for life in self._lives.values() if (found := life.shell.problems())}
+
     async def audits(self) -> dict[str, AuditReply]:
         """The books of every worker that is up, asked over the network."""
         return {
             worker_id: await self._network.channel(f"{worker_id}:1").call(AUDIT, Empty(), timeout_s=1.0)
-            for worker_id in self._lives
+            for worker_id in self.up()
         }
 
-    def crash_gateway(self) -> None:
-        """SIGKILL. `core` is of no use any more."""
-        self._gateway_program.kill()
+    def jump_wall_clock(self, host: str, by_s: float) -> None:
+        """Sets a machine's wall clock forwards or (negative) backwards."""
+        self._program.trace.add(f"the wall clock of {host} jumps by {by_s:g} s")
+        self._clocks[host].jump_wall(by_s)
 
     # --- inside -----------------------------------------------------------------------------------
+
+    def _clear_away(self, task: asyncio.Task[Any]) -> None:
+        if not task.done():
+            self._dying[task] = None
+            task.add_done_callback(self._dying.pop)
 
     def _life_ended(self, worker_id: str, life: _Life) -> None:
         if life.task.cancelled():
@@ -313,7 +409,11 @@ class SimulatedCluster:
     async def _restart(self, worker_id: str) -> None:
         await asyncio.sleep(RESTART_S)
         if worker_id not in self._lives:
-            await self.start(worker_id)
+            await self.launch(worker_id)
+
+    def _make_clock(self, host: str) -> MachineClock:
+        largest = self._spec.clock_drift
+        return MachineClock(drift=self._program.rng(f"clock of {host}").uniform(-largest, largest))
 
     def _log(self, name: str) -> Callable[[str], None]:
         return lambda line: self._program.trace.add(f"{name:14s} {line}")

@@ -18,7 +18,7 @@ from contracts.requests import SamplingParams
 from kvtransfer.memory import PullFate, PullInfo
 from simulator import Program, run
 from simulator.cluster import ClusterSpec, SimulatedCluster
-from tests.support.workload import SETTLE_S, Ask, ask_for, serve, workload
+from tests.support.workload import SETTLE_S, Ask, ask_for, check, serve, workload
 
 if TYPE_CHECKING:
     from contracts.messages import Role
@@ -147,7 +147,7 @@ def test_a_preempted_answer_does_not_starve_behind_new_ones(seed: int) -> None:
                 while not over.is_set():
                     prompt = tuple(rng.randrange(1000) for _ in range(30))
                     answer = await ask_for(cluster, Ask(at_s=0, token_ids=prompt, sampling=greedy(rng.randint(20, 34))))
-                    answer.check()
+                    check(answer)
 
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(6):
@@ -156,7 +156,7 @@ def test_a_preempted_answer_does_not_starve_behind_new_ones(seed: int) -> None:
                 for _ in range(4):
                     start_s = asyncio.get_running_loop().time()
                     long = await ask_for(cluster, Ask(at_s=0, token_ids=tuple(range(160)), sampling=greedy(40)))
-                    long.check()
+                    check(long)
                     assert long.finish == "length", long.error
                     assert asyncio.get_running_loop().time() - start_s < 8.0
                 over.set()

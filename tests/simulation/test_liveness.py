@@ -15,7 +15,7 @@ from kvtransfer.memory import PullFate, PullInfo
 from rpc.memory import Message, loopback_latency
 from simulator import Program, run
 from simulator.cluster import ClusterSpec, SimulatedCluster
-from tests.support.workload import Answer, ask_for, check_books, workload
+from tests.support.workload import Answer, ask_for, check, check_books, workload
 
 if TYPE_CHECKING:
     import random
@@ -44,7 +44,7 @@ class Load:
         """Within the requests' own deadline."""
         answers = list(await asyncio.gather(*self._tasks))
         for answer in answers:
-            answer.check()
+            check(answer)
         return answers
 
 
@@ -236,7 +236,7 @@ def test_a_worker_full_of_quarantined_blocks_begins_anew() -> None:
             await until_clean(cluster, set(ONE_OF_EACH), within_s=5.0)
             later = workload(program.rng("later"), count=3, over_s=0.5, output=10)
             for answer in await asyncio.gather(*(ask_for(cluster, ask) for ask in later)):
-                answer.check()
+                check(answer)
                 assert answer.finish == "length", answer.error
 
     run(main, seed=1)

@@ -22,7 +22,7 @@ from kvtransfer.memory import PullFate, PullInfo
 from rpc.memory import Message, loopback_latency
 from simulator import Program, run
 from simulator.cluster import ClusterSpec, SimulatedCluster
-from tests.support.workload import Answer, Ask, ask_for, check_books, serve, workload
+from tests.support.workload import Answer, Ask, ask_for, check, check_books, serve, workload
 
 if TYPE_CHECKING:
     import random
@@ -206,7 +206,7 @@ def test_a_worker_that_wakes_is_told_to_stop_and_not_listened_to() -> None:
                 assert (held, freed) == (2, 0)
             answers = [task.result() for task in running]
             for answer in answers:
-                answer.check()
+                check(answer)
             check_whole(answers)
             stats = cluster.core.stats
             assert stats.replays == {"worker_unavailable": 2}
@@ -371,7 +371,7 @@ def test_a_worker_that_does_not_come_back_is_waited_for_no_longer_than_said() ->
             cluster.crash("d0")
             lost_s = asyncio.get_running_loop().time()
             answer = await task
-            answer.check()
+            check(answer)
             assert isinstance(answer.error, NotReady | WorkerUnavailable)
             assert "nobody took the request up for 6 s" in answer.error.message
             assert 4.5 < asyncio.get_running_loop().time() - lost_s <= 6.1
@@ -390,7 +390,7 @@ def test_the_deadline_ends_the_wait() -> None:
             cluster.crash("p0")
             cluster.crash("d0")
             answer = await task
-            answer.check()
+            check(answer)
             assert answer.error is not None
             assert answer.error.code == "deadline_exceeded"
             assert asyncio.get_running_loop().time() < 5.0

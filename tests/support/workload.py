@@ -3,59 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from contracts.errors import TandemError
+from contracts.errors import NotReady
 from contracts.requests import SamplingParams
-from gateway.core import Submission
-from simulator import Program, expected_tokens
+from simulator import Program, clients
+from simulator.clients import Answer, Ask
 
 if TYPE_CHECKING:
     import random
 
-    from contracts.requests import TokenDelta
-    from gateway.stream import RequestStream
     from simulator.cluster import SimulatedCluster
+
+__all__ = ["SETTLE_S", "Answer", "Ask", "ask_for", "check", "check_books", "serve", "workload"]
 
 #: Everything ends within this much virtual time after the last request.
 SETTLE_S = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """One request of a workload."""
-
-    at_s: float
-    token_ids: tuple[int, ...]
-    sampling: SamplingParams
-    #: Cancelled after this many tokens; None: never.
-    cancel_after: int | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class Answer:
-    ask: Ask
-    token_ids: list[int]
-    #: The likeliest token at each place, where logprobs were asked for.
-    top_ids: list[int] = field(default_factory=list[int])
-    finish: str | None = None
-    error: TandemError | None = None
-
-    def take(self, delta: TokenDelta) -> None:
-        assert delta.index == len(self.token_ids), (delta, self.ask)
-        self.token_ids.extend(delta.token_ids)
-        self.top_ids.extend(each.top[0].token_id for each in delta.logprobs or () if each.top)
-        self.finish = delta.finish
-
-    def check(self) -> None:
-        """What came is a prefix of the right answer, and the whole of it when it ended well."""
-        sampling = self.ask.sampling
-        expected = expected_tokens(self.ask.token_ids, sampling, sampling.max_tokens)
-        assert self.token_ids == expected[: len(self.token_ids)], f"wrong tokens for {self.ask}"
-        assert self.top_ids == (self.token_ids if sampling.logprobs else [])
-        if self.finish is not None:
-            assert (self.finish, len(self.token_ids)) == ("length", sampling.max_tokens)
 
 
 def workload(
@@ -78,24 +42,15 @@ def workload(
 
 
 async def ask_for(cluster: SimulatedCluster, ask: Ask, *, deadline_s: float = 60.0) -> Answer:
+    """Waits for the time of the request first."""
     await asyncio.sleep(ask.at_s)
-    answer = Answer(ask=ask, token_ids=[])
-    submission = Submission(token_ids=ask.token_ids, sampling=ask.sampling, deadline_s=deadline_s)
-    try:
-        async with cluster.core.submit(submission) as stream:
-            await _read(stream, answer)
-    except TandemError as error:
-        answer.error = error
-    return answer
+    if not cluster.gateway_is_up:
+        return Answer(ask=ask, error=NotReady("nobody listens at the gateway's address"))
+    return await clients.ask_for(cluster.core, replace(ask, deadline_s=deadline_s))
 
 
-async def _read(stream: RequestStream, answer: Answer) -> None:
-    if answer.ask.cancel_after == 0:
-        return
-    async for delta in stream:
-        answer.take(delta)
-        if answer.ask.cancel_after is not None and len(answer.token_ids) >= answer.ask.cancel_after:
-            return
+def check(answer: Answer) -> None:
+    assert answer.problems() == [], answer
 
 
 async def serve(
@@ -106,7 +61,7 @@ async def serve(
         running = [tasks.create_task(ask_for(cluster, ask, deadline_s=deadline_s)) for ask in asks]
     answers = [task.result() for task in running]
     for answer in answers:
-        answer.check()
+        check(answer)
         program.trace.add(f"{len(answer.token_ids)} tokens, {answer.finish}, {answer.error!r}")
     await asyncio.sleep(SETTLE_S)
     await check_books(cluster)

@@ -1,0 +1,140 @@
+"""What must hold in every trial, whatever was done to the cluster.
+
+Every request is answered once or refused, within its deadline; every token is right; the ledgers add up at every
+look; when the faults are over the cluster comes back by itself: all workers known, all blocks free, no lease, nothing
+in quarantine, and new requests answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from contracts.errors import TandemError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from contracts.messages import AuditReply
+    from simulator.chaos.scenario import Scenario
+    from simulator.clients import Answer
+    from simulator.cluster import SimulatedCluster
+
+#: How often the books of all workers are looked at.
+LOOK_INTERVAL_S = 0.1
+#: What a request may take beyond its deadline: the gateway's timer, and what is on its way then.
+DEADLINE_SLACK_S = 0.5
+#: From the end of the last fault to a clean cluster, beyond two terms of a lease: a death is known after 3 s, a
+#: replacement up after 1 s more, a silent connection is broken after 3 s, a hung transfer ends a life after 5 s.
+RECOVERY_S = 25.0
+#: Who was not heard in the last moments of a fault is given up 3 s later.
+STEADY_S = 3.5
+
+#: What a client may be told in a cluster that things are done to. Anything else is a bug's voice.
+ALLOWED_CODES = frozenset(
+    {"no_capacity", "not_ready", "worker_unavailable", "deadline_exceeded", "transfer_aborted", "corrupt_kv"}
+)
+#: The same where nothing is done to it: refused, before anything was started.
+CALM_CODES = frozenset({"no_capacity"})
+
+
+class Auditor:
+    """Collects what is wrong in one trial; an empty `problems` is a trial that held."""
+
+    def __init__(self, scenario: Scenario, cluster: SimulatedCluster) -> None:
+        self._scenario = scenario
+        self._cluster = cluster
+        self.problems: list[str] = []
+        #: Sentences found by looks, to say each once.
+        self._said: set[str] = set()
+
+    async def watch(self) -> None:
+        """Looks at the books until cancelled."""
+        while True:
+            self.look()
+            await asyncio.sleep(LOOK_INTERVAL_S)
+
+    def look(self) -> None:
+        """At the books of every worker that is up, between two turns of the loop."""
+        for host, problems in self._cluster.problems().items():
+            for problem in problems:
+                sentence = f"{host}: {problem}"
+                if sentence not in self._said:
+                    self._said.add(sentence)
+                    self.problems.append(f"at {_now_s():.3f} s: {sentence}")
+
+    def judge(self, answers: Sequence[Answer]) -> None:
+        """What the clients got; all of them have ended or have had the time."""
+        allowed = CALM_CODES if self._scenario.is_calm else ALLOWED_CODES
+        for number, answer in enumerate(answers):
+            where = f"request {number}"
+            self.problems.extend(f"{where}: {problem}" for problem in answer.problems())
+            if answer.ended_s is None:
+                self.problems.append(f"{where}: not ended {_now_s() - answer.asked_s:.3f} s after it was asked")
+                continue
+            took_s = answer.ended_s - answer.asked_s
+            if took_s > answer.ask.deadline_s + DEADLINE_SLACK_S:
+                self.problems.append(f"{where}: took {took_s:.3f} s, its deadline was {answer.ask.deadline_s:g} s")
+            if answer.error is not None and answer.error.code not in allowed:
+                self.problems.append(f"{where}: failed with {answer.error.code}: {answer.error.message}")
+            if answer.error is not None and answer.error.code in CALM_CODES and answer.token_ids:
+                self._judge_late_refusal(where, answer)
+
+    def _judge_late_refusal(self, where: str, answer: Answer) -> None:
+        """`no_capacity` says that nothing was started; only a replay that found no room may say it later."""
+        if self._scenario.is_calm:
+            self.problems.append(f"{where}: refused after {len(answer.token_ids)} tokens: {answer.error!r}")
+
+    async def until_recovered(self) -> None:
+        """Waits until the cluster is as if nothing had been, for `STEADY_S`; says what is not when it does not get
+        there."""
+        patience_s = 2 * self._scenario.cluster.lease_ttl_s + RECOVERY_S
+        until_s = _now_s() + patience_s
+        steady_since_s = _now_s()
+        while _now_s() - steady_since_s < STEADY_S:
+            if remains := await self._remains():
+                steady_since_s = _now_s()
+                if steady_since_s > until_s:
+                    self.problems.extend(f"{patience_s:g} s after the last fault: {each}" for each in remains)
+                    return
+            await asyncio.sleep(0.5)
+
+    async def _remains(self) -> list[str]:
+        """What still keeps the cluster from being clean."""
+        down = sorted(set(self._scenario.cluster.roles) - set(self._cluster.up()))
+        remains = [f"{worker_id} is down" for worker_id in down]
+        if not self._cluster.gateway_is_up:
+            return [*remains, "the gateway is down"]
+        core = self._cluster.core
+        if core.num_open:
+            remains.append(f"the gateway holds {core.num_open} open requests")
+        try:
+            known = {str(member.info.worker_id) for member in await core.members()}
+            audits = await self._cluster.audits()
+        except TandemError as error:
+            return [*remains, f"an audit failed: {error.message}"]
+        missing = sorted(set(self._scenario.cluster.roles) - known)
+        remains.extend(f"the coordinator does not know {worker_id}" for worker_id in missing)
+        for worker_id, audit in audits.items():
+            remains.extend(f"{worker_id}: {each}" for each in _unclean(audit))
+        return remains
+
+
+def _unclean(audit: AuditReply) -> list[str]:
+    load = audit.load
+    found = list(audit.problems)
+    held = audit.total_blocks - load.free_blocks
+    if held:
+        found.append(f"{held} of {audit.total_blocks} blocks are not free ({load.quarantined_blocks} in quarantine)")
+    for count, what in (
+        (audit.open_requests, "open requests"),
+        (audit.holder_leases, "leases as holder"),
+        (audit.reader_leases, "leases as reader"),
+    ):
+        if count:
+            found.append(f"{count} {what}")
+    return found
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,154 @@
+"""What one chaos trial is: topology, workload and faults, all drawn from one number.
+
+A scenario is plain data: drawing one runs nothing, and two draws of a seed are equal.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from contracts.failpoints import FAILPOINTS
+from contracts.requests import SamplingParams
+from decode import DecodeLimits
+from gateway.limits import GatewayLimits
+from prefill import PrefillLimits
+from simulator.chaos.drawing import Victims, draw_faults
+from simulator.clients import Ask
+from simulator.cluster import COORDINATOR_HOST, GATEWAY_HOST, ClusterSpec
+from simulator.engine import StepTiming
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from contracts.messages import Role
+    from simulator.chaos.faults import Fault
+
+#: Topologies and how often each is drawn.
+TOPOLOGIES: tuple[tuple[Mapping[str, Role], int], ...] = (
+    ({"p0": "prefill", "d0": "decode"}, 4),
+    ({"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}, 6),
+    ({"p0": "prefill", "d0": "decode", "d1": "decode"}, 2),
+    ({"p0": "prefill", "p1": "prefill", "d0": "decode"}, 2),
+    ({"p0": "prefill", "p1": "prefill", "p2": "prefill", "d0": "decode", "d1": "decode", "d2": "decode"}, 1),
+    ({"m0": "mixed", "m1": "mixed"}, 1),
+    ({"m0": "mixed", "p0": "prefill", "d0": "decode"}, 2),
+)
+
+#: One trial in so many has no fault at all: then nothing may fail.
+CALM_IN = 8
+MAX_FAULTS = 8
+#: The workload begins when the cluster is up, and is asked within at most so long.
+LONGEST_WORKLOAD_S = 12.0
+#: Deadlines of requests that are not drawn short.
+PATIENT_DEADLINE_S = 60.0
+#: Chance that a failpoint is armed at all in a trial with faults, and how often an armed one fires at most.
+ARMED_CHANCE = 0.3
+MOST_FIRING = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    seed: int
+    cluster: ClusterSpec
+    #: In order of `at_s`, which counts from when the cluster is up.
+    asks: tuple[Ask, ...]
+    #: In order of `at_s`, on the same clock.
+    faults: tuple[Fault, ...]
+    #: Chance of firing by failpoint; those that are missing are not armed.
+    failpoints: Mapping[str, float]
+
+    @property
+    def is_calm(self) -> bool:
+        """Nothing is done to this cluster: no request of it may fail."""
+        return not self.faults and not self.failpoints
+
+    @property
+    def healed_s(self) -> float:
+        """When the last fault is over and the last request asked."""
+        return max([fault.at_s + fault.for_s for fault in self.faults] + [ask.at_s for ask in self.asks])
+
+    def describe(self) -> str:
+        """One line for people."""
+        roles = " ".join(f"{worker_id}:{role}" for worker_id, role in self.cluster.roles.items())
+        return (
+            f"{roles}; {self.cluster.num_blocks} blocks of {self.cluster.block_tokens}, leases of "
+            f"{self.cluster.lease_ttl_s:g} s; {len(self.asks)} requests, {len(self.faults)} faults, "
+            f"{len(self.failpoints)} failpoints"
+        )
+
+
+def draw(seed: int) -> Scenario:
+    """The scenario of a seed. Each part has a stream of random numbers of its own."""
+    rng = random.Random(f"{seed}/cluster")
+    cluster = _draw_cluster(rng)
+    asks = _draw_asks(random.Random(f"{seed}/asks"), cluster)
+    if seed % CALM_IN == 0:
+        # Nothing may fail, then: not by a short deadline either.
+        patient = tuple(replace(ask, deadline_s=PATIENT_DEADLINE_S) for ask in asks)
+        return Scenario(seed=seed, cluster=cluster, asks=patient, faults=(), failpoints={})
+    over_s = max(ask.at_s for ask in asks) + 2.0
+    worker_ids = tuple(cluster.roles)
+    victims = Victims(worker_ids=worker_ids, hosts=(*worker_ids, COORDINATOR_HOST, GATEWAY_HOST))
+    faults = draw_faults(random.Random(f"{seed}/faults"), victims, over_s=over_s, most=MAX_FAULTS)
+    return Scenario(
+        seed=seed,
+        cluster=cluster,
+        asks=asks,
+        faults=faults,
+        failpoints=_draw_failpoints(random.Random(f"{seed}/failpoints")),
+    )
+
+
+def _draw_cluster(rng: random.Random) -> ClusterSpec:
+    roles = rng.choices([dict(roles) for roles, _ in TOPOLOGIES], [weight for _, weight in TOPOLOGIES])[0]
+    block_tokens = rng.choice([4, 8, 16])
+    return ClusterSpec(
+        roles=roles,
+        block_tokens=block_tokens,
+        # A pool of some hundred to some thousand tokens: from always short of blocks to never.
+        num_blocks=rng.choice([192, 256, 384, 1024, 2048]) // block_tokens,
+        max_batch_tokens=rng.choice([16, 32, 64, 128]),
+        max_sequences=rng.choice([2, 4, 16]),
+        max_waiting_offers=rng.choice([1, 4, 64, 256]),
+        lease_ttl_s=rng.choice([2.0, 4.0, 10.0]),
+        timing=StepTiming(floor_s=rng.choice([0.004, 0.008, 0.02])),
+        prefill=PrefillLimits(max_waiting=rng.choice([4, 512, 512])),
+        decode=DecodeLimits(growth_tokens=rng.choice([8, 64])),
+        gateway=GatewayLimits(max_replays=rng.choice([0, 1, 3, 3]), replay_patience_s=rng.choice([5.0, 30.0])),
+        log_messages=True,
+        clock_drift=rng.choice([0.0, 0.0, 200e-6]),
+    )
+
+
+def _draw_asks(rng: random.Random, cluster: ClusterSpec) -> tuple[Ask, ...]:
+    over_s = rng.uniform(1.0, LONGEST_WORKLOAD_S)
+    count = rng.choice([8, 24, 48, 80])
+    longest_prompt = rng.choice([16, 60, 120])
+    longest_answer = rng.choice([4, 16, 40])
+    cancels = rng.choice([0.0, 0.1, 0.5])
+    deadline_s = rng.choice([1.5, 4.0, PATIENT_DEADLINE_S, PATIENT_DEADLINE_S])
+    asks = [
+        _draw_ask(rng, rng.uniform(0.0, over_s), longest_prompt, longest_answer, cancels, deadline_s)
+        for _ in range(count)
+    ]
+    return tuple(sorted(asks, key=lambda ask: ask.at_s))
+
+
+def _draw_ask(
+    rng: random.Random, at_s: float, longest_prompt: int, longest_answer: int, cancels: float, deadline_s: float
+) -> Ask:
+    max_tokens = rng.randint(1, longest_answer)
+    return Ask(
+        at_s=at_s,
+        token_ids=tuple(rng.choices(range(1000), k=rng.randint(1, longest_prompt))),
+        sampling=SamplingParams(temperature=rng.choice([0.0, 1.0]), seed=rng.randrange(2**32), max_tokens=max_tokens),
+        cancel_after=rng.randrange(max_tokens + 1) if rng.random() < cancels else None,
+        deadline_s=deadline_s,
+    )
+
+
+def _draw_failpoints(rng: random.Random) -> dict[str, float]:
+    names = sorted(FAILPOINTS)
+    return {name: rng.uniform(0.01, MOST_FIRING) for name in names if rng.random() < ARMED_CHANCE}
