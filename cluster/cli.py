@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from cluster.config_loader import file_schema
 from cluster.flags import ConfigFlags, load
+from contracts.config_loader import file_schema
 from contracts.errors import ConfigError, TandemError
 
 HELP = """Serves large language models from two pools of workers: prefill workers read prompts, decode workers
@@ -21,6 +21,10 @@ write answers. Every key of the configuration is also a variable: TANDEM_GATEWAY
 app = App(name="tandem", help=HELP, version=version("tandem-serve"), help_format="plaintext")
 config_app = App(name="config", help="Look at the configuration.")
 app.command(config_app)
+# Commands of packages that this one may not import; each is loaded when it is asked for.
+_elsewhere = entry_points(group="tandem.commands")
+for _entry in _elsewhere:
+    app.command(_entry.value, name=_entry.name)
 
 StateFile = Annotated[
     Path | None,
@@ -136,6 +140,29 @@ def doctor(
     return checks.check_machine(load(flags, dict(os.environ)).config)
 
 
+@app.command
+def profile(
+    model: Annotated[str | None, Parameter(help="demo, a checkpoint folder, or a hub id.")] = None,
+    /,
+    *,
+    output: Annotated[
+        Path | None, Parameter(name="--output", help="File for the profile; default: a place in the user's cache.")
+    ] = None,
+    threads: Annotated[
+        int | None, Parameter(name="--threads", help="Compute threads; default: those of the first worker.")
+    ] = None,
+    max_context: Annotated[
+        int | None, Parameter(name="--max-context", help="Longest context to measure, in tokens; default 2048.")
+    ] = None,
+    flags: ConfigFlags | None = None,
+) -> int:
+    """Measure what the engine's steps cost on this machine, for planning and simulation."""
+    from cluster.profile import ProfileOptions, run_profile
+
+    config = load(flags, dict(os.environ), model=model).config
+    return run_profile(config, ProfileOptions(output=output, threads=threads, max_context_tokens=max_context))
+
+
 @config_app.command
 def show(*, flags: ConfigFlags | None = None) -> int:
     """Print every value and where it came from; secrets are redacted."""
@@ -168,6 +195,8 @@ def schema() -> int:
 
 def main() -> None:
     """Entry point of the console script. Errors are one line each, without a traceback."""
+    if not sys.argv[1:] or sys.argv[1] in app.help_flags:
+        _load_commands()
     try:
         status = app(sys.argv[1:], exit_on_error=True, result_action="return_value")
     except ConfigError as error:
@@ -180,6 +209,12 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(status or 0)
+
+
+def _load_commands() -> None:
+    """The list of commands tells what each does, so that those of other packages must be there."""
+    for entry in _elsewhere:
+        app[entry.name]  # pyright: ignore[reportUnusedExpression]
 
 
 def _token(file: Path | None) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, get_args, get_type_hints
 
 from cyclopts import Group, Parameter
 
-from cluster.config_loader import LoadedConfig, load_config
+from contracts.config_loader import LoadedConfig, load_config
 from contracts.errors import ConfigError
 
 MODEL_GROUP = Group("Model", sort_key=1)

@@ -1,7 +1,7 @@
 """The configuration tree: every key that an operator can set, its type, default and meaning.
 
 Schema only. Reading files, environment and flags, and saying where a value came from, is
-`cluster.config_loader`'s. Unknown keys are refused. Each key acts: nothing here is accepted and ignored.
+`contracts.config_loader`'s. Unknown keys are refused. Each key acts: nothing here is accepted and ignored.
 """
 
 from __future__ import annotations

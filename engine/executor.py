@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import suppress
-from dataclasses import replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
+from msgspec.structs import replace
 
 from contracts.errors import DeadlineExceeded, Internal, TandemError, WorkerUnavailable
 from engine.ops import select_ops

@@ -72,6 +72,15 @@ OPTIONS = {
         "--state-file",
         "--token-file",
     },
+    "profile": {
+        *KNOWN_FLAGS,
+        "--config",
+        "--set",
+        "--no-strict-fields",
+        "--max-context",
+        "--output",
+        "--threads",
+    },
 }
 
 

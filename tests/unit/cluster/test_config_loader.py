@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.config_loader import RESERVED_ENV, file_schema, load_config
 from cluster.flags import flag_keys
 from contracts.config import ClusterConfig
+from contracts.config_loader import RESERVED_ENV, file_schema, load_config
 from contracts.errors import ConfigError
 from tests.support.layout import ROOT, packages, source_files
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from cluster.config_loader import LoadedConfig
+    from contracts.config_loader import LoadedConfig
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 POOL_FILES = sorted((ROOT / "configs" / "pools").glob("*.yaml"))

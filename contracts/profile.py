@@ -1,0 +1,154 @@
+"""A latency profile: what one engine on one device was measured to take, with what it holds for, as a file.
+
+A fit that misses its held-out points is refused, both when a profile is made and when one is read: a planner that
+trusts wrong costs does worse than one without.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from contracts.errors import ConfigError, TandemError
+from contracts.latency import StepWork
+from contracts.latency_models import FittedLatency
+from contracts.transfer_models import LinkTransfer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+#: Largest mean relative error over the held-out points with which a fit may be used.
+MAX_DECODE_ERROR = 0.05
+MAX_PREFILL_ERROR = 0.10
+
+StepKind = Literal["prefill", "decode", "mixed"]
+
+
+class ProfileRefused(TandemError):
+    """A fit that is too far from what was measured to plan with."""
+
+    code = "profile_refused"
+
+
+class ProfilePoint(msgspec.Struct, frozen=True, kw_only=True):
+    """One measured step beside what the fit says of it."""
+
+    work: StepWork
+    measured_s: float
+    #: Relative and signed: positive where the fit takes longer.
+    error: float
+    held_out: bool
+
+    @property
+    def kind(self) -> StepKind:
+        if self.work.num_decodes == 0:
+            return "prefill"
+        return "mixed" if self.work.prefill_tokens else "decode"
+
+
+class FitErrors(msgspec.Struct, frozen=True, kw_only=True):
+    """Mean absolute relative errors over the held-out points of each kind.
+
+    Nothing is fitted to mixed steps, and none is required of them: theirs says how well the rule for them holds.
+    """
+
+    prefill: float
+    decode: float
+    mixed: float
+
+    @classmethod
+    def of(cls, points: Iterable[ProfilePoint]) -> FitErrors:
+        """Raises ValueError where no point of a kind is held out."""
+        by_kind: dict[StepKind, list[float]] = {"prefill": [], "decode": [], "mixed": []}
+        for point in points:
+            if point.held_out:
+                by_kind[point.kind].append(abs(point.error))
+        for kind, errors in by_kind.items():
+            if not errors:
+                raise ValueError(f"no {kind} point is held out")
+        return cls(**{kind: fmean(errors) for kind, errors in by_kind.items()})
+
+    def require_usable(self, what: str) -> None:
+        """Raises ProfileRefused that begins with `what` and names both figures and limits."""
+        if self.decode > MAX_DECODE_ERROR or self.prefill > MAX_PREFILL_ERROR:
+            raise ProfileRefused(
+                f"{what}: on held-out points the fit is off by {self.decode:.1%} for decode (at most "
+                f"{MAX_DECODE_ERROR:.0%}) and {self.prefill:.1%} for prefill (at most {MAX_PREFILL_ERROR:.0%})"
+            )
+
+
+class LatencyProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that a study needs to stand for one kind of worker."""
+
+    format: Literal["tandem-latency-profile-1"] = "tandem-latency-profile-1"
+    model: str
+    model_fingerprint: str
+    kv_token_bytes: int
+    block_tokens: int
+    #: Of a worker as the configuration that was profiled would start it.
+    num_blocks: int
+    max_context_tokens: int
+    #: Device, kernels and dtype, as the engine says.
+    engine: str
+    hardware: str
+    #: Of the engine's compute threads.
+    threads: int
+    versions: dict[str, str]
+    #: ISO 8601, UTC.
+    measured_at: str
+    latency: FittedLatency
+    #: What a step costs its worker beyond the engine's own time: the way to its thread and back.
+    step_overhead_s: float
+    #: Between two workers on this machine, where it was measured.
+    transfer: LinkTransfer | None = None
+    errors: FitErrors
+    points: tuple[ProfilePoint, ...]
+
+
+def save_profile(profile: LatencyProfile, path: Path) -> None:
+    """Replaces `path` as a whole or not at all; makes its folder. Raises ConfigError that names the path."""
+    data = msgspec.json.format(msgspec.json.encode(profile), indent=2)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, data)
+    except OSError as error:
+        raise ConfigError(f"profile {path}: cannot be written: {error}") from error
+
+
+def load_profile(path: Path) -> LatencyProfile:
+    """Raises ConfigError that names the path and what is wrong in it; ProfileRefused as `require_usable`."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"profile {path}: cannot be read: {error.strerror}") from error
+    try:
+        profile = msgspec.json.decode(data, type=LatencyProfile)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"profile {path}: not a latency profile: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"profile {path}: not whole, or not JSON: {error}") from error
+    profile.errors.require_usable(f"profile {path}")
+    return profile
+
+
+def _replace(path: Path, data: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,114 @@
+"""Profiles as files: whole or refused, and never one whose fit missed its held-out points."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from contracts.errors import ConfigError
+from contracts.latency import StepWork
+from contracts.profile import FitErrors, ProfilePoint, ProfileRefused, load_profile, save_profile
+from tests.support.profiles import PROFILE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_what_was_stored_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "profile.json"
+    save_profile(PROFILE, path)
+    assert load_profile(path) == PROFILE
+    save_profile(msgspec.structs.replace(PROFILE, threads=2), path)
+    assert load_profile(path).threads == 2
+    assert [file.name for file in path.parent.iterdir()] == ["profile.json"]
+
+
+def test_missing_bytes_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    save_profile(PROFILE, path)
+    whole = path.read_bytes().rstrip(b"\n")
+    for length in range(0, len(whole), 53):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ConfigError, match=r"profile\.json: not whole"):
+            load_profile(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (b"[1, 2]", "not a latency profile"),
+        (b'{"format": "other"}', "not a latency profile: .*format"),
+        (b"\xff\xfe", "not whole, or not JSON"),
+        (b"{}", "not a latency profile: .*missing"),
+    ],
+)
+def test_foreign_files_are_named(tmp_path: Path, text: bytes, complaint: str) -> None:
+    path = tmp_path / "foreign.json"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError, match=rf"foreign\.json: {complaint}"):
+        load_profile(path)
+
+
+def test_impossible_coefficients_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    save_profile(PROFILE, path)
+    path.write_bytes(path.read_bytes().replace(b'"floor_s": 0.01', b'"floor_s": -0.01'))
+    with pytest.raises(ConfigError, match=r"not a latency profile: .*not negative"):
+        load_profile(path)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.json: cannot be read: No such file"):
+        load_profile(tmp_path / "none.json")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"profile\.json: cannot be written"):
+        save_profile(PROFILE, tmp_path / "file" / "profile.json")
+
+
+def test_an_interrupted_write_leaves_the_old_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "profile.json"
+    save_profile(PROFILE, path)
+
+    def full(descriptor: int) -> None:
+        # The folder is synced after the profile is in place; only the file's own bytes find the disk full.
+        assert stat.S_ISREG(os.fstat(descriptor).st_mode)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="No space left"):
+        save_profile(msgspec.structs.replace(PROFILE, threads=2), path)
+    assert load_profile(path) == PROFILE
+    assert [file.name for file in tmp_path.iterdir()] == ["profile.json"]
+
+
+@pytest.mark.parametrize("worse", [{"prefill": 0.101}, {"decode": 0.051}])
+def test_a_fit_that_misses_its_points_is_not_read(tmp_path: Path, worse: dict[str, float]) -> None:
+    path = tmp_path / "profile.json"
+    save_profile(msgspec.structs.replace(PROFILE, errors=msgspec.structs.replace(PROFILE.errors, **worse)), path)
+    with pytest.raises(ProfileRefused, match=r"at most 5%.*at most 10%"):
+        load_profile(path)
+
+
+def test_errors_are_means_over_held_out_points_of_each_kind() -> None:
+    works = {
+        "prefill": StepWork(16, 136.0, 1),
+        "decode": StepWork(0, 0.0, 0, 4, 400),
+        "mixed": StepWork(8, 36, 1, 2, 9),
+    }
+    points = [
+        ProfilePoint(work=work, measured_s=1.0, error=error, held_out=held_out)
+        for work, scale in ((works["prefill"], 1), (works["decode"], 2), (works["mixed"], 3))
+        for error, held_out in ((0.01 * scale, True), (-0.03 * scale, True), (0.9, False))
+    ]
+    errors = FitErrors.of(points)
+    assert (errors.prefill, errors.decode, errors.mixed) == pytest.approx((0.02, 0.04, 0.06))
+    assert [points[index].kind for index in (0, 3, 6)] == ["prefill", "decode", "mixed"]
+    with pytest.raises(ValueError, match="no mixed point is held out"):
+        FitErrors.of(points[:6])
