@@ -1,0 +1,27 @@
+"""Commands of the `tandem` script that simulate. It finds them by their entry points; help loads nothing heavy."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+from simulator.study.flags import ClusterFlags, LatencyFlags, ReportFlags, WorkloadFlags
+
+
+def simulate(
+    *,
+    cluster: ClusterFlags | None = None,
+    latency: LatencyFlags | None = None,
+    workload: WorkloadFlags | None = None,
+    report: ReportFlags | None = None,
+) -> int:
+    """Predict how a cluster would serve a workload: goodput, attainment, latencies, utilisation, plots."""
+    from simulator.study.run import run_study
+
+    return run_study(
+        cluster or ClusterFlags(),
+        latency or LatencyFlags(),
+        workload or WorkloadFlags(),
+        report or ReportFlags(),
+        command=shlex.join(["tandem", *sys.argv[1:]]),
+    )

@@ -1,0 +1,504 @@
+"""The decode side of a worker in a study: the order of things as in `decode.batch` and `kvtransfer.reader`, the
+decisions their policies'.
+
+Answers that write in every step are members of a `Lockstep` group; those that do not (yet) are looked at one by one:
+adopted since the last step, left out by the budget, or being read again after a preemption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING
+
+from decode.admission import OfferVerdict, admit, may_resume, retry_after_s
+from engine.compose import Candidate, GrantReason
+from engine.room import Demand
+from simulator.heap.growth import GrowthBook
+from simulator.heap.lockstep import Lockstep
+from simulator.heap.request import AnswerStage
+from simulator.heap.results import Outcome
+from worker.shell import WorkerLimits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from engine.compose import Grant
+    from simulator.heap.context import Context
+    from simulator.heap.request import Request
+    from simulator.heap.spec import WorkerGroup
+    from simulator.heap.stretch import Stretch
+    from simulator.heap.worker import Worker
+
+#: Of a worker as it is started without further ado.
+_LIVE_LIMITS = WorkerLimits()
+
+
+class Answers:
+    def __init__(self, context: Context, worker: Worker, group: WorkerGroup) -> None:
+        self._context = context
+        self._heap = context.heap
+        self._itl_s = context.recorder.itl_s
+        self._message_s = context.spec.message_s
+        self._block_tokens = context.layout.block_tokens
+        self._worker = worker
+        #: Offered and not adopted: how many, and their prompts' tokens.
+        self._num_incoming = 0
+        self._incoming_tokens = 0
+        #: Offers without blocks, oldest first, and some that were given up; of the others: how many.
+        self._offers: deque[Request] = deque()
+        self._num_offers = 0
+        self.lockstep = Lockstep(context.layout.block_tokens)
+        #: Blocks of its members, as of the last step that began.
+        self._lockstep_blocks = 0
+        self._growth = GrowthBook(self.lockstep, worker.room, group.decode, context)
+        #: Members whose first step in the group has not ended, and when the group's last step ended.
+        self._joined: list[Request] = []
+        self._last_step_s = math.nan
+        #: Answers with blocks outside the group, by sequence id: to write a token, to be read again.
+        self._loose: dict[int, Request] = {}
+        self._reread: dict[int, Request] = {}
+        self._preempted: dict[int, Request] = {}
+        #: What could write a token in the next step, by sequence id; whether that changed since the last one.
+        self._writers: dict[int, Candidate] = {}
+        self._writers_changed = False
+        self._doomed: list[Request] = []
+        self.preemptions_total = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._writers) + len(self._reread)
+
+    @property
+    def num_preempted(self) -> int:
+        return len(self._preempted)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_incoming + len(self._preempted)
+
+    def context_tokens(self, ahead: int) -> int:
+        """Tokens of running and preempted sequences, and of prompts on their way; the group is `ahead` steps on."""
+        tokens = self.lockstep.context_tokens(ahead) + self._incoming_tokens
+        for some in (self._loose, self._reread, self._preempted):
+            for request in some.values():
+                tokens += request.num_tokens
+        return tokens
+
+    # --- offers and pulls -------------------------------------------------------------------------
+
+    def offered(self, request: Request) -> None:
+        """An offer arrives, for the first time or again after a refusal."""
+        if request.over:
+            self._heap.overtaken()
+            return
+        worker, now_s = self._worker, self._heap.now_s
+        worker.sync()
+        demand = request.answer_demand
+        if demand is None:
+            growth_blocks = worker.growth_blocks_of(request, request.num_blocks)
+            demand = Demand(arrival_s=now_s, num_blocks=request.num_blocks, growth_blocks=growth_blocks)
+        if self._num_offers >= _LIVE_LIMITS.max_waiting_offers:
+            waited_s = now_s - _demand_of(self._first_offer()).arrival_s
+            pause_s = retry_after_s(waited_s, _LIVE_LIMITS.lease_ttl_s)
+            self._heap.after(2 * self._message_s + pause_s, self.offered, request)
+            return
+        request.answer_demand = demand
+        request.answer_stage = AnswerStage.OFFERED
+        self._num_incoming += 1
+        self._incoming_tokens += request.prompt_tokens
+        self._offers.append(request)
+        self._num_offers += 1
+        self.serve_offers()
+
+    def _first_offer(self) -> Request:
+        """The offer that has waited longest; there must be one."""
+        while self._offers[0].answer_stage is not AnswerStage.OFFERED:
+            self._offers.popleft()
+        return self._offers[0]
+
+    def serve_offers(self) -> None:
+        """Reserves blocks for waiting offers in the order of arrival, as far as the policy lets it. The worker's
+        blocks must be up to date."""
+        worker = self._worker
+        room = worker.room
+        served = False
+        room.offer = None
+        while self._num_offers:
+            request = self._first_offer()
+            demand = room.offer = _demand_of(request)
+            if admit(demand, room.view()) is not OfferVerdict.RESERVE:
+                break
+            room.offer = None
+            self._offers.popleft()
+            self._num_offers -= 1
+            worker.take_blocks(request.num_blocks)
+            request.answer_stage = AnswerStage.PULLING
+            room.promise(request.row, demand.growth_blocks)
+            self._drive(request)
+            served = True
+        if served:
+            worker.refit()
+
+    def announced(self, news: tuple[Request, int, bool]) -> None:
+        """A Progress call arrives: these blocks are final, and whether they are all."""
+        request, num_blocks, sealed = news
+        if request.over:
+            self._heap.overtaken()
+            return
+        request.announced_blocks = num_blocks
+        request.sealed = sealed
+        if request.answer_stage is AnswerStage.PULLING:
+            self._drive(request)
+
+    def _drive(self, request: Request) -> None:
+        """Pulls what is announced, one pull at a time; confirms once everything is here."""
+        if request.flow is not None:
+            return
+        if request.pulled_blocks < request.announced_blocks:
+            holder = request.prefill
+            assert holder is not None, "placed before it was sent"
+            request.flow = self._context.wires.pull(
+                holder.interface,
+                self._worker.interface,
+                request,
+                request.announced_blocks - request.pulled_blocks,
+                self._pulled,
+            )
+        elif request.sealed:
+            self._heap.after(2 * self._message_s, self._confirmed, request)
+
+    def _pulled(self, request: Request, num_blocks: int) -> None:
+        request.flow = None
+        request.pulled_blocks += num_blocks
+        if request.over:
+            # Until now its blocks were quarantined.
+            self._worker.sync()
+            self._worker.free_blocks(request.num_blocks)
+            self._blocks_may_be_free()
+            return
+        self._drive(request)
+
+    def _confirmed(self, request: Request) -> None:
+        """The lease still stood after the last byte: the answer goes on here."""
+        if request.over:
+            self._heap.overtaken()
+            return
+        worker = self._worker
+        worker.sync()
+        self._num_incoming -= 1
+        self._incoming_tokens -= request.prompt_tokens
+        request.sequence_id = worker.next_sequence_id()
+        request.held_blocks = request.num_blocks
+        self._start(request)
+        worker.wake()
+        assert request.prefill is not None, "placed before it was sent"
+        self._heap.after(self._message_s, request.prefill.prompts.acknowledged, request)
+
+    # --- sequences --------------------------------------------------------------------------------
+
+    def take_over(self, request: Request) -> None:
+        """A prompt read by this same worker: its blocks stay where they are."""
+        self._start(request)
+
+    def _start(self, request: Request) -> None:
+        """It has blocks, and one token to compute."""
+        request.answer_stage = AnswerStage.RUNNING
+        if request.answer_demand is None:
+            request.answer_demand = Demand(arrival_s=self._heap.now_s, num_blocks=request.num_blocks)
+        self._promise(request)
+        self._loose[request.sequence_id] = request
+        self._writes(request)
+
+    def _writes(self, request: Request) -> None:
+        sequence_id = request.sequence_id
+        self._writers[sequence_id] = Candidate(sequence_id=sequence_id, num_tokens=1, arrival=sequence_id, started=True)
+        self._writers_changed = True
+
+    def _promise(self, request: Request) -> None:
+        worker = self._worker
+        worker.room.promise(request.row, worker.growth_blocks_of(request, request.held_blocks))
+
+    def give_up(self, request: Request) -> None:
+        """The request is over: forgets it, after the step or the pull that writes its blocks."""
+        worker = self._worker
+        match request.answer_stage:
+            case AnswerStage.ABSENT:
+                return
+            case AnswerStage.OFFERED:
+                self._num_offers -= 1
+                self._forget_offer(request)
+                self.serve_offers()
+            case AnswerStage.PULLING:
+                self._forget_offer(request)
+                if request.flow is None:
+                    worker.free_blocks(request.num_blocks)
+                # What it was promised is free in any case.
+                self._blocks_may_be_free()
+            case AnswerStage.RUNNING if request.in_step or request.sequence_id in self.lockstep.members:
+                self._doomed.append(request)
+                worker.wake()
+            case AnswerStage.RUNNING | AnswerStage.PREEMPTED:
+                self._drop(request)
+                worker.wake()
+
+    def _forget_offer(self, request: Request) -> None:
+        request.answer_stage = AnswerStage.ABSENT
+        self._num_incoming -= 1
+        self._incoming_tokens -= request.prompt_tokens
+        self._worker.room.forget(request.row)
+
+    # --- between steps ----------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """What comes before the composition of a step: blocks to grow, preemption, readmission, offers."""
+        self._make_room()
+        if self._preempted:
+            self._resume()
+        if self._num_offers:
+            self.serve_offers()
+
+    def _make_room(self) -> None:
+        """Gives every running sequence the blocks for its remaining tokens, oldest first, preempting the newest."""
+        grown_blocks = self.lockstep.num_blocks(0)
+        wanted = grown_blocks - self._lockstep_blocks
+        for request in self._loose.values():
+            wanted += self._missing_blocks(request)
+        if wanted > self._worker.available_blocks:
+            self._make_room_one_by_one()
+            return
+        self._worker.take_blocks(wanted)
+        self._lockstep_blocks = grown_blocks
+        self._growth.note(0)
+        for request in self._loose.values():
+            if missing := self._missing_blocks(request):
+                request.held_blocks += missing
+                self._promise(request)
+
+    def _missing_blocks(self, request: Request) -> int:
+        """Outside the group."""
+        return -(-request.num_tokens // self._block_tokens) - request.held_blocks
+
+    def _make_room_one_by_one(self) -> None:
+        members = self.lockstep.members
+        running = {**members, **self._loose, **self._reread}
+        order = deque(running[sequence_id] for sequence_id in sorted(running))
+        while order:
+            request = order[0]
+            is_member = request.sequence_id in members
+            if is_member:
+                missing = self.lockstep.blocks_of(request, 0) - self.lockstep.blocks_of(request, -1)
+            else:
+                missing = self._missing_blocks(request)
+            if missing > self._worker.available_blocks:
+                self._preempt(order.pop())
+                continue
+            order.popleft()
+            self._worker.take_blocks(missing)
+            if is_member:
+                self._lockstep_blocks += missing
+            elif missing:
+                request.held_blocks += missing
+                self._promise(request)
+        self._growth.note(0)
+
+    def _preempt(self, request: Request) -> None:
+        self._leave(request)
+        needed = -(-request.num_tokens // self._block_tokens)
+        if needed > self._worker.num_blocks:
+            request.answer_stage = AnswerStage.ABSENT
+            self._context.on_end(request, Outcome.FAILED)
+            return
+        self.preemptions_total += 1
+        request.preemptions += 1
+        request.num_computed = 0
+        request.answer_stage = AnswerStage.PREEMPTED
+        self._preempted[request.sequence_id] = request
+        self._worker.room.starving = True
+
+    def _leave(self, request: Request) -> None:
+        """Takes a running sequence out of all lists, and its blocks from it; it has no step under way. A member of
+        the group holds the blocks of its last step."""
+        sequence_id = request.sequence_id
+        if sequence_id in self.lockstep.members:
+            request.held_blocks = self.lockstep.blocks_of(request, -1)
+            self._lockstep_blocks -= request.held_blocks
+            self.lockstep.leave(request)
+            request.last_token_s = self._last_step_s
+        else:
+            self._loose.pop(sequence_id, None)
+            self._reread.pop(sequence_id, None)
+        if self._writers.pop(sequence_id, None) is not None:
+            self._writers_changed = True
+        self._worker.room.forget(request.row)
+        self._worker.free_blocks(request.held_blocks)
+        request.held_blocks = 0
+
+    def _drop(self, request: Request) -> None:
+        """Ends it on this side."""
+        if request.answer_stage is AnswerStage.PREEMPTED:
+            del self._preempted[request.sequence_id]
+        else:
+            self._leave(request)
+        request.answer_stage = AnswerStage.ABSENT
+        self._worker.room.starving = bool(self._preempted)
+        self.serve_offers()
+
+    def _resume(self) -> None:
+        """Gives preempted sequences their blocks back, in order of arrival."""
+        worker = self._worker
+        while self._preempted:
+            sequence_id = min(self._preempted)
+            request = self._preempted[sequence_id]
+            needed = -(-request.num_tokens // self._block_tokens)
+            growth_blocks = worker.growth_blocks_of(request, needed)
+            demand = Demand(arrival_s=_demand_of(request).arrival_s, num_blocks=needed, growth_blocks=growth_blocks)
+            if not may_resume(demand, worker.room.view()):
+                return
+            worker.take_blocks(needed)
+            request.held_blocks = needed
+            request.answer_stage = AnswerStage.RUNNING
+            del self._preempted[sequence_id]
+            worker.room.starving = bool(self._preempted)
+            worker.room.promise(request.row, growth_blocks)
+            self._reread[sequence_id] = request
+
+    def _blocks_may_be_free(self) -> None:
+        self.serve_offers()
+        self._worker.wake()
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def writers(self) -> list[Candidate]:
+        """Sequences that could write a token."""
+        return list(self._writers.values())
+
+    @property
+    def must_compose(self) -> bool:
+        """Whether the next step may have other writers than the last."""
+        return self._writers_changed or bool(self._loose)
+
+    def rereads(self) -> list[Candidate]:
+        """Preempted sequences to be read again."""
+        return [
+            Candidate(
+                sequence_id=sequence_id,
+                num_tokens=request.num_tokens - request.num_computed,
+                arrival=sequence_id,
+                started=True,
+            )
+            for sequence_id, request in self._reread.items()
+        ]
+
+    def build(self, sequence_id: int) -> Request | None:
+        """A chunk of this sequence goes into a step; None where it is a prompt's."""
+        request = self._reread.get(sequence_id)
+        if request is not None:
+            request.in_step = True
+        return request
+
+    def regroup(self, grants: Iterable[Grant], num_writers: int) -> None:
+        """The group becomes those that write in the next step, `num_writers` of `grants`."""
+        self._writers_changed = False
+        lockstep = self.lockstep
+        if num_writers < len(self._writers):
+            granted = {grant.sequence_id for grant in grants if grant.reason is GrantReason.DECODE}
+            for request in [each for each in lockstep.members.values() if each.sequence_id not in granted]:
+                self._set_aside(request)
+            joining = [request for request in self._loose.values() if request.sequence_id in granted]
+        else:
+            joining = list(self._loose.values())
+        for request in joining:
+            del self._loose[request.sequence_id]
+            lockstep.join(request)
+            self._lockstep_blocks += request.held_blocks
+            self._growth.follow(request)
+        self._joined += joining
+
+    def _set_aside(self, request: Request) -> None:
+        """Out of the group, with all its blocks: there is no place for it in the step."""
+        request.held_blocks = self.lockstep.blocks_of(request, 0)
+        self._lockstep_blocks -= request.held_blocks
+        self.lockstep.leave(request)
+        request.last_token_s = self._last_step_s
+        self._loose[request.sequence_id] = request
+
+    def grow(self, ahead: int) -> int:
+        """The group is in that step: takes note of its blocks; how many they have become more."""
+        blocks = self.lockstep.num_blocks(ahead)
+        more = blocks - self._lockstep_blocks
+        if more:
+            self._lockstep_blocks = blocks
+            self._growth.note(ahead)
+        return more
+
+    def steps_within_blocks(self, most: int, ahead: int) -> int:
+        """How many steps, at most `most`, all members have blocks for; they are in the step `ahead`, and have its
+        blocks."""
+        num_blocks = self._lockstep_blocks + self._worker.available_blocks
+        return self.lockstep.steps_within(num_blocks, most - 1) + 1
+
+    def wrote(self, stretch: Stretch, num_steps: int) -> None:
+        """The group has written a token in each of these steps; the worker's blocks are those of the last."""
+        lockstep = self.lockstep
+        first_end_s = stretch.end_s(1)
+        joined = self._joined
+        if stayed := lockstep.size - len(joined):
+            self._itl_s.add(first_end_s - self._last_step_s, stayed)
+        if joined:
+            for request in joined:
+                self._note_gap(request, first_end_s)
+            joined.clear()
+        if num_steps > 1:
+            first_gap_s = stretch.first_s + stretch.growth_s + stretch.gap_s
+            last_gap_s = first_gap_s + (num_steps - 2) * stretch.growth_s
+            self._itl_s.add_ramp(first_gap_s, last_gap_s, num_steps - 1, lockstep.size)
+        self._last_step_s = stretch.end_s(num_steps)
+        lockstep.step += num_steps
+
+    def _note_gap(self, request: Request, token_s: float) -> None:
+        self._itl_s.add(token_s - request.last_token_s)
+        self.note_second_token(request, token_s)
+
+    def note_second_token(self, request: Request, token_s: float) -> None:
+        """It writes a token then, and may have written earlier."""
+        if math.isnan(request.second_token_s):
+            request.second_token_s = token_s + self._message_s
+
+    def end_finished(self) -> None:
+        """Ends what has written its last token, and what was given up during the step."""
+        for request in self.lockstep.finished():
+            if not request.over:
+                self._finish(request)
+        if self._doomed:
+            doomed, self._doomed = self._doomed, []
+            for request in doomed:
+                self._drop(request)
+
+    def _finish(self, request: Request) -> None:
+        request.finished_s = self._heap.now_s + self._message_s
+        self._drop(request)
+        self._context.on_end(request, Outcome.FINISHED)
+
+    def reread(self, request: Request, num_tokens: int) -> None:
+        """A step with a chunk of a preempted sequence has ended; with the last one its next token is there."""
+        request.in_step = False
+        request.num_computed += num_tokens
+        if request.over or request.num_computed < request.num_tokens:
+            return
+        now_s = self._heap.now_s
+        self._note_gap(request, now_s)
+        request.last_token_s = now_s
+        request.num_written += 1
+        self._worker.decode_tokens += 1
+        if request.num_written == request.output_tokens:
+            self._finish(request)
+            return
+        del self._reread[request.sequence_id]
+        self._loose[request.sequence_id] = request
+        self._writes(request)
+
+
+def _demand_of(request: Request) -> Demand:
+    assert request.answer_demand is not None, "made with the offer"
+    return request.answer_demand

@@ -1,0 +1,30 @@
+"""What all parts of a running study share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from contracts.layout import BlockLayout
+    from simulator.heap.events import EventHeap
+    from simulator.heap.recorder import Recorder
+    from simulator.heap.request import Request
+    from simulator.heap.results import Outcome
+    from simulator.heap.spec import StudySpec
+    from simulator.heap.wires import Wires
+
+
+@dataclass(slots=True, kw_only=True)
+class Context:
+    spec: StudySpec
+    layout: BlockLayout
+    heap: EventHeap
+    wires: Wires
+    recorder: Recorder
+    #: Reports the one end of a request.
+    on_end: Callable[[Request, Outcome], None]
+    #: Reports that a worker refused a request, and after how many seconds it may be sent again.
+    on_refused: Callable[[Request, float], None]

@@ -1,0 +1,173 @@
+"""Arrivals, placements, refusals and time-outs, and the workers' heartbeats: what gateway and coordinator do."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING
+
+from contracts.ids import RequestId
+from contracts.messages import DispatchItem
+from coordinator.policy.dispatch import Refused, choose
+from simulator.heap.request import Request
+from simulator.heap.results import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from coordinator.fleet import Fleet
+    from simulator.heap.context import Context
+    from simulator.heap.worker import Worker
+    from workload.request import WorkloadRequest
+
+
+class Gateway:
+    def __init__(
+        self, context: Context, fleet: Fleet, workers: Sequence[Worker], requests: Iterator[WorkloadRequest]
+    ) -> None:
+        """`workers`: by row of `fleet`."""
+        spec = context.spec
+        self._context = context
+        self._heap = context.heap
+        self._spec = spec
+        self._fleet = fleet
+        self._view = fleet.view()
+        self._workers = workers
+        self._requests = requests
+        self._to_coordinator_s = spec.gateway_s + spec.message_s
+        self._exhausted = False
+        self._last_arrival_s = 0.0
+        self._num_open = 0
+        #: By deadline, all that are not over and some that are.
+        self._deadlines: deque[Request] = deque()
+        self._deadline_set = False
+        self.num_ended = 0
+        #: When the last request ended.
+        self.end_s = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Every request has come and ended."""
+        return self._exhausted and not self._num_open
+
+    def start(self) -> None:
+        self._await_next()
+        interval_s = self._spec.heartbeat_interval_s
+        for row in range(len(self._workers)):
+            self._heap.at(interval_s * (row + 1) / len(self._workers), self._beat, row)
+
+    def _beat(self, row: int) -> None:
+        """Load as of the moment in which the coordinator hears it; a worker pauses from when it is answered."""
+        if self.done:
+            self._heap.overtaken()
+            return
+        self._fleet.report(row, self._workers[row].load(), self._heap.now_s)
+        self._heap.after(self._spec.heartbeat_interval_s + 2 * self._spec.message_s, self._beat, row)
+
+    # --- arrivals and placements ------------------------------------------------------------------
+
+    def _await_next(self) -> None:
+        """The next of the workload, as it will reach the coordinator."""
+        item = next(self._requests, None)
+        if item is None:
+            self._exhausted = True
+            return
+        request = self._request(item)
+        self._num_open += 1
+        self._heap.at(item.arrival_s + self._to_coordinator_s, self._arrive, request)
+
+    def _request(self, item: WorkloadRequest) -> Request:
+        arrival_s = item.arrival_s
+        if not arrival_s >= self._last_arrival_s:
+            raise ValueError(
+                f"requests must be in order of arrival: one at {arrival_s} s follows one at {self._last_arrival_s} s"
+            )
+        if not math.isfinite(arrival_s):
+            raise ValueError(f"a request arrives at {arrival_s} s: {item}")
+        if item.prompt_tokens < 1 or item.output_tokens < 1:
+            raise ValueError(f"a request needs prompt and output tokens: {item}")
+        self._last_arrival_s = arrival_s
+        room_tokens = max(1, self._spec.max_context_tokens - item.prompt_tokens)
+        output_tokens = min(item.output_tokens, room_tokens)
+        row = self._context.recorder.add(arrival_s, item.prompt_tokens, output_tokens, item.slo_class)
+        return Request(row, arrival_s, item.prompt_tokens, output_tokens, arrival_s + self._spec.request_timeout_s)
+
+    def _arrive(self, request: Request) -> None:
+        self._await_next()
+        self._deadlines.append(request)
+        if not self._deadline_set:
+            self._watch_deadline()
+        self._place(request)
+
+    def _place(self, request: Request) -> None:
+        if request.over:
+            self._heap.overtaken()
+            return
+        item = DispatchItem(
+            request_id=RequestId(str(request.row)),
+            prompt_tokens=request.prompt_tokens,
+            max_tokens=request.output_tokens,
+        )
+        choice = choose(item, self._view, self._spec.dispatch)
+        if isinstance(choice, Refused):
+            self.refuse(request, choice.retry_after_s)
+            return
+        now_s = self._heap.now_s
+        self._fleet.book(item, choice.prefill_row, choice.decode_row, now_s)
+        request.prefill = self._workers[choice.prefill_row]
+        request.decode = self._workers[choice.decode_row]
+        self._heap.at(now_s + 2 * self._spec.message_s, request.prefill.prompts.submit, request)
+
+    # --- ends -------------------------------------------------------------------------------------
+
+    def refuse(self, request: Request, retry_after_s: float) -> None:
+        """Coordinator or worker refuse it, and say when it may come again; 0: never."""
+        request.prefill = request.decode = None
+        request.num_refusals += 1
+        if request.num_refusals > self._spec.max_retries or not retry_after_s:
+            self.end(request, Outcome.REJECTED)
+            return
+        self._heap.after(self._spec.message_s + retry_after_s + self._to_coordinator_s, self._place, request)
+
+    def end(self, request: Request, outcome: Outcome) -> None:
+        """Once for each request."""
+        request.over = True
+        self._num_open -= 1
+        self.num_ended += 1
+        self.end_s = self._heap.now_s
+        self._context.recorder.end(request, outcome)
+
+    def _watch_deadline(self) -> None:
+        """There is at most one timer, for the request that is given up next."""
+        deadlines = self._deadlines
+        while deadlines and deadlines[0].over:
+            deadlines.popleft()
+        self._deadline_set = bool(deadlines)
+        if deadlines:
+            self._heap.at(deadlines[0].deadline_s, self._deadline_passes, None)
+
+    def _deadline_passes(self, _: None) -> None:
+        now_s = self._heap.now_s
+        deadlines = self._deadlines
+        num_late = 0
+        while deadlines and (deadlines[0].over or deadlines[0].deadline_s <= now_s):
+            request = deadlines.popleft()
+            if not request.over:
+                self._give_up(request)
+                num_late += 1
+        if not num_late:
+            self._heap.overtaken()
+        self._watch_deadline()
+
+    def _give_up(self, request: Request) -> None:
+        """Its workers hear of it at once."""
+        prefill, decode = request.prefill, request.decode
+        if prefill is None or decode is None:
+            self.end(request, Outcome.TIMED_OUT)
+            return
+        decode.note_second_token(request)
+        self.end(request, Outcome.TIMED_OUT)
+        prefill.sync()
+        decode.sync()
+        prefill.prompts.give_up(request)
+        decode.answers.give_up(request)

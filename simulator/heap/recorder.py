@@ -1,0 +1,154 @@
+"""What a study writes down while it runs: one row a request, weighted gaps between tokens, samples of the time line."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from contracts.errors import InvariantBroken
+from simulator.heap.histogram import Histogram
+from simulator.heap.results import Outcome, RequestColumns, TimeLine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from simulator.heap.request import Request
+    from simulator.heap.worker import Worker
+
+
+class Recorder:
+    """Columns grow by appending; a request's row is filled in when it ends."""
+
+    def __init__(self) -> None:
+        self._arrival_s = array("d")
+        self._prompt_tokens = array("i")
+        self._output_tokens = array("i")
+        self._outcome = array("b")
+        self._prefill_worker = array("i")
+        self._decode_worker = array("i")
+        self._started_s = array("d")
+        self._first_token_s = array("d")
+        self._second_token_s = array("d")
+        self._finished_s = array("d")
+        self._transfer_s = array("f")
+        self._preemptions = array("h")
+        self._slo_class = array("h")
+        #: Index of each SLO class, in order of appearance.
+        self._classes: dict[str, int] = {}
+        self.itl_s = Histogram()
+
+    def add(self, arrival_s: float, prompt_tokens: int, output_tokens: int, slo_class: str) -> int:
+        """A row for a request that arrives; returns its number."""
+        self._arrival_s.append(arrival_s)
+        self._prompt_tokens.append(prompt_tokens)
+        self._output_tokens.append(output_tokens)
+        self._outcome.append(-1)
+        self._prefill_worker.append(-1)
+        self._decode_worker.append(-1)
+        self._started_s.append(math.nan)
+        self._first_token_s.append(math.nan)
+        self._second_token_s.append(math.nan)
+        self._finished_s.append(math.nan)
+        self._transfer_s.append(0.0)
+        self._preemptions.append(0)
+        self._slo_class.append(self._classes.setdefault(slo_class, len(self._classes)))
+        return len(self._arrival_s) - 1
+
+    def end(self, request: Request, outcome: Outcome) -> None:
+        """Once for each request."""
+        row = request.row
+        if self._outcome[row] != -1:
+            raise InvariantBroken(f"{request} ends a second time: {outcome.name}")
+        self._outcome[row] = outcome
+        if request.prefill is not None and request.decode is not None:
+            self._prefill_worker[row] = request.prefill.row
+            self._decode_worker[row] = request.decode.row
+        self._started_s[row] = request.started_s
+        self._first_token_s[row] = request.first_token_s
+        self._second_token_s[row] = request.second_token_s
+        self._finished_s[row] = request.finished_s
+        self._transfer_s[row] = request.transfer_s
+        self._preemptions[row] = min(request.preemptions, 32_767)
+
+    @property
+    def slo_classes(self) -> tuple[str, ...]:
+        return tuple(self._classes)
+
+    def columns(self) -> RequestColumns:
+        return RequestColumns(
+            arrival_s=np.array(self._arrival_s, np.float64),
+            prompt_tokens=np.array(self._prompt_tokens, np.int32),
+            output_tokens=np.array(self._output_tokens, np.int32),
+            outcome=np.array(self._outcome, np.int8),
+            prefill_worker=np.array(self._prefill_worker, np.int32),
+            decode_worker=np.array(self._decode_worker, np.int32),
+            started_s=np.array(self._started_s, np.float64),
+            first_token_s=np.array(self._first_token_s, np.float64),
+            second_token_s=np.array(self._second_token_s, np.float64),
+            finished_s=np.array(self._finished_s, np.float64),
+            transfer_s=np.array(self._transfer_s, np.float32),
+            preemptions=np.array(self._preemptions, np.int16),
+            slo_class=np.array(self._slo_class, np.int16),
+        )
+
+
+class Sampler:
+    """Takes a sample of all workers whenever it is asked to."""
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._workers = workers
+        self._num_blocks = sum(worker.num_blocks for worker in workers)
+        self._last_s = 0.0
+        self._last_busy_s = [0.0] * len(workers)
+        self._samples: list[tuple[float, int, int, int, float, float, float]] = []
+
+    def take(self, now_s: float) -> None:
+        prompts = answers = preempted = used_blocks = 0
+        prefill_busy_s = decode_busy_s = 0.0
+        num_prefill = num_decode = 0
+        for index, worker in enumerate(self._workers):
+            worker.sync()
+            prompts += worker.prompts.num_open
+            answers += worker.answers.num_running
+            preempted += worker.answers.num_preempted
+            used_blocks += worker.used_blocks
+            busy_s = worker.busy_until_now_s()
+            delta_s, self._last_busy_s[index] = busy_s - self._last_busy_s[index], busy_s
+            if worker.role != "decode":
+                prefill_busy_s += delta_s
+                num_prefill += 1
+            if worker.role != "prefill":
+                decode_busy_s += delta_s
+                num_decode += 1
+        span_s = now_s - self._last_s
+        self._last_s = now_s
+        self._samples.append(
+            (
+                now_s,
+                prompts,
+                answers,
+                preempted,
+                _share(prefill_busy_s, num_prefill * span_s),
+                _share(decode_busy_s, num_decode * span_s),
+                used_blocks / self._num_blocks,
+            )
+        )
+
+    def time_line(self) -> TimeLine:
+        columns = list(zip(*self._samples, strict=True)) or [()] * 7
+        return TimeLine(
+            at_s=np.array(columns[0], np.float64),
+            prompts=np.array(columns[1], np.int32),
+            answers=np.array(columns[2], np.int32),
+            preempted=np.array(columns[3], np.int32),
+            prefill_busy=np.array(columns[4], np.float32),
+            decode_busy=np.array(columns[5], np.float32),
+            blocks_used=np.array(columns[6], np.float32),
+        )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,357 @@
+"""A worker in a study: its blocks, both its sides, and its steps.
+
+The loop is that of `worker.step_loop`: gather candidates, compose, step, apply, at the worker's own pace. What
+happens during a step is seen by the next one. Steps that only decode are taken together: until somebody finishes
+or blocks run out their ends are known in closed form, and what comes meanwhile cuts the stretch at the end of the
+step that is under way. The next step is composed when the last one ends, and begins after `between_steps_s`.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from contracts.errors import InvariantBroken
+from contracts.latency import StepWork
+from contracts.messages import WorkerLoad
+from engine.compose import GrantReason, compose
+from engine.room import Room
+from simulator.heap.answers import Answers
+from simulator.heap.prompts import Prompts
+from simulator.heap.results import WorkerUsage
+from simulator.heap.stretch import Stretch
+from simulator.heap.wires import Interface
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from contracts.messages import Role
+    from engine.compose import Grant
+    from simulator.heap.context import Context
+    from simulator.heap.request import Request
+    from simulator.heap.spec import WorkerGroup
+
+#: The sequences of a step with chunks, and how many tokens of each.
+Chunks = list[tuple["Request", int]]
+
+
+class State(IntEnum):
+    IDLE = 0
+    #: Composing, or handing out results: what changes is seen at once.
+    BETWEEN = 1
+    #: Steps that only decode, taken together.
+    STRETCH = 2
+    #: A step with chunks; with pipeline stages, as long as the first of them is taken.
+    STEP = 3
+
+
+class Worker:
+    def __init__(self, context: Context, group: WorkerGroup, worker_id: str, row: int) -> None:
+        self._heap = context.heap
+        self._gap_s = context.spec.between_steps_s
+        self._latency = group.latency
+        self._budget = group.budget
+        self._num_stages = group.pipeline_stages
+        self.worker_id = worker_id
+        self.row = row
+        self.role: Role = group.role
+        self.num_blocks = group.num_blocks
+        self.interface = Interface()
+        self.available_blocks = group.num_blocks
+        self.room = Room(
+            layout=context.layout,
+            num_blocks=group.num_blocks,
+            growth_tokens=group.decode.growth_tokens,
+            available_blocks=lambda: self.available_blocks,
+        )
+        self.prompts = Prompts(context, self, group)
+        self.answers = Answers(context, self, group)
+        self._num_sequences = 0
+        self._state = State.IDLE
+        #: No step begins before.
+        self._ready_s = 0.0
+        #: The steps under way and, of a stretch, how many it is to have; of a step with chunks, 1.
+        self._stretch = Stretch(0.0, 0.0, 0.0, 0.0)
+        self._planned_steps = 0
+        #: Of a stretch: how many steps had ended when that was last asked, and when that was.
+        self._ended_steps = 0
+        self._ended_at_s = -1.0
+        #: When each pipeline stage is free.
+        self._stage_free_s = [0.0] * group.pipeline_stages
+        #: Seconds in steps, before the steps under way.
+        self._busy_s = 0.0
+        self.num_steps = 0
+        self._prefill_tokens = 0
+        self.decode_tokens = 0
+        self._peak_blocks = 0
+        #: Integral of blocks that are not free, up to `_counted_s`.
+        self._block_seconds = 0.0
+        self._counted_s = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"<worker {self.worker_id} {self._state.name} [{self.available_blocks}/{self.num_blocks} blocks free, "
+            f"{self.prompts.num_open} prompts, {self.answers.num_running} answers]>"
+        )
+
+    # --- blocks -----------------------------------------------------------------------------------
+
+    @property
+    def used_blocks(self) -> int:
+        return self.num_blocks - self.available_blocks
+
+    def take_blocks(self, num_blocks: int) -> None:
+        self.available_blocks -= num_blocks
+        assert self.available_blocks >= 0, self
+        self._peak_blocks = max(self._peak_blocks, self.num_blocks - self.available_blocks)
+
+    def free_blocks(self, num_blocks: int) -> None:
+        self.available_blocks += num_blocks
+        assert self.available_blocks <= self.num_blocks, self
+
+    def sync(self) -> None:
+        """Brings the blocks up to date, before anything looks at them: those of a group grow during a stretch. Their
+        integral takes the growth between two looks as even."""
+        now_s = self._heap.now_s
+        if now_s == self._counted_s:
+            return
+        used_before = self.num_blocks - self.available_blocks
+        if self._state is State.STRETCH:
+            self._grow(self._steps_ended())
+        used_blocks = used_before + self.num_blocks - self.available_blocks
+        self._block_seconds += 0.5 * (now_s - self._counted_s) * used_blocks
+        self._counted_s = now_s
+
+    def _grow(self, ahead: int) -> None:
+        if more := self.answers.grow(ahead):
+            self.take_blocks(more)
+
+    def _steps_ended(self) -> int:
+        """Of the stretch; its last step ends with an event of its own."""
+        now_s = self._heap.now_s
+        if now_s != self._ended_at_s:
+            self._ended_at_s = now_s
+            self._ended_steps = min(self._stretch.ended_by(now_s), self._planned_steps - 1)
+        return self._ended_steps
+
+    def growth_blocks_of(self, request: Request, num_held: int) -> int:
+        return self.room.growth_until(request.prompt_tokens + request.output_tokens - 1, num_held)
+
+    def note_second_token(self, request: Request) -> None:
+        """Brings it up to date in the midst of a stretch."""
+        is_member = self.answers.lockstep.members.get(request.sequence_id) is request
+        if is_member and self._state is State.STRETCH and self._steps_ended():
+            self.answers.note_second_token(request, self._stretch.end_s(1))
+
+    def next_sequence_id(self) -> int:
+        self._num_sequences += 1
+        return self._num_sequences
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Something changed that may make work possible, or less of it: the next step is to see it."""
+        if self._state is State.IDLE:
+            self._gather()
+        elif self._state is State.STRETCH:
+            self._cut(self._steps_ended() + 1)
+
+    def refit(self) -> None:
+        """Blocks were taken during a stretch: it may have to end earlier."""
+        if self._state is State.STRETCH:
+            ended = self._steps_ended()
+            most = self._planned_steps - ended
+            self._cut(ended + self.answers.steps_within_blocks(most, ended))
+
+    def _cut(self, num_steps: int) -> None:
+        if num_steps < self._planned_steps:
+            self._planned_steps = num_steps
+            self._heap.at(self._stretch.end_s(num_steps), self._stretch_ends, (self._stretch, num_steps))
+
+    def _gather(self) -> None:
+        self._state = State.BETWEEN
+        self.sync()
+        answers = self.answers
+        answers.prepare()
+        self.prompts.admit()
+        chunks = self.prompts.candidates()
+        chunks += answers.rereads()
+        if chunks:
+            grants = compose(answers.writers(), chunks, self._budget)
+            num_writers = sum(grant.reason is GrantReason.DECODE for grant in grants)
+            answers.regroup(grants, num_writers)
+            self._begin_step(grants)
+            return
+        if answers.must_compose:
+            grants = compose(answers.writers(), (), self._budget)
+            answers.regroup(grants, len(grants))
+        if answers.lockstep.size:
+            self._begin_stretch()
+        else:
+            self._state = State.IDLE
+
+    def _start_s(self) -> float:
+        return max(self._heap.now_s, self._ready_s)
+
+    # --- steps that only decode -------------------------------------------------------------------
+
+    def _begin_stretch(self) -> None:
+        group = self.answers.lockstep
+        base_s, per_token_s = self._latency.decode_terms(group.size)
+        self._stretch = Stretch(
+            self._start_s(),
+            base_s + per_token_s * group.context_tokens(0),
+            per_token_s * group.size,
+            self._gap_s,
+        )
+        _check_duration(self._stretch.first_s, self)
+        self._ended_at_s = -1.0
+        self._planned_steps = self.answers.steps_within_blocks(group.steps_to_finish(), 0)
+        self._state = State.STRETCH
+        self._heap.at(
+            self._stretch.end_s(self._planned_steps), self._stretch_ends, (self._stretch, self._planned_steps)
+        )
+
+    def _stretch_ends(self, planned: tuple[Stretch, int]) -> None:
+        stretch, num_steps = planned
+        if self._state is not State.STRETCH or stretch is not self._stretch or num_steps != self._planned_steps:
+            self._heap.overtaken()
+            return
+        self.sync()
+        self._state = State.BETWEEN
+        answers = self.answers
+        self._busy_s += stretch.busy_s(self._heap.now_s, num_steps - 1)
+        self.num_steps += num_steps
+        self.decode_tokens += num_steps * answers.lockstep.size
+        self._ready_s = self._heap.now_s + self._gap_s
+        answers.wrote(stretch, num_steps)
+        answers.end_finished()
+        self._gather()
+
+    # --- steps with chunks ------------------------------------------------------------------------
+
+    def _begin_step(self, grants: Sequence[Grant]) -> None:
+        answers = self.answers
+        start_s = self._start_s()
+        chunks: Chunks = []
+        num_tokens, num_pairs = 0, 0.0
+        for grant in grants:
+            if grant.reason is GrantReason.DECODE:
+                continue
+            sequence_id, granted = grant.sequence_id, grant.num_tokens
+            request = answers.build(sequence_id)
+            if request is None:
+                request, before = self.prompts.build(sequence_id, granted, start_s)
+            else:
+                before = request.num_computed
+            chunks.append((request, granted))
+            num_tokens += granted
+            num_pairs += granted * before + 0.5 * granted * (granted + 1)
+        group = answers.lockstep
+        context_tokens = group.context_tokens(0) if group.size else 0
+        duration_s = self._latency.step_s(StepWork(num_tokens, num_pairs, len(chunks), group.size, context_tokens))
+        _check_duration(duration_s, self)
+        self._prefill_tokens += num_tokens
+        self._state = State.STEP
+        self._stretch = Stretch(start_s, duration_s / self._num_stages, 0.0, self._gap_s)
+        self._planned_steps = 1
+        if self._num_stages == 1:
+            self._heap.at(start_s + duration_s, self._step_ends, chunks)
+        else:
+            self._enter_pipeline(start_s, duration_s / self._num_stages, chunks)
+
+    def _step_ends(self, chunks: Chunks) -> None:
+        self.sync()
+        self._state = State.BETWEEN
+        self._stage_done()
+        self._hand_out(chunks)
+        self._gather()
+
+    def _stage_done(self) -> None:
+        self._busy_s += self._stretch.first_s
+        self.num_steps += 1
+        self._ready_s = self._heap.now_s + self._gap_s
+
+    def _hand_out(self, chunks: Chunks) -> None:
+        answers = self.answers
+        if size := answers.lockstep.size:
+            self.decode_tokens += size
+            answers.wrote(self._stretch, 1)
+        for request, num_tokens in chunks:
+            if request.in_step:
+                answers.reread(request, num_tokens)
+            else:
+                self.prompts.apply(request, num_tokens)
+        answers.end_finished()
+
+    def _enter_pipeline(self, start_s: float, stage_s: float, chunks: Chunks) -> None:
+        """Each stage takes the step when it is done with the one before, and the stage before is done with this."""
+        free_s = self._stage_free_s
+        end_s = start_s
+        for stage in range(self._num_stages):
+            end_s = free_s[stage] = max(end_s, free_s[stage]) + stage_s
+        self._heap.at(free_s[0], self._stage_ends, None)
+        self._heap.at(end_s, self._pipeline_ends, chunks)
+
+    def _stage_ends(self, _: None) -> None:
+        self.sync()
+        self._stage_done()
+        self._gather()
+
+    def _pipeline_ends(self, chunks: Chunks) -> None:
+        self.sync()
+        state, self._state = self._state, State.BETWEEN
+        for request, num_tokens in chunks:
+            self.prompts.apply(request, num_tokens)
+        self._state = state
+        self.wake()
+
+    # --- figures ----------------------------------------------------------------------------------
+
+    def load(self) -> WorkerLoad:
+        """As a live worker reports it, as far as the dispatch policy looks at it."""
+        answers, prompts = self.answers, self.prompts
+        ahead = self._steps_ended() if self._state is State.STRETCH else 0
+        return WorkerLoad(
+            waiting_requests=prompts.num_waiting + answers.num_waiting,
+            pending_prompt_tokens=prompts.pending_tokens,
+            running_requests=len(prompts.running) + answers.num_running,
+            context_tokens=answers.context_tokens(ahead),
+            free_blocks=self.available_blocks,
+        )
+
+    def busy_until_now_s(self) -> float:
+        """Seconds spent in steps so far, of pipelines in their first stage."""
+        if self._state is State.STRETCH:
+            return self._busy_s + self._stretch.busy_s(self._heap.now_s, self._steps_ended())
+        if self._state is State.STEP:
+            return self._busy_s + self._stretch.busy_s(self._heap.now_s, 0)
+        return self._busy_s
+
+    def check_empty(self) -> None:
+        """Nothing is held, promised or waited for; raises InvariantBroken."""
+        view = self.room.view()
+        books = (view.num_admitted, view.promised_blocks, view.lent_blocks, view.offer, view.prompt, view.starving)
+        is_open = self.prompts.num_open or self.answers.num_running or self.answers.num_waiting
+        if self.used_blocks or is_open or any(books) or self.interface.flows or self._state is not State.IDLE:
+            raise InvariantBroken(f"a study ended, but not all of its work: {self}, room {view}")
+
+    def usage(self, end_s: float) -> WorkerUsage:
+        """At the end of the study; what was given up may hold blocks a little longer."""
+        counted_s = max(end_s, self._counted_s)
+        return WorkerUsage(
+            worker_id=self.worker_id,
+            role=self.role,
+            busy_s=self._busy_s,
+            steps=self.num_steps,
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self.decode_tokens,
+            peak_blocks=self._peak_blocks,
+            mean_blocks=self._block_seconds / counted_s if counted_s else 0.0,
+            preemptions=self.answers.preemptions_total,
+        )
+
+
+def _check_duration(duration_s: float, worker: Worker) -> None:
+    if not duration_s > 0.0:
+        raise ValueError(f"the latency model of {worker.worker_id} gives a step of {duration_s} s; it must be > 0")

@@ -1,0 +1,273 @@
+"""The flags of `tandem simulate`, by what they are about. None says: not given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003 (read at run time by the command line parser)
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+CLUSTER_GROUP = Group("Cluster", sort_key=1)
+LATENCY_GROUP = Group("Latency (one of --profile, --model, --latency)", sort_key=2)
+WORKLOAD_GROUP = Group("Workload (--trace, or drawn from distributions)", sort_key=3)
+REPORT_GROUP = Group("Report", sort_key=4)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterFlags:
+    """Workers, and what lies between them."""
+
+    config: Annotated[
+        Path | None,
+        Parameter(
+            name="--config",
+            group=CLUSTER_GROUP,
+            help="Cluster file (YAML) as for tandem serve: pools, KV memory, budgets. TANDEM_ variables are not read.",
+        ),
+    ] = None
+
+    workers: Annotated[
+        str | None,
+        Parameter(
+            name="--workers",
+            group=CLUSTER_GROUP,
+            help="Workers by role, such as 8P8D or 4P4D2M (prefill, decode, mixed). Default: the file's, else 1P1D.",
+        ),
+    ] = None
+
+    kv_blocks: Annotated[
+        int | None,
+        Parameter(
+            name="--kv-blocks",
+            group=CLUSTER_GROUP,
+            help="KV blocks of each worker. Default: the file's, else what the profile had or the device can hold.",
+        ),
+    ] = None
+
+    max_batch_tokens: Annotated[
+        int | None, Parameter(name="--max-batch-tokens", group=CLUSTER_GROUP, help="Token budget of one step.")
+    ] = None
+
+    max_sequences: Annotated[
+        int | None, Parameter(name="--max-sequences", group=CLUSTER_GROUP, help="Running sequences of each worker.")
+    ] = None
+
+    link_bandwidth: Annotated[
+        str | None,
+        Parameter(
+            name="--link-bandwidth",
+            group=CLUSTER_GROUP,
+            help="Bytes a second into or out of a worker, such as 25GB. Default: the profile's, else 50GB.",
+        ),
+    ] = None
+
+    link_latency_ms: Annotated[
+        float | None,
+        Parameter(
+            name="--link-latency-ms",
+            group=CLUSTER_GROUP,
+            help="Of one transfer, whatever its size. Default: the profile's, else 0.1.",
+        ),
+    ] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyFlags:
+    """How long steps take."""
+
+    profile: Annotated[
+        Path | None,
+        Parameter(name="--profile", group=LATENCY_GROUP, help="File that tandem profile wrote: measured and fitted."),
+    ] = None
+
+    model: Annotated[
+        str | None,
+        Parameter(
+            name="--model",
+            group=LATENCY_GROUP,
+            help="Roofline of a known model (llama-3-70b), or of a checkpoint folder. Default: the file's model, "
+            "else llama-3-8b.",
+        ),
+    ] = None
+
+    device: Annotated[
+        str | None, Parameter(name="--device", group=LATENCY_GROUP, help="Of the roofline. Default: h100-sxm.")
+    ] = None
+
+    tensor_parallel: Annotated[
+        int | None,
+        Parameter(name="--tensor-parallel", group=LATENCY_GROUP, help="Devices of one worker. Default: 1."),
+    ] = None
+
+    compute_efficiency: Annotated[
+        float | None,
+        Parameter(
+            name="--compute-efficiency",
+            group=LATENCY_GROUP,
+            help="Share of the device's peak operations that the roofline reaches. Default: 0.6.",
+        ),
+    ] = None
+
+    memory_efficiency: Annotated[
+        float | None,
+        Parameter(
+            name="--memory-efficiency",
+            group=LATENCY_GROUP,
+            help="Share of the device's memory bandwidth that the roofline reaches. Default: 0.5.",
+        ),
+    ] = None
+
+    step_overhead_ms: Annotated[
+        float | None,
+        Parameter(
+            name="--step-overhead-ms", group=LATENCY_GROUP, help="Of every step of the roofline besides. Default: 0."
+        ),
+    ] = None
+
+    latency: Annotated[
+        str | None,
+        Parameter(name="--latency", group=LATENCY_GROUP, help="A published fit, such as distserve:opt-13b-tp1."),
+    ] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadFlags:
+    """Who asks what, when, and how fast the answer must be."""
+
+    trace: Annotated[
+        Path | None,
+        Parameter(
+            name="--trace",
+            group=WORKLOAD_GROUP,
+            help="Mooncake JSONL, Azure CSV or BurstGPT CSV; recognised by its content.",
+        ),
+    ] = None
+
+    arrivals: Annotated[
+        str | None,
+        Parameter(
+            name="--arrivals",
+            group=WORKLOAD_GROUP,
+            help="poisson:4, gamma:4,cv=2, ramp:1-8,60 ... in requests per second. Default: poisson:1.",
+        ),
+    ] = None
+
+    prompts: Annotated[
+        str | None,
+        Parameter(
+            name="--prompts",
+            group=WORKLOAD_GROUP,
+            help="Prompt lengths: fixed:512, lognormal:mean=755,p95=2000, sharegpt. Default: sharegpt.",
+        ),
+    ] = None
+
+    outputs: Annotated[
+        str | None,
+        Parameter(name="--outputs", group=WORKLOAD_GROUP, help="Answer lengths, likewise. Default: sharegpt."),
+    ] = None
+
+    requests: Annotated[
+        int | None,
+        Parameter(
+            name="--requests",
+            group=WORKLOAD_GROUP,
+            help="So many requests at most. Default: the whole trace; 1000 drawn ones where no --duration is given.",
+        ),
+    ] = None
+
+    start: Annotated[
+        str | None,
+        Parameter(name="--start", group=WORKLOAD_GROUP, help="Skip what comes before, such as 10min; before --speed."),
+    ] = None
+
+    duration: Annotated[
+        str | None,
+        Parameter(
+            name="--duration", group=WORKLOAD_GROUP, help="Requests of so long only, such as 1h; before --speed."
+        ),
+    ] = None
+
+    speed: Annotated[
+        float | None,
+        Parameter(name="--speed", group=WORKLOAD_GROUP, help="Let time run so many times faster: 2 doubles the rate."),
+    ] = None
+
+    rate: Annotated[
+        float | None,
+        Parameter(
+            name="--rate",
+            group=WORKLOAD_GROUP,
+            help="Scale time so that this many requests come per second on average.",
+        ),
+    ] = None
+
+    seed: Annotated[int, Parameter(name="--seed", group=WORKLOAD_GROUP, help="Of everything that is drawn.")] = 0
+
+    slo: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name="--slo",
+            group=WORKLOAD_GROUP,
+            negative="",
+            show_default=False,
+            help="NAME:TTFT_MS,TPOT_MS, or a published class. Several: each request draws one. "
+            "Default: interactive:1000,50.",
+        ),
+    ] = ()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportFlags:
+    """What is asked, and where the answer goes."""
+
+    find_goodput: Annotated[
+        bool,
+        Parameter(
+            name="--find-goodput",
+            group=REPORT_GROUP,
+            negative="",
+            show_default=False,
+            help="Also search for the highest rate with enough attainment, scaling the workload's time.",
+        ),
+    ] = False
+
+    target_attainment: Annotated[
+        float,
+        Parameter(name="--target-attainment", group=REPORT_GROUP, help="Enough for --find-goodput; both targets met."),
+    ] = 0.9
+
+    output: Annotated[
+        Path | None,
+        Parameter(
+            name="--output",
+            group=REPORT_GROUP,
+            help="Folder for report.json and the plots; made if need be. Default: study-DATE-TIME.",
+        ),
+    ] = None
+
+    plots: Annotated[
+        bool,
+        Parameter(
+            name="--plots",
+            group=REPORT_GROUP,
+            negative="--no-plots",
+            show_default=False,
+            help="Write plots (default), or report.json alone.",
+        ),
+    ] = True
+
+    force: Annotated[
+        bool,
+        Parameter(
+            name="--force",
+            group=REPORT_GROUP,
+            negative="",
+            show_default=False,
+            help="Replace the study that --output holds.",
+        ),
+    ] = False

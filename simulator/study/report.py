@@ -1,0 +1,233 @@
+"""A study's report: a table for people and one JSON document with the same figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from simulator.study.goodput import GoodputSearch
+    from simulator.study.metrics import Attainment, LatencySummary, StudyMetrics
+
+FORMAT = "tandem-study-1"
+
+#: Of the table for people, in characters.
+_WIDTH = 118
+_INDENT = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFigures:
+    """What the simulation itself cost."""
+
+    wall_s: float
+    num_events: int
+    num_steps: int
+    events_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Field names are the keys of the JSON document; units are in the names."""
+
+    #: One line each about what was simulated, and what repeats it: plain data.
+    study: dict[str, object]
+    workload: str
+    cluster: str
+    latency: str
+    metrics: StudyMetrics
+    run: RunFigures
+    goodput_search: GoodputSearch | None = None
+    #: What a reader must know before trusting a figure.
+    warnings: tuple[str, ...] = ()
+
+
+def report_json(report: Report) -> bytes:
+    """UTF-8, indented; a figure that is not defined (NaN or infinite) is null."""
+    document = {"format": FORMAT, **{name: getattr(report, name) for name in Report.__slots__}}
+    return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
+
+
+def report_text(report: Report) -> str:
+    """Sections of aligned columns, about 118 characters wide; ends with a line break."""
+    metrics = report.metrics
+    sections = [
+        _facts(
+            ("workload", report.workload),
+            ("cluster", report.cluster),
+            ("latency", report.latency),
+            ("outcome", _outcome(metrics)),
+        ),
+        _table(_attainment_rows(metrics)),
+        _facts(
+            ("goodput", _goodput(metrics)),
+            *(() if report.goodput_search is None else (("highest", _searched(report.goodput_search, metrics)),)),
+        ),
+        "" if report.goodput_search is None else _table(_search_rows(report.goodput_search)),
+        _table(_latency_rows(metrics)),
+        _table(_pool_rows(metrics)),
+        _facts(
+            (
+                "tokens",
+                f"{metrics.prompt_tokens_per_s:,.0f} prompt tokens/s read, "
+                f"{metrics.output_tokens_per_s:,.0f} output tokens/s written",
+            ),
+            ("transfer", _transfer(metrics)),
+            ("run", _run(report.run, metrics)),
+        ),
+        "".join(_wrapped("warning", warning) for warning in report.warnings),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _facts(*facts: tuple[str, str]) -> str:
+    return "".join(_wrapped(name, text) for name, text in facts)
+
+
+def _wrapped(name: str, text: str) -> str:
+    """Lines of `text`, each wrapped, behind the name."""
+    lines = [part for line in text.splitlines() for part in wrap(line, _WIDTH - _INDENT)]
+    return "".join(f"{name if index == 0 else '':<{_INDENT}}{line}\n" for index, line in enumerate(lines))
+
+
+def _table(rows: Iterator[tuple[str, ...]]) -> str:
+    """The first row is the heading, the first column is text; numbers stand to the right."""
+    cells = list(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )
+    return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+def _outcome(metrics: StudyMetrics) -> str:
+    parts = [f"{metrics.num_finished:,} of {metrics.num_requests:,} requests finished"]
+    for count, what in (
+        (metrics.num_rejected, "refused"),
+        (metrics.num_timed_out, "timed out"),
+        (metrics.num_failed, "failed for want of KV blocks"),
+    ):
+        if count:
+            parts.append(f"{count:,} {what}")
+    return f"{', '.join(parts)}; all over after {metrics.duration_s:,.1f} s"
+
+
+def _attainment_rows(metrics: StudyMetrics) -> Iterator[tuple[str, ...]]:
+    yield ("SLO attainment", "TTFT target ms", "TPOT target ms", "requests", "both met %", "TTFT met %", "TPOT met %")
+    shown: Sequence[Attainment] = metrics.classes
+    if len(shown) > 1:
+        shown = (*shown, metrics.attainment)
+    for each in shown:
+        yield (
+            each.name,
+            "" if each.ttft_target_ms is None else f"{each.ttft_target_ms:g}",
+            "" if each.tpot_target_ms is None else f"{each.tpot_target_ms:g}",
+            f"{each.num_requests:,}",
+            f"{100 * each.joint:.2f}",
+            f"{100 * each.ttft_only:.2f}",
+            f"{100 * each.tpot_only:.2f}",
+        )
+
+
+def _goodput(metrics: StudyMetrics) -> str:
+    return (
+        f"{metrics.goodput_rps:,.3f} requests/s met both targets, of {metrics.offered_rps:,.3f} offered; "
+        f"{metrics.goodput_per_device_rps:,.4f} on each of {metrics.num_devices:,} devices"
+    )
+
+
+def _searched(search: GoodputSearch, metrics: StudyMetrics) -> str:
+    runs = f"{len(search.points)} runs"
+    if search.goodput_rps == 0:
+        return f"no rate: even {search.missed_rps:,.3f} requests/s miss {search.target:.0%} attainment ({runs})"
+    found = f"{search.goodput_rps:,.3f} requests/s with attainment >= {search.target:.0%}"
+    per_device = f"{search.goodput_rps / metrics.num_devices:.4f} per device"
+    if search.missed_rps == float("inf"):
+        return f"at least {found} ({per_device}): the highest rate that was tried ({runs})"
+    return f"{found} ({per_device}); {search.missed_rps:,.3f} miss it ({runs})"
+
+
+def _search_rows(search: GoodputSearch) -> Iterator[tuple[str, ...]]:
+    yield ("requests/s tried", "both met %")
+    for point in sorted(search.points, key=lambda point: point.rate_rps):
+        yield (f"{point.rate_rps:,.3f}", f"{100 * point.attainment:.2f}")
+
+
+def _latency_rows(metrics: StudyMetrics) -> Iterator[tuple[str, ...]]:
+    yield ("latency ms", "mean", "p50", "p90", "p95", "p99", "max", "values")
+    named: tuple[tuple[str, LatencySummary], ...] = (
+        ("TTFT", metrics.ttft),
+        ("TPOT", metrics.tpot),
+        ("ITL", metrics.itl),
+        ("end to end", metrics.e2e),
+        ("queue", metrics.queue),
+        ("2nd token", metrics.second_token),
+    )
+    for name, summary in named:
+        figures = (
+            summary.mean_ms,
+            summary.p50_ms,
+            summary.p90_ms,
+            summary.p95_ms,
+            summary.p99_ms,
+            summary.max_ms,
+        )
+        known = ("-" if figure != figure else f"{figure:,.1f}" for figure in figures)
+        yield (name, *known, f"{summary.count:,}")
+
+
+def _pool_rows(metrics: StudyMetrics) -> Iterator[tuple[str, ...]]:
+    yield (
+        "pool",
+        "role",
+        "workers",
+        "devices",
+        "busy %",
+        "KV mean %",
+        "KV peak %",
+        "steps",
+        "prompt tokens/step",
+        "answers/step",
+        "preempted",
+    )
+    for pool in metrics.pools:
+        yield (
+            pool.name,
+            pool.role,
+            f"{pool.num_workers:,}",
+            f"{pool.num_devices:,}",
+            f"{100 * pool.busy_share:.1f}",
+            f"{100 * pool.mean_kv_share:.1f}",
+            f"{100 * pool.peak_kv_share:.1f}",
+            f"{pool.num_steps:,}",
+            f"{pool.prefill_tokens_per_step:,.1f}",
+            f"{pool.decodes_per_step:,.1f}",
+            f"{pool.num_preemptions:,}",
+        )
+
+
+def _transfer(metrics: StudyMetrics) -> str:
+    transfer = metrics.transfer
+    if not transfer.num_transfers:
+        return "no KV crossed between workers"
+    return (
+        f"{transfer.total_bytes / 1e9:,.1f} GB of KV in {transfer.num_transfers:,} handoffs, "
+        f"{transfer.mean_bytes_per_s / 1e9:,.2f} GB/s on average; one takes {transfer.mean_ms:,.1f} ms "
+        f"at {transfer.mean_flow_bytes_per_s / 1e9:,.1f} GB/s"
+    )
+
+
+def _run(run: RunFigures, metrics: StudyMetrics) -> str:
+    return (
+        f"{run.wall_s:,.1f} s for {metrics.duration_s:,.1f} virtual s: {run.num_events:,} events "
+        f"({run.events_per_s:,.0f}/s), {run.num_steps:,} engine steps"
+    )

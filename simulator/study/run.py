@@ -1,0 +1,152 @@
+"""One capacity study from its flags to its files: the body of `tandem simulate`."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from contracts.errors import ConfigError
+from simulator.heap.study import simulate
+from simulator.study.goodput import search
+from simulator.study.metrics import StudyMetrics, measure
+from simulator.study.progress import StudyProgress
+from simulator.study.report import Report, RunFigures, report_json, report_text
+from simulator.study.setup import build_setup
+from simulator.study.traffic import build_traffic
+
+if TYPE_CHECKING:
+    from simulator.heap.results import StudyResult
+    from simulator.study.flags import ClusterFlags, LatencyFlags, ReportFlags, WorkloadFlags
+    from simulator.study.goodput import GoodputSearch
+    from simulator.study.setup import ClusterSetup
+    from simulator.study.traffic import Traffic
+
+REPORT_FILE = "report.json"
+
+#: A goodput search stays within so many times the workload's own rate, up and down.
+_SEARCH_FACTOR = 64.0
+#: Steady load takes a while to show: a search that squeezed the workload into less than this says so.
+_SHORT_S = 120.0
+#: Samples of the time lines over the time in which requests arrive, and the shortest pause between two.
+_NUM_SAMPLES = 1000
+_MIN_SAMPLE_S = 0.05
+
+
+def run_study(
+    cluster: ClusterFlags, latency: LatencyFlags, workload: WorkloadFlags, report: ReportFlags, *, command: str
+) -> int:
+    """Simulates, prints the report and writes the files; returns the exit code. Raises ConfigError before it starts."""
+    if not 0 < report.target_attainment <= 1:
+        raise ConfigError(f"--target-attainment {report.target_attainment:g}: must be above 0, at most 1")
+    setup = build_setup(cluster, latency)
+    traffic = build_traffic(workload)
+    if report.find_goodput and traffic.totals.rate_rps is None:
+        raise ConfigError("--find-goodput: all requests of the workload come at once, it has no rate to scale")
+    folder = _make_folder(report)
+    result, figures = _simulate(setup, traffic, what="simulating")
+    metrics = measure(result, traffic.slos)
+    searched = _search(setup, traffic, metrics, report.target_attainment) if report.find_goodput else None
+    document = Report(
+        study=_facts(setup, traffic, command),
+        workload=traffic.text,
+        cluster=setup.text,
+        latency=setup.costs.text,
+        metrics=metrics,
+        run=figures,
+        goodput_search=searched,
+        warnings=(*setup.warnings, *traffic.warnings, *_search_warnings(searched, traffic)),
+    )
+    print(report_text(document))
+    written = _write_plots(result, traffic, folder) if report.plots else ()
+    (folder / REPORT_FILE).write_bytes(report_json(document))
+    print(f"wrote {', '.join((str(folder / REPORT_FILE), *written))}")
+    return 0
+
+
+def _write_plots(result: StudyResult, traffic: Traffic, folder: Path) -> tuple[str, ...]:
+    """Returns the names of the files."""
+    from simulator.study.plots import write_plots
+
+    return tuple(path.name for path in write_plots(result, traffic.slos, folder))
+
+
+def _make_folder(report: ReportFlags) -> Path:
+    """An empty folder, or one whose study may be replaced; its report is gone until the new one is whole."""
+    folder = report.output or Path(f"study-{datetime.now():%Y%m%d-%H%M%S}")
+    if (folder / REPORT_FILE).exists() and not report.force:
+        raise ConfigError(f"--output {folder}: holds a study already; --force replaces it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / REPORT_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: cannot be written: {error.strerror}") from error
+    return folder
+
+
+def _simulate(
+    setup: ClusterSetup, traffic: Traffic, *, what: str, factor: float = 1.0
+) -> tuple[StudyResult, RunFigures]:
+    """At `factor` times the workload's rate."""
+    sample_s = max(_MIN_SAMPLE_S, traffic.totals.span_s / factor / _NUM_SAMPLES)
+    spec = replace(setup.spec, sample_interval_s=sample_s)
+    started_s = time.perf_counter()
+    with StudyProgress(what, traffic.totals.num_requests) as progress:
+        result = simulate(spec, traffic.requests(factor), progress=progress.update)
+    wall_s = time.perf_counter() - started_s
+    figures = RunFigures(
+        wall_s=wall_s,
+        num_events=result.num_events,
+        num_steps=result.num_steps,
+        events_per_s=result.num_events / wall_s,
+    )
+    return result, figures
+
+
+def _search(setup: ClusterSetup, traffic: Traffic, metrics: StudyMetrics, target: float) -> GoodputSearch:
+    base_rps = traffic.totals.rate_rps
+    assert base_rps is not None, "checked before anything was simulated"
+
+    def attainment_at(rate_rps: float) -> float:
+        if rate_rps == base_rps:
+            return metrics.attainment.joint
+        what = f"at {rate_rps:,.3f} requests/s"
+        result, _ = _simulate(setup, traffic, what=what, factor=rate_rps / base_rps)
+        return measure(result, traffic.slos).attainment.joint
+
+    return search(
+        attainment_at,
+        start_rps=base_rps,
+        low_rps=base_rps / _SEARCH_FACTOR,
+        high_rps=base_rps * _SEARCH_FACTOR,
+        target=target,
+    )
+
+
+def _search_warnings(searched: GoodputSearch | None, traffic: Traffic) -> tuple[str, ...]:
+    if searched is None or searched.goodput_rps == 0:
+        return ()
+    span_s = traffic.totals.num_requests / searched.goodput_rps
+    if span_s >= _SHORT_S:
+        return ()
+    return (
+        f"at {searched.goodput_rps:,.3f} requests/s the workload lasts {span_s:,.0f} s: queues may not have had the "
+        f"time to grow. Simulate more requests",
+    )
+
+
+def _facts(setup: ClusterSetup, traffic: Traffic, command: str) -> dict[str, object]:
+    return {
+        "command": command,
+        "cluster": setup.facts,
+        "workload": traffic.facts,
+        "versions": {
+            "tandem-serve": version("tandem-serve"),
+            "python": platform.python_version(),
+            "numpy": version("numpy"),
+        },
+    }
