@@ -1,0 +1,151 @@
+"""Whether the simulator tells the truth: one workload on a real 1P1D cluster and in the event heap.
+
+The costs in the heap are a fit to this engine on this machine, made in this run. The client is a small open-loop one:
+it sends each request at its time, whatever became of those before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import httpx
+
+from benchmarks.cluster import running
+from benchmarks.handoff import VOCAB_HIGH, VOCAB_LOW, Stream, cluster, complete, split
+from benchmarks.report import print_table
+from contracts.profile import load_profile
+from contracts.transfer_models import LinkTransfer
+from engine.compose import StepBudget
+from simulator.heap.spec import StudySpec, WorkerGroup
+from simulator.heap.study import simulate
+from workload import LogNormal, Poisson, SloClass, synthetic
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from contracts.profile import LatencyProfile
+    from workload import WorkloadRequest
+
+#: About half of what either worker can do.
+RATE_RPS = 1.2
+PROMPTS = LogNormal.from_mean(300, sigma=0.8, max_tokens=1500)
+OUTPUTS = LogNormal.from_mean(40, sigma=0.6, max_tokens=200)
+#: Of the middle of what an undisturbed request takes, so that attainment is neither 0 nor 1.
+SLO = SloClass("interactive", ttft_ms=400, tpot_ms=30)
+MAX_BATCH_TOKENS = 512
+PROFILE_LIMIT_S = 240.0
+#: From the socket to the dispatch and back: HTTP, validation, tokens to text.
+GATEWAY_S = 0.004
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What one side saw of the workload."""
+
+    ttft_s: float
+    tpot_s: float
+    attainment: float
+
+    @classmethod
+    def of(cls, ttfts_s: Sequence[float], tpots_s: Sequence[float]) -> Seen:
+        met = [SLO.attained(ttft_s=ttft_s, tpot_s=tpot_s) for ttft_s, tpot_s in zip(ttfts_s, tpots_s, strict=True)]
+        return cls(ttft_s=fmean(ttfts_s), tpot_s=fmean(tpots_s), attainment=fmean(met))
+
+    def row(self, name: str) -> list[object]:
+        return [name, 1e3 * self.ttft_s, 1e3 * self.tpot_s, 100 * self.attainment]
+
+
+def profile(model: Path, core: int, folder: Path) -> LatencyProfile:
+    """Runs `tandem profile` on one core, as each worker of the cluster has one."""
+    path = folder / "profile.json"
+    finished = subprocess.run(
+        [
+            *("taskset", "-c", str(core), sys.executable, "-m", "cluster", "profile", str(model)),
+            *("--threads", "1", "--output", str(path)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=PROFILE_LIMIT_S,
+        check=False,
+    )
+    print(finished.stdout[-3000:])
+    if finished.returncode:
+        raise RuntimeError(f"tandem profile ended with {finished.returncode}: {finished.stderr[-2000:]}")
+    return load_profile(path)
+
+
+def workload(seconds: float) -> list[WorkloadRequest]:
+    drawn = synthetic(arrivals=Poisson(RATE_RPS), prompts=PROMPTS, outputs=OUTPUTS, seed=7, duration_s=seconds)
+    # An answer of one token has no TPOT.
+    return [request._replace(output_tokens=max(2, request.output_tokens)) for request in drawn]
+
+
+async def real(model: Path, cores: Sequence[int], requests: Sequence[WorkloadRequest]) -> Seen:
+    config = cluster(model, split([cores[0]], [cores[1]]))
+    async with running(config) as base_url, httpx.AsyncClient(base_url=base_url, timeout=120) as client:
+        rng = random.Random(1)
+        # The first requests of a process also pay for what is made once.
+        for _ in range(3):
+            await complete(client, rng, 200, 8)
+        start_s = time.perf_counter()
+
+        async def ask(request: WorkloadRequest) -> Stream:
+            await asyncio.sleep(start_s + request.arrival_s - time.perf_counter())
+            return await complete(client, rng, request.prompt_tokens, request.output_tokens)
+
+        streams = await asyncio.gather(*map(ask, requests))
+    for request, stream in zip(requests, streams, strict=True):
+        if len(stream.stamps_s) != request.output_tokens:
+            raise RuntimeError(f"{len(stream.stamps_s)} tokens came, {request.output_tokens} were asked for")
+    return Seen.of(
+        [stream.ttft_s for stream in streams],
+        [(stream.stamps_s[-1] - stream.stamps_s[0]) / (len(stream.stamps_s) - 1) for stream in streams],
+    )
+
+
+def simulated(costs: LatencyProfile, requests: Sequence[WorkloadRequest]) -> Seen:
+    budget = StepBudget(max_tokens=MAX_BATCH_TOKENS, max_sequences=64)
+    group = {"latency": costs.latency, "count": 1, "budget": budget, "num_blocks": costs.num_blocks}
+    spec = StudySpec(
+        groups=(
+            WorkerGroup(name="prefill", role="prefill", **group),  # type: ignore[arg-type]
+            WorkerGroup(name="decode", role="decode", **group),  # type: ignore[arg-type]
+        ),
+        transfer=costs.transfer or LinkTransfer(latency_s=0.0005, bandwidth_bytes_s=3e9),
+        kv_token_bytes=costs.kv_token_bytes,
+        block_tokens=costs.block_tokens,
+        max_context_tokens=costs.max_context_tokens,
+        between_steps_s=costs.step_overhead_s,
+        gateway_s=GATEWAY_S,
+    )
+    rows = simulate(spec, requests).requests
+    ttft_s = rows.first_token_s - rows.arrival_s
+    tpot_s = (rows.finished_s - rows.first_token_s) / (rows.output_tokens - 1)
+    return Seen.of(ttft_s.tolist(), tpot_s.tolist())
+
+
+def truth_figures(model: Path, cores: Sequence[int], folder: Path, seconds: float) -> dict[str, float]:
+    """`cores`: one for each worker."""
+    costs = profile(model, cores[0], folder)
+    requests = workload(seconds)
+    measured = asyncio.run(real(model, cores, requests))
+    modelled = simulated(costs, requests)
+    print_table(
+        f"truth: {len(requests)} requests in {seconds:g} s on 1P1D, one core each "
+        f"(VOCAB {VOCAB_LOW}-{VOCAB_HIGH}, SLO {SLO.ttft_ms:g}/{SLO.tpot_ms:g} ms)",
+        ["side", "TTFT mean ms", "TPOT mean ms", "attainment %"],
+        [measured.row("real cluster"), modelled.row("simulated")],
+    )
+    return {
+        "truth_ttft_error": modelled.ttft_s / measured.ttft_s - 1,
+        "truth_tpot_error": modelled.tpot_s / measured.tpot_s - 1,
+        "truth_attainment_points": 100 * (modelled.attainment - measured.attainment),
+    }
