@@ -34,7 +34,8 @@ class RequestStream:
         self._deltas: deque[TokenDelta] = deque()
         self.num_buffered_tokens = 0
         self._error: TandemError | None = None
-        self._news = asyncio.Event()
+        #: What the reader waits for; done when it does not.
+        self._news: asyncio.Future[None] | None = None
         self._is_accepted = False
 
     def cancel(self, reason: str, *, outcome: str = "cancelled") -> None:
@@ -44,7 +45,7 @@ class RequestStream:
     async def accepted(self) -> None:
         """Returns once a worker has the request (or it ended well); raises what ended it before that."""
         while not (self._is_accepted or self.timeline):
-            await self._wait()
+            await self._next_news()
         if not self._is_accepted and self._error is not None:
             raise self._error
 
@@ -54,7 +55,7 @@ class RequestStream:
                 if self._error is not None:
                     raise self._error
                 raise StopAsyncIteration
-            await self._wait()
+            await self._next_news()
         delta = self._deltas.popleft()
         self.num_buffered_tokens -= len(delta.token_ids)
         return delta
@@ -73,19 +74,23 @@ class RequestStream:
         assert self.timeline is None, f"{self.request_id}: tokens after the end"
         self._deltas.append(delta)
         self.num_buffered_tokens += len(delta.token_ids)
-        self._news.set()
+        self._wake()
 
     def accept(self) -> None:
         """For the core."""
         self._is_accepted = True
-        self._news.set()
+        self._wake()
 
     def end(self, error: TandemError | None, timeline: Timeline) -> None:
         """For the core; once."""
         assert self.timeline is None, f"{self.request_id}: ended twice"
         self._error, self.timeline = error, timeline
-        self._news.set()
+        self._wake()
 
-    async def _wait(self) -> None:
-        self._news.clear()
-        await self._news.wait()
+    def _next_news(self) -> asyncio.Future[None]:
+        self._news = asyncio.get_running_loop().create_future()
+        return self._news
+
+    def _wake(self) -> None:
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import Counter
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 from contracts.ids import GatewayId, Incarnation, WorkerId
 from contracts.messages import AUDIT, Empty, WorkerInfo
@@ -98,47 +98,6 @@ class _Life:
     shell: WorkerShell
     server: Server
     task: asyncio.Task[str]
-
-
-class _HostedServer:
-    """Registers a worker's handlers so that they freeze with it."""
-
-    def __init__(self, server: Server, host: str) -> None:
-        self._server = server
-        self._host = host
-
-    def register(
-        self, method: Method[RequestT, ReplyT], handler: Callable[[RequestT, CallContext], Awaitable[ReplyT]]
-    ) -> None:
-        async def hosted(ask: RequestT, context: CallContext) -> ReplyT:
-            await self._enter()
-            return await handler(ask, context)
-
-        self._server.register(method, hosted)
-
-    def register_stream(
-        self,
-        method: StreamMethod[RequestT, ReplyT],
-        handler: Callable[[RequestT, CallContext], AsyncIterator[ReplyT]],
-    ) -> None:
-        async def hosted(ask: RequestT, context: CallContext) -> AsyncIterator[ReplyT]:
-            await self._enter()
-            async with aclosing(cast("AsyncGenerator[ReplyT, None]", handler(ask, context))) as bodies:
-                async for body in bodies:
-                    yield body
-
-        self._server.register_stream(method, hosted)
-
-    async def start(self) -> str:
-        return await self._server.start()
-
-    async def stop(self, grace_s: float) -> None:
-        await self._server.stop(grace_s)
-
-    async def _enter(self) -> None:
-        """From its next turn on, this task is the host's."""
-        HOST.set(self._host)
-        await asyncio.sleep(0)
 
 
 class SimulatedCluster:
@@ -280,7 +239,9 @@ class SimulatedCluster:
         )
         block_bytes = engine.identity.layout.block_bytes
         transport = self._fabric.over(name, engine, num_blocks=spec.num_blocks, block_bytes=block_bytes)
-        program = self._network.process(worker_id)
+        context = contextvars.Context()
+        context.run(HOST.set, name)
+        program = self._network.process(worker_id, context)
         server = program.server(f"{worker_id}:1")
         info = WorkerInfo(
             worker_id=WorkerId(worker_id),
@@ -308,10 +269,8 @@ class SimulatedCluster:
             ),
             log=self._log(name),
         )
-        shell.register_on(_HostedServer(server, name))
-        context = contextvars.copy_context()
-        context.run(HOST.set, name)
-        task = asyncio.get_running_loop().create_task(shell.live(), name=name, context=context)
+        shell.register_on(server)
+        task = asyncio.get_running_loop().create_task(shell.live(), name=name, context=context.copy())
         life = self._lives[worker_id] = _Life(name, program, engine, transport, shell, server, task)
         task.add_done_callback(lambda _: self._life_ended(worker_id, life), context=contextvars.copy_context())
         return shell
@@ -319,7 +278,7 @@ class SimulatedCluster:
     def crash(self, worker_id: str) -> None:
         """SIGKILL: nothing of this life is heard any more. Its remains are cleared away in the background."""
         life = self._lives.pop(worker_id)
-        self._program.trace.add(f"{worker_id} is killed")
+        self._program.trace.add(f"{life.host:14s} is killed")
         life.program.kill()
         life.transport.crash()
         _loop().thaw(life.host)
@@ -329,7 +288,7 @@ class SimulatedCluster:
     def freeze(self, worker_id: str) -> str:
         """SIGSTOP: nothing of this life runs; its connections stay, and what is sent to it waits. Returns the life's
         host, for `thaw_host`."""
-        self._program.trace.add(f"{worker_id} freezes")
+        self._log(self._lives[worker_id].host)("freezes")
         host = self._lives[worker_id].host
         _loop().freeze(host)
         return host
@@ -340,7 +299,7 @@ class SimulatedCluster:
 
     def thaw_host(self, host: str) -> None:
         """SIGCONT to one life; of one that is gone: nothing."""
-        self._program.trace.add(f"{host} thaws")
+        self._log(host)("thaws")
         _loop().thaw(host)
 
     def host_of(self, worker_id: str) -> str | None:
@@ -350,7 +309,7 @@ class SimulatedCluster:
 
     def stick(self, worker_id: str) -> None:
         """From now on no engine step of this life ends; everything else of it goes on."""
-        self._program.trace.add(f"the engine of {worker_id} is stuck")
+        self._log(self._lives[worker_id].host)("its engine is stuck")
         self._lives[worker_id].engine.get_stuck()
 
     async def stop(self, worker_id: str) -> None:
@@ -382,7 +341,7 @@ class SimulatedCluster:
 
     def jump_wall_clock(self, host: str, by_s: float) -> None:
         """Sets a machine's wall clock forwards or (negative) backwards."""
-        self._program.trace.add(f"the wall clock of {host} jumps by {by_s:g} s")
+        self._log(host)(f"its wall clock jumps by {by_s:g} s")
         self._clocks[host].jump_wall(by_s)
 
     # --- inside -----------------------------------------------------------------------------------

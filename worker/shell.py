@@ -306,12 +306,9 @@ class WorkerShell:
             raise TransferAborted(refusal)
         return self.decode.offer(ask, self._clock.now_s())
 
-    async def _on_frames(self, ask: FramesRequest, context: CallContext) -> AsyncIterator[Frame]:
+    def _on_frames(self, ask: FramesRequest, context: CallContext) -> AsyncIterator[Frame]:
         self._require(ask.target, "Frames")
-        # Closed with this call, and not when its garbage is collected: from then on the gateway is unattended.
-        async with aclosing(self.outbox.stream(ask.gateway_id)) as frames:
-            async for frame in frames:
-                yield frame
+        return self.outbox.stream(ask.gateway_id)
 
     async def _on_audit(self, ask: Empty, context: CallContext) -> AuditReply:
         return AuditReply(

@@ -30,6 +30,9 @@ class Life:
     """One life of a program that sends."""
 
     host: str
+    #: Each of its handlers runs in a copy. Empty as a rule: nothing but the body crosses from a caller, as between
+    #: real processes.
+    context: contextvars.Context = field(default_factory=contextvars.Context)
     #: Nothing leaves it any more.
     dead: bool = False
     #: Its calls whose caller still listens, in the order made.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextvars import Context
 from typing import TYPE_CHECKING
 
 from contracts.errors import DeadlineExceeded, Internal, WorkerUnavailable
@@ -87,9 +88,9 @@ class MemoryChannel:
 class MemoryProcess:
     """`rpc.Network` as one life of one program sees it."""
 
-    def __init__(self, fabric: Fabric, host: str) -> None:
+    def __init__(self, fabric: Fabric, host: str, context: Context | None = None) -> None:
         self._fabric = fabric
-        self._life = Life(host)
+        self._life = Life(host, Context() if context is None else context)
         #: One open channel per address; empty once closed.
         self._channels: dict[str, MemoryChannel] = {}
         self._closed = False
@@ -153,9 +154,10 @@ class MemoryNetwork(MemoryProcess):
         )
         super().__init__(fabric, host)
 
-    def process(self, host: str) -> MemoryProcess:
-        """A new life of a program on `host`."""
-        return MemoryProcess(self._fabric, host)
+    def process(self, host: str, context: Context | None = None) -> MemoryProcess:
+        """A new life of a program on `host`. Its servers run each handler in a copy of `context`, by default of an
+        empty one."""
+        return MemoryProcess(self._fabric, host, context)
 
     def crash(self, address: str) -> None:
         """Kills the server at `address` alone: its handlers are cancelled and heard no more, their callers

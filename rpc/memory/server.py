@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import math
 from typing import TYPE_CHECKING
 
@@ -78,10 +77,7 @@ class MemoryServer:
         if self._stopping:
             call.reply_error(WorkerUnavailable(f"{call.what}: the server is stopping"))
             return
-        # An empty context: nothing but the body crosses from the caller, as between real processes.
-        task = asyncio.get_running_loop().create_task(
-            self._serve(call, raw), name=call.what, context=contextvars.Context()
-        )
+        task = call.loop.create_task(self._serve(call, raw), name=call.what, context=self.life.context.copy())
         call.accepted(self, task)
         self._open[call] = task
         task.add_done_callback(lambda _: self._open.pop(call))
@@ -97,7 +93,7 @@ class MemoryServer:
             call.reply_error(DeadlineExceeded(f"{call.what}: the deadline passed in the handler"))
 
     async def _answer(self, call: Call, raw: bytes) -> None:
-        expires_at_s = asyncio.get_running_loop().time() + call.timeout_s
+        expires_at_s = call.loop.time() + call.timeout_s
         context = CallContext(peer=call.caller.host, method=call.method, expires_at_s=expires_at_s)
         route = self._routes.find(call.method, call.address)
         if isinstance(route, UnaryRoute):

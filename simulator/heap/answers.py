@@ -1,5 +1,4 @@
-"""The decode side of a worker in a study: the order of things as in `decode.batch` and `kvtransfer.reader`, the
-decisions their policies'.
+"""The answers that a worker in a study writes: the order of things as in `decode.batch`, the decisions its policies'.
 
 Answers that write in every step are members of a `Lockstep` group; those that do not (yet) are looked at one by one:
 adopted since the last step, left out by the budget, or being read again after a preemption.
@@ -11,14 +10,14 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING
 
-from decode.admission import OfferVerdict, admit, may_resume, retry_after_s
+from decode.admission import may_resume
 from engine.compose import Candidate, GrantReason
 from engine.room import Demand
 from simulator.heap.growth import GrowthBook
+from simulator.heap.incoming import demand_of
 from simulator.heap.lockstep import Lockstep
 from simulator.heap.request import AnswerStage
 from simulator.heap.results import Outcome
-from worker.shell import WorkerLimits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from simulator.heap.stretch import Stretch
     from simulator.heap.worker import Worker
 
-#: Of a worker as it is started without further ado.
-_LIVE_LIMITS = WorkerLimits()
-
 
 class Answers:
     def __init__(self, context: Context, worker: Worker, group: WorkerGroup) -> None:
@@ -42,12 +38,6 @@ class Answers:
         self._message_s = context.spec.message_s
         self._block_tokens = context.layout.block_tokens
         self._worker = worker
-        #: Offered and not adopted: how many, and their prompts' tokens.
-        self._num_incoming = 0
-        self._incoming_tokens = 0
-        #: Offers without blocks, oldest first, and some that were given up; of the others: how many.
-        self._offers: deque[Request] = deque()
-        self._num_offers = 0
         self.lockstep = Lockstep(context.layout.block_tokens)
         #: Blocks of its members, as of the last step that began.
         self._lockstep_blocks = 0
@@ -73,129 +63,21 @@ class Answers:
     def num_preempted(self) -> int:
         return len(self._preempted)
 
-    @property
-    def num_waiting(self) -> int:
-        return self._num_incoming + len(self._preempted)
-
     def context_tokens(self, ahead: int) -> int:
-        """Tokens of running and preempted sequences, and of prompts on their way; the group is `ahead` steps on."""
-        tokens = self.lockstep.context_tokens(ahead) + self._incoming_tokens
+        """Tokens of running and preempted sequences; the group is `ahead` steps on."""
+        tokens = self.lockstep.context_tokens(ahead)
         for some in (self._loose, self._reread, self._preempted):
             for request in some.values():
                 tokens += request.num_tokens
         return tokens
 
-    # --- offers and pulls -------------------------------------------------------------------------
+    # --- sequences --------------------------------------------------------------------------------
 
-    def offered(self, request: Request) -> None:
-        """An offer arrives, for the first time or again after a refusal."""
-        if request.over:
-            self._heap.overtaken()
-            return
-        worker, now_s = self._worker, self._heap.now_s
-        worker.sync()
-        demand = request.answer_demand
-        if demand is None:
-            growth_blocks = worker.growth_blocks_of(request, request.num_blocks)
-            demand = Demand(arrival_s=now_s, num_blocks=request.num_blocks, growth_blocks=growth_blocks)
-        if self._num_offers >= _LIVE_LIMITS.max_waiting_offers:
-            waited_s = now_s - _demand_of(self._first_offer()).arrival_s
-            pause_s = retry_after_s(waited_s, _LIVE_LIMITS.lease_ttl_s)
-            self._heap.after(2 * self._message_s + pause_s, self.offered, request)
-            return
-        request.answer_demand = demand
-        request.answer_stage = AnswerStage.OFFERED
-        self._num_incoming += 1
-        self._incoming_tokens += request.prompt_tokens
-        self._offers.append(request)
-        self._num_offers += 1
-        self.serve_offers()
-
-    def _first_offer(self) -> Request:
-        """The offer that has waited longest; there must be one."""
-        while self._offers[0].answer_stage is not AnswerStage.OFFERED:
-            self._offers.popleft()
-        return self._offers[0]
-
-    def serve_offers(self) -> None:
-        """Reserves blocks for waiting offers in the order of arrival, as far as the policy lets it. The worker's
-        blocks must be up to date."""
-        worker = self._worker
-        room = worker.room
-        served = False
-        room.offer = None
-        while self._num_offers:
-            request = self._first_offer()
-            demand = room.offer = _demand_of(request)
-            if admit(demand, room.view()) is not OfferVerdict.RESERVE:
-                break
-            room.offer = None
-            self._offers.popleft()
-            self._num_offers -= 1
-            worker.take_blocks(request.num_blocks)
-            request.answer_stage = AnswerStage.PULLING
-            room.promise(request.row, demand.growth_blocks)
-            self._drive(request)
-            served = True
-        if served:
-            worker.refit()
-
-    def announced(self, news: tuple[Request, int, bool]) -> None:
-        """A Progress call arrives: these blocks are final, and whether they are all."""
-        request, num_blocks, sealed = news
-        if request.over:
-            self._heap.overtaken()
-            return
-        request.announced_blocks = num_blocks
-        request.sealed = sealed
-        if request.answer_stage is AnswerStage.PULLING:
-            self._drive(request)
-
-    def _drive(self, request: Request) -> None:
-        """Pulls what is announced, one pull at a time; confirms once everything is here."""
-        if request.flow is not None:
-            return
-        if request.pulled_blocks < request.announced_blocks:
-            holder = request.prefill
-            assert holder is not None, "placed before it was sent"
-            request.flow = self._context.wires.pull(
-                holder.interface,
-                self._worker.interface,
-                request,
-                request.announced_blocks - request.pulled_blocks,
-                self._pulled,
-            )
-        elif request.sealed:
-            self._heap.after(2 * self._message_s, self._confirmed, request)
-
-    def _pulled(self, request: Request, num_blocks: int) -> None:
-        request.flow = None
-        request.pulled_blocks += num_blocks
-        if request.over:
-            # Until now its blocks were quarantined.
-            self._worker.sync()
-            self._worker.free_blocks(request.num_blocks)
-            self._blocks_may_be_free()
-            return
-        self._drive(request)
-
-    def _confirmed(self, request: Request) -> None:
-        """The lease still stood after the last byte: the answer goes on here."""
-        if request.over:
-            self._heap.overtaken()
-            return
-        worker = self._worker
-        worker.sync()
-        self._num_incoming -= 1
-        self._incoming_tokens -= request.prompt_tokens
-        request.sequence_id = worker.next_sequence_id()
+    def adopt(self, request: Request) -> None:
+        """Its KV has come from another worker, into blocks that are its own now."""
+        request.sequence_id = self._worker.next_sequence_id()
         request.held_blocks = request.num_blocks
         self._start(request)
-        worker.wake()
-        assert request.prefill is not None, "placed before it was sent"
-        self._heap.after(self._message_s, request.prefill.prompts.acknowledged, request)
-
-    # --- sequences --------------------------------------------------------------------------------
 
     def take_over(self, request: Request) -> None:
         """A prompt read by this same worker: its blocks stay where they are."""
@@ -225,28 +107,14 @@ class Answers:
         match request.answer_stage:
             case AnswerStage.ABSENT:
                 return
-            case AnswerStage.OFFERED:
-                self._num_offers -= 1
-                self._forget_offer(request)
-                self.serve_offers()
-            case AnswerStage.PULLING:
-                self._forget_offer(request)
-                if request.flow is None:
-                    worker.free_blocks(request.num_blocks)
-                # What it was promised is free in any case.
-                self._blocks_may_be_free()
+            case AnswerStage.OFFERED | AnswerStage.PULLING:
+                worker.incoming.give_up(request)
             case AnswerStage.RUNNING if request.in_step or request.sequence_id in self.lockstep.members:
                 self._doomed.append(request)
                 worker.wake()
             case AnswerStage.RUNNING | AnswerStage.PREEMPTED:
                 self._drop(request)
                 worker.wake()
-
-    def _forget_offer(self, request: Request) -> None:
-        request.answer_stage = AnswerStage.ABSENT
-        self._num_incoming -= 1
-        self._incoming_tokens -= request.prompt_tokens
-        self._worker.room.forget(request.row)
 
     # --- between steps ----------------------------------------------------------------------------
 
@@ -255,8 +123,7 @@ class Answers:
         self._make_room()
         if self._preempted:
             self._resume()
-        if self._num_offers:
-            self.serve_offers()
+        self._worker.incoming.serve()
 
     def _make_room(self) -> None:
         """Gives every running sequence the blocks for its remaining tokens, oldest first, preempting the newest."""
@@ -342,7 +209,7 @@ class Answers:
             self._leave(request)
         request.answer_stage = AnswerStage.ABSENT
         self._worker.room.starving = bool(self._preempted)
-        self.serve_offers()
+        self._worker.incoming.serve()
 
     def _resume(self) -> None:
         """Gives preempted sequences their blocks back, in order of arrival."""
@@ -352,7 +219,7 @@ class Answers:
             request = self._preempted[sequence_id]
             needed = -(-request.num_tokens // self._block_tokens)
             growth_blocks = worker.growth_blocks_of(request, needed)
-            demand = Demand(arrival_s=_demand_of(request).arrival_s, num_blocks=needed, growth_blocks=growth_blocks)
+            demand = Demand(arrival_s=demand_of(request).arrival_s, num_blocks=needed, growth_blocks=growth_blocks)
             if not may_resume(demand, worker.room.view()):
                 return
             worker.take_blocks(needed)
@@ -362,10 +229,6 @@ class Answers:
             worker.room.starving = bool(self._preempted)
             worker.room.promise(request.row, growth_blocks)
             self._reread[sequence_id] = request
-
-    def _blocks_may_be_free(self) -> None:
-        self.serve_offers()
-        self._worker.wake()
 
     # --- steps ------------------------------------------------------------------------------------
 
@@ -432,9 +295,9 @@ class Answers:
             self._growth.note(ahead)
         return more
 
-    def steps_within_blocks(self, most: int, ahead: int) -> int:
-        """How many steps, at most `most`, all members have blocks for; they are in the step `ahead`, and have its
-        blocks."""
+    def steps_within_blocks(self, most: int) -> int:
+        """How many steps of a stretch, from its first on and at most `most`, all members have blocks for; they have
+        those of the step under way."""
         num_blocks = self._lockstep_blocks + self._worker.available_blocks
         return self.lockstep.steps_within(num_blocks, most - 1) + 1
 
@@ -497,8 +360,3 @@ class Answers:
         del self._reread[request.sequence_id]
         self._loose[request.sequence_id] = request
         self._writes(request)
-
-
-def _demand_of(request: Request) -> Demand:
-    assert request.answer_demand is not None, "made with the offer"
-    return request.answer_demand

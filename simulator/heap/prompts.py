@@ -151,7 +151,7 @@ class Prompts:
         if request.hands_over:
             worker.room.lend(request.num_blocks)
             reader = _reader_of(request)
-            self._heap.after(self._message_s, reader.answers.offered, request)
+            self._heap.after(self._message_s, reader.incoming.offered, request)
         else:
             worker.room.promise(request.row, worker.growth_blocks_of(request, request.num_blocks))
 
@@ -214,7 +214,7 @@ class Prompts:
 
     def _announce(self, request: Request, num_blocks: int, *, sealed: bool) -> None:
         reader = _reader_of(request)
-        self._heap.after(self._message_s, reader.answers.announced, (request, num_blocks, sealed))
+        self._heap.after(self._message_s, reader.incoming.announced, (request, num_blocks, sealed))
 
     def _first_token(self, request: Request) -> None:
         now_s = self._heap.now_s
@@ -268,7 +268,7 @@ class Prompts:
             worker.room.forget(request.row)
         worker.free_blocks(request.num_blocks)
         self._note_head()
-        worker.answers.serve_offers()
+        worker.incoming.serve()
         worker.wake()
 
 

@@ -17,6 +17,7 @@ from contracts.messages import WorkerLoad
 from engine.compose import GrantReason, compose
 from engine.room import Room
 from simulator.heap.answers import Answers
+from simulator.heap.incoming import Incoming
 from simulator.heap.prompts import Prompts
 from simulator.heap.results import WorkerUsage
 from simulator.heap.stretch import Stretch
@@ -65,6 +66,7 @@ class Worker:
             available_blocks=lambda: self.available_blocks,
         )
         self.prompts = Prompts(context, self, group)
+        self.incoming = Incoming(context, self)
         self.answers = Answers(context, self, group)
         self._num_sequences = 0
         self._state = State.IDLE
@@ -159,9 +161,7 @@ class Worker:
     def refit(self) -> None:
         """Blocks were taken during a stretch: it may have to end earlier."""
         if self._state is State.STRETCH:
-            ended = self._steps_ended()
-            most = self._planned_steps - ended
-            self._cut(ended + self.answers.steps_within_blocks(most, ended))
+            self._cut(self.answers.steps_within_blocks(self._planned_steps))
 
     def _cut(self, num_steps: int) -> None:
         if num_steps < self._planned_steps:
@@ -206,7 +206,7 @@ class Worker:
         )
         _check_duration(self._stretch.first_s, self)
         self._ended_at_s = -1.0
-        self._planned_steps = self.answers.steps_within_blocks(group.steps_to_finish(), 0)
+        self._planned_steps = self.answers.steps_within_blocks(group.steps_to_finish())
         self._state = State.STRETCH
         self._heap.at(
             self._stretch.end_s(self._planned_steps), self._stretch_ends, (self._stretch, self._planned_steps)
@@ -313,10 +313,10 @@ class Worker:
         answers, prompts = self.answers, self.prompts
         ahead = self._steps_ended() if self._state is State.STRETCH else 0
         return WorkerLoad(
-            waiting_requests=prompts.num_waiting + answers.num_waiting,
+            waiting_requests=prompts.num_waiting + self.incoming.num_open + answers.num_preempted,
             pending_prompt_tokens=prompts.pending_tokens,
             running_requests=len(prompts.running) + answers.num_running,
-            context_tokens=answers.context_tokens(ahead),
+            context_tokens=answers.context_tokens(ahead) + self.incoming.num_tokens,
             free_blocks=self.available_blocks,
         )
 
@@ -332,7 +332,9 @@ class Worker:
         """Nothing is held, promised or waited for; raises InvariantBroken."""
         view = self.room.view()
         books = (view.num_admitted, view.promised_blocks, view.lent_blocks, view.offer, view.prompt, view.starving)
-        is_open = self.prompts.num_open or self.answers.num_running or self.answers.num_waiting
+        is_open = (
+            self.prompts.num_open or self.incoming.num_open or self.answers.num_running or self.answers.num_preempted
+        )
         if self.used_blocks or is_open or any(books) or self.interface.flows or self._state is not State.IDLE:
             raise InvariantBroken(f"a study ended, but not all of its work: {self}, room {view}")
 
