@@ -5,6 +5,7 @@ The engine runs as in a worker: the same cores, threads, event loop and kind of 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import platform
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import uvloop
 
 from cluster.cores import CoreDemand, CoreShare, assign_cores
+from cluster.disk import LiveDisk
 from cluster.link_check import measure_transports
 from cluster.local import allowed_cores
 from cluster.model_source import resolve_model
@@ -83,9 +85,18 @@ def run_profile(config: ClusterConfig, options: ProfileOptions) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     profile = uvloop.run(_profile(config, source, context_tokens, share.threads))
     path = options.output or default_path(profile)
-    save_profile(profile, path)
+    asyncio.run(store(profile, path))
     say(f"stored in {path}")
     return 0
+
+
+async def store(profile: LatencyProfile, path: Path) -> None:
+    """Makes the folder where missing. Raises ConfigError."""
+    try:
+        disk = LiveDisk(path.parent)
+    except OSError as error:
+        raise ConfigError(f"profile {path}: cannot be written: {error}") from error
+    await save_profile(profile, disk, path.name)
 
 
 def default_path(profile: LatencyProfile) -> Path:

@@ -6,14 +6,12 @@ trusts wrong costs does worse than one without.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from contracts.disk import is_full, write_atomically
 from contracts.errors import ConfigError, TandemError
 from contracts.latency import StepWork
 from contracts.latency_models import FittedLatency
@@ -21,6 +19,9 @@ from contracts.transfer_models import LinkTransfer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
+
+    from contracts.disk import Disk
 
 #: Largest mean relative error over the held-out points with which a fit may be used.
 MAX_DECODE_ERROR = 0.05
@@ -110,14 +111,14 @@ class LatencyProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     points: tuple[ProfilePoint, ...]
 
 
-def save_profile(profile: LatencyProfile, path: Path) -> None:
-    """Replaces `path` as a whole or not at all; makes its folder. Raises ConfigError that names the path."""
+async def save_profile(profile: LatencyProfile, disk: Disk, name: str) -> None:
+    """Replaces the file `name` as a whole or not at all. Raises ConfigError that names it."""
     data = msgspec.json.format(msgspec.json.encode(profile), indent=2)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, data)
+        await write_atomically(disk, name, data)
     except OSError as error:
-        raise ConfigError(f"profile {path}: cannot be written: {error}") from error
+        why = "the disk is full" if is_full(error) else str(error)
+        raise ConfigError(f"profile {name}: cannot be written: {why}") from error
 
 
 def load_profile(path: Path) -> LatencyProfile:
@@ -134,21 +135,3 @@ def load_profile(path: Path) -> LatencyProfile:
         raise ConfigError(f"profile {path}: not whole, or not JSON: {error}") from error
     profile.errors.require_usable(f"profile {path}")
     return profile
-
-
-def _replace(path: Path, data: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -225,13 +225,14 @@ class GatewayCore:
         if entry.is_handling:
             return
         entry.is_handling = True
+        machine = entry.machine
         try:
-            while entry.events and not entry.machine.over:
-                for instruction in entry.machine.handle(entry.events.popleft(), self.clock.now_s()):
+            while entry.events and not machine.over:
+                for instruction in machine.handle(entry.events.popleft(), self.clock.now_s()):
                     self._carry_out(entry, instruction)
         finally:
             entry.is_handling = False
-        if entry.machine.over:
+        if machine.over:
             self._forget(entry)
 
     # --- requests -------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ class WorkerLink:
 
     def _check(self, frame: Frame, expected: int) -> None:
         peer = self.peer
-        if (frame.worker_id, frame.incarnation) != (peer.worker_id, peer.incarnation):
+        if frame.worker_id != peer.worker_id or frame.incarnation != peer.incarnation:
             raise StaleIncarnation(
                 f"{peer.worker_id}/{peer.incarnation} was expected, {frame.worker_id}/{frame.incarnation} answered"
             )

@@ -260,22 +260,23 @@ class RequestMachine:
     # --- tokens ---------------------------------------------------------------------------------
 
     def _receive(self, peer: Peer, delta: TokenDelta, now_s: float) -> list[ev.Instruction]:
-        reason = self._why_dropped(peer, delta)
+        placement = self.placement
+        from_decode = placement is not None and _is_life(peer, placement.decode)
+        reason = self._why_dropped(peer, delta, from_decode=from_decode)
         if reason is not None:
             self.dropped[reason] = self.dropped.get(reason, 0) + 1
             is_stray = delta.attempt < self.request.attempt and delta.finish is None
             return [ev.AnswerStray(peer, RequestKey(delta.request_id, delta.attempt))] if is_stray else []
-        assert self.placement is not None
         if delta.finish == "error":
             return self._worker_failed(peer, delta, now_s)
         if delta.finish == "cancelled":
             error = WorkerUnavailable(f"worker {peer.worker_id} gave the request up")
             return self._fail(Failure(Stage.STARTED, error, (peer.worker_id,)), now_s)
         self._heard = True
-        self._decoding = self._decoding or _is_life(peer, self.placement.decode)
+        self._decoding = self._decoding or from_decode
         return self._deliver(delta, now_s)
 
-    def _why_dropped(self, peer: Peer, delta: TokenDelta) -> str | None:
+    def _why_dropped(self, peer: Peer, delta: TokenDelta, *, from_decode: bool) -> str | None:
         if delta.attempt != self.request.attempt:
             _OLD_ATTEMPT.reached()
             return "attempt"
@@ -285,7 +286,7 @@ class RequestMachine:
             return "over"
         if self.placement is None or self.phase not in (Phase.SENDING, Phase.STREAMING):
             return "early"
-        if not (_is_life(peer, self.placement.decode) or _is_life(peer, self.placement.prefill)):
+        if not (from_decode or _is_life(peer, self.placement.prefill)):
             return "worker"
         if delta.finish == "error" and self._is_done_with(peer):
             return "handed_off"
@@ -303,16 +304,14 @@ class RequestMachine:
         num_early = self._delivery.num_early_tokens
         if num_early > self._limits.max_early_tokens:
             return self._gap_failed(f"{num_early} later ones did", now_s)
-        out: list[ev.Instruction] = []
+        out = self._resumed(now_s) if fresh else []
         for part in fresh:
             self._marks.note(part, now_s)
             out.append(ev.Deliver(part))
-        if fresh:
-            out = [*self._resumed(now_s), *out]
-            finish = fresh[-1].finish
-            if finish is not None:
-                self.phase = Phase.ENDED
-                return [*out, ev.End(None, self._timeline(now_s, finish))]
+        if fresh and (finish := fresh[-1].finish) is not None:
+            self.phase = Phase.ENDED
+            out.append(ev.End(None, self._timeline(now_s, finish)))
+            return out
         if self._delivery.has_gap:
             _TOKEN_EARLY.reached()
             out.append(ev.StartGapTimer())

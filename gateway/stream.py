@@ -88,6 +88,7 @@ class RequestStream:
         self._wake()
 
     def _next_news(self) -> asyncio.Future[None]:
+        assert self._news is None or self._news.done(), f"{self.request_id}: two readers"
         self._news = asyncio.get_running_loop().create_future()
         return self._news
 

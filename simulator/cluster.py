@@ -36,12 +36,12 @@ from simulator.trace_log import trace_logger
 from worker import WorkerLimits, WorkerShell
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from contracts.messages import AuditReply, Method, ReplyT, RequestT, Role, StreamMethod
+    from contracts.messages import AuditReply, Role
     from kvtransfer import MemoryTransport
-    from rpc import CallContext, Server
+    from rpc import Server
     from rpc.memory import Latency, MemoryProcess
     from simulator.program import Program
 

@@ -14,6 +14,8 @@ import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
 from contracts.errors import InvariantBroken
 from contracts.layout import PROTOCOL_VERSION, BlockLayout, KvIdentity
 from contracts.requests import SamplingParams, TokenLogprobs, TopLogprob
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from engine.plan import SampleSpec
 
 
-class TokenKv(NamedTuple):
+class TokenKv(msgspec.Struct, frozen=True):
     """What stands for one token's keys and values."""
 
     position: int
@@ -157,7 +159,7 @@ class ModelledEngine:
         self._idle.clear()
         loop = asyncio.get_running_loop()
         result: asyncio.Future[StepResult] = loop.create_future()
-        loop.call_later(begun.duration_s, self._end, begun, result)
+        loop.call_at(loop.time() + begun.duration_s, self._end, begun, result)
         return await result
 
     async def quiesce(self) -> None:
@@ -227,24 +229,22 @@ class ModelledEngine:
         writer_of: dict[BlockId, int] = {}
         seen: set[int] = set()
         for step in plan.sequences:
-            if step.sequence_id in seen:
-                raise InvariantBroken(f"sequence {step.sequence_id} is twice in the plan")
-            seen.add(step.sequence_id)
-            self._check_sequence(step)
+            sequence_id = step.sequence_id
+            if sequence_id in seen:
+                raise InvariantBroken(f"sequence {sequence_id} is twice in the plan")
+            seen.add(sequence_id)
+            if (complaint := self._complaint(step)) is not None:
+                stop = step.start + len(step.token_ids)
+                raise InvariantBroken(f"sequence {sequence_id}, positions [{step.start}, {stop}): {complaint}")
             for block_id in self._written_blocks(step):
-                if writer_of.setdefault(block_id, step.sequence_id) != step.sequence_id:
-                    raise InvariantBroken(
-                        f"sequences {writer_of[block_id]} and {step.sequence_id} both write block {block_id}"
-                    )
-
-    def _check_sequence(self, step: SequenceStep) -> None:
-        if (complaint := self._complaint(step)) is not None:
-            stop = step.start + len(step.token_ids)
-            raise InvariantBroken(f"sequence {step.sequence_id}, positions [{step.start}, {stop}): {complaint}")
+                writer = writer_of.setdefault(block_id, sequence_id)
+                if writer != sequence_id:
+                    raise InvariantBroken(f"sequences {writer} and {sequence_id} both write block {block_id}")
 
     def _complaint(self, step: SequenceStep) -> str | None:
-        stop = step.start + len(step.token_ids)
-        if not step.token_ids or step.start < 0:
+        token_ids = step.token_ids
+        stop = step.start + len(token_ids)
+        if not token_ids or step.start < 0:
             return "nothing to compute"
         if stop > self._max_context_tokens:
             return f"the context ends at {self._max_context_tokens}"
@@ -255,9 +255,9 @@ class ModelledEngine:
             return f"a block is twice in {list(step.block_ids)}"
         if not block_ids <= self._block_ids:
             return f"no block {min(block_ids - self._block_ids)}, there are {self._num_blocks}"
-        for token_id in (min(step.token_ids), max(step.token_ids)):
-            if not 0 <= token_id < self._vocab_size:
-                return f"no token {token_id}, the vocabulary has {self._vocab_size}"
+        lowest, highest = (min(token_ids), max(token_ids)) if len(token_ids) > 1 else (token_ids[0], token_ids[0])
+        if lowest < 0 or highest >= self._vocab_size:
+            return f"no token {lowest if lowest < 0 else highest}, the vocabulary has {self._vocab_size}"
         return None
 
     def _written_blocks(self, step: SequenceStep) -> Sequence[BlockId]:
@@ -297,11 +297,12 @@ class _Pool:
 
     def write(self, block_ids: Sequence[BlockId], start: int, slots: Sequence[tuple[Slot, int]]) -> None:
         """Writes slots, each with its `_slot_hash`, from position `start` of a sequence whose blocks are these."""
+        block_tokens, weights, block_hashes = self._block_tokens, self._slot_weights, self._block_hashes
         for position, (slot, slot_hash) in enumerate(slots, start):
-            block_id, offset = block_ids[position // self._block_tokens], position % self._block_tokens
+            block_id, offset = block_ids[position // block_tokens], position % block_tokens
             hashes = self._slot_hashes[block_id]
-            change = self._slot_weights[offset] * (slot_hash - hashes[offset])
-            self._block_hashes[block_id] = (self._block_hashes[block_id] + change) % _PRIME
+            change = weights[offset] * (slot_hash - hashes[offset])
+            block_hashes[block_id] = (block_hashes[block_id] + change) % _PRIME
             hashes[offset] = slot_hash
             self._slots[block_id][offset] = slot
         self.num_writes += len(slots)
@@ -309,7 +310,11 @@ class _Pool:
     def write_block(self, block_id: BlockId, content: BlockContent) -> None:
         if len(content) != self._block_tokens:
             raise InvariantBroken(f"block {block_id} has {self._block_tokens} slots, not {len(content)}")
-        self.write([block_id], 0, [(slot, _slot_hash(slot)) for slot in content])
+        hashes = [_EMPTY_SLOT if slot is None else _slot_hash(slot) for slot in content]
+        self._slots[block_id] = list(content)
+        self._slot_hashes[block_id] = hashes
+        self._block_hashes[block_id] = _dot(self._slot_weights, hashes) % _PRIME
+        self.num_writes += len(content)
 
     def weight(self, position: int) -> int:
         """`_BASE**position`."""
@@ -339,11 +344,8 @@ def _powers(base: int, count: int) -> list[int]:
     return list(itertools.accumulate(range(count - 1), lambda power, _: power * base % _PRIME, initial=1))
 
 
-def _slot_hash(slot: Slot) -> int:
-    if slot is None:
-        return _EMPTY_SLOT
-    position, token_id, prefix_hash = slot
-    return _mix((position + 1) * _ODD + token_id + 1 + prefix_hash)
+def _slot_hash(kv: TokenKv) -> int:
+    return _mix((kv.position + 1) * _ODD + kv.token_id + 1 + kv.prefix_hash)
 
 
 class _Context:

@@ -199,7 +199,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def _jump(self) -> None:
         """Moves time to the next timer that was not cancelled."""
         scheduled = self._scheduled
-        while scheduled and scheduled[0][2].cancelled():
+        while scheduled and scheduled[0][2]._cancelled:
             self._pop_timer()
         if not scheduled:
             self._give_up(StuckProgram, "nothing is ready and nothing is scheduled")
@@ -250,7 +250,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """The next timer, cancelled or not."""
         entry = heapq.heappop(self._scheduled)[2]
         entry.in_heap = False
-        self._num_cancelled -= entry.cancelled()
+        self._num_cancelled -= entry._cancelled
         return entry
 
     def timer_cancelled(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 

@@ -94,7 +94,11 @@ class Gateway:
 
     def _arrive(self, request: Request) -> None:
         self._await_next()
-        self._deadlines.append(request)
+        deadlines = self._deadlines
+        # Else a million that are over would wait for theirs.
+        while deadlines and deadlines[0].over:
+            deadlines.popleft()
+        deadlines.append(request)
         if not self._deadline_set:
             self._watch_deadline()
         self._place(request)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import TYPE_CHECKING
+
+from cluster.profile import store
 from contracts.latency import StepWork
 from contracts.latency_models import CostCurve, FittedLatency
 from contracts.profile import FitErrors, LatencyProfile, ProfilePoint
 from contracts.transfer_models import LinkTransfer
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 #: Its held-out errors are the largest with which a profile may be used.
 PROFILE = LatencyProfile(
@@ -34,3 +41,8 @@ PROFILE = LatencyProfile(
         ProfilePoint(work=StepWork(0, 0.0, 0, 4, 400), measured_s=0.01, error=0.05, held_out=True),
     ),
 )
+
+
+def save_to(profile: LatencyProfile, path: Path) -> None:
+    """As `tandem profile` stores one."""
+    asyncio.run(store(profile, path))

@@ -97,7 +97,7 @@ def test_each_command_has_these_options(run_tandem: Tandem, command: str) -> Non
 
 def test_help_names_every_command(run_tandem: Tandem) -> None:
     shown = run_tandem("--help").stdout
-    for command in ("serve", "demo", "config", "coordinator", "gateway", "worker", "doctor"):
+    for command in ("serve", "demo", "config", "coordinator", "gateway", "worker", "doctor", "profile"):
         assert re.search(rf"^\W*{command} ", shown, re.MULTILINE), command
 
 

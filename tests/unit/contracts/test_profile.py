@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import stat
+import asyncio
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,8 +10,10 @@ import pytest
 
 from contracts.errors import ConfigError
 from contracts.latency import StepWork
-from contracts.profile import FitErrors, ProfilePoint, ProfileRefused, load_profile, save_profile
-from tests.support.profiles import PROFILE
+from contracts.profile import FitErrors, LatencyProfile, ProfilePoint, ProfileRefused, load_profile, save_profile
+from simulator import Program, run
+from simulator.faults.disk import SimulatedDisk
+from tests.support.profiles import PROFILE, save_to
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,16 +21,16 @@ if TYPE_CHECKING:
 
 def test_what_was_stored_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "profile.json"
-    save_profile(PROFILE, path)
+    save_to(PROFILE, path)
     assert load_profile(path) == PROFILE
-    save_profile(msgspec.structs.replace(PROFILE, threads=2), path)
+    save_to(msgspec.structs.replace(PROFILE, threads=2), path)
     assert load_profile(path).threads == 2
     assert [file.name for file in path.parent.iterdir()] == ["profile.json"]
 
 
 def test_missing_bytes_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
-    save_profile(PROFILE, path)
+    save_to(PROFILE, path)
     whole = path.read_bytes().rstrip(b"\n")
     for length in range(0, len(whole), 53):
         path.write_bytes(whole[:length])
@@ -55,7 +56,7 @@ def test_foreign_files_are_named(tmp_path: Path, text: bytes, complaint: str) ->
 
 def test_impossible_coefficients_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
-    save_profile(PROFILE, path)
+    save_to(PROFILE, path)
     path.write_bytes(path.read_bytes().replace(b'"floor_s": 0.01', b'"floor_s": -0.01'))
     with pytest.raises(ConfigError, match=r"not a latency profile: .*not negative"):
         load_profile(path)
@@ -69,29 +70,37 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"profile\.json: cannot be written"):
-        save_profile(PROFILE, tmp_path / "file" / "profile.json")
+        save_to(PROFILE, tmp_path / "file" / "profile.json")
 
 
-def test_an_interrupted_write_leaves_the_old_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "profile.json"
-    save_profile(PROFILE, path)
+@pytest.mark.parametrize("fault", ["full", "crash"])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_disk_that_fails_leaves_the_old_profile_or_the_new_one_whole(fault: str, seed: int) -> None:
+    changed = msgspec.structs.replace(PROFILE, threads=2)
 
-    def full(descriptor: int) -> None:
-        # The folder is synced after the profile is in place; only the file's own bytes find the disk full.
-        assert stat.S_ISREG(os.fstat(descriptor).st_mode)
-        raise OSError(28, "No space left on device")
+    async def main(program: Program) -> None:
+        disk = SimulatedDisk(program.rng("disk"))
+        await save_profile(PROFILE, disk, "profile.json")
+        if fault == "full":
+            disk.capacity_bytes = 100
+            with pytest.raises(ConfigError, match=r"profile\.json: cannot be written: the disk is full"):
+                await save_profile(changed, disk, "profile.json")
+        else:
+            saving = asyncio.create_task(save_profile(changed, disk, "profile.json"))
+            await asyncio.sleep(program.rng("when").uniform(0.0, 0.01))
+            disk.crash()
+            saving.cancel()
+            await asyncio.wait([saving])
+        found = msgspec.json.decode(await disk.read("profile.json"), type=LatencyProfile)
+        assert found in ((PROFILE,) if fault == "full" else (PROFILE, changed))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError, match="No space left"):
-        save_profile(msgspec.structs.replace(PROFILE, threads=2), path)
-    assert load_profile(path) == PROFILE
-    assert [file.name for file in tmp_path.iterdir()] == ["profile.json"]
+    run(main, seed=seed)
 
 
 @pytest.mark.parametrize("worse", [{"prefill": 0.101}, {"decode": 0.051}])
 def test_a_fit_that_misses_its_points_is_not_read(tmp_path: Path, worse: dict[str, float]) -> None:
     path = tmp_path / "profile.json"
-    save_profile(msgspec.structs.replace(PROFILE, errors=msgspec.structs.replace(PROFILE.errors, **worse)), path)
+    save_to(msgspec.structs.replace(PROFILE, errors=msgspec.structs.replace(PROFILE.errors, **worse)), path)
     with pytest.raises(ProfileRefused, match=r"at most 5%.*at most 10%"):
         load_profile(path)
 

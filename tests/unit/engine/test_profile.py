@@ -100,7 +100,7 @@ def test_every_step_is_measured_and_the_fit_tells_them_all() -> None:
 
 
 def test_warming_up_and_disturbed_steps_do_not_count() -> None:
-    steps = measure(DisturbedTiming(**FIELDS), SPECS).steps
+    steps = measure(DisturbedTiming(seen=set(), numbers=itertools.count(), **FIELDS), SPECS).steps
     short = [
         (step.duration_s, expected_s(spec)) for step, spec in zip(steps, SPECS, strict=True) if step.duration_s < 0.05
     ]

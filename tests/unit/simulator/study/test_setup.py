@@ -11,12 +11,13 @@ import pytest
 from contracts.errors import ConfigError, TandemError
 from contracts.latency import StepWork
 from contracts.latency_models import DISTSERVE_OPT, CostCurve, FittedLatency
-from contracts.profile import FitErrors, LatencyProfile, save_profile
+from contracts.profile import FitErrors, LatencyProfile
 from contracts.roofline import DEVICES, MODELS, kv_blocks_that_fit
 from contracts.transfer_models import LinkTransfer
 from simulator.study.flags import ClusterFlags, LatencyFlags
 from simulator.study.setup import build_setup, parse_workers
 from tests.support.layout import ROOT
+from tests.support.profiles import save_to
 
 DISTSERVE = LatencyFlags(latency="distserve:opt-13b-tp1")
 
@@ -184,7 +185,7 @@ def profile_file(path: Path) -> LatencyProfile:
         errors=FitErrors(prefill=0.01, decode=0.02, mixed=0.03),
         points=(),
     )
-    save_profile(profile, path)
+    save_to(profile, path)
     return profile
 
 

@@ -1,0 +1,251 @@
+"""Eight classic bugs of disaggregated serving, planted in the production classes for the time of a trial.
+
+Each is a subclass as a tired developer would have written it, put in the place of the class that a worker is made
+of; nothing in production code knows of it. `python -m tests.support.planted_bugs --bug NAME --seeds N` says which
+chaos seed finds it first, and by what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import kvtransfer.holder_service
+import kvtransfer.reader_service
+import worker.shell
+from contracts.errors import TandemError
+from contracts.ids import LeaseId
+from contracts.messages import ConfirmReply
+from decode import DecodeBatch
+from engine.sequence import request_key
+from kvtransfer import Ledger
+from kvtransfer.holder import Holder
+from kvtransfer.holder_events import Answer
+from kvtransfer.reader import Reader
+from prefill import PrefillQueue
+from simulator.chaos import Verdict, try_seed
+from worker.registration import Registration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Mapping
+    from types import ModuleType
+
+    from contracts.messages import ConfirmRequest, PrefillRequest, RequestKey
+    from engine.plan import Sampled
+    from kvtransfer.holder_events import Refuse
+    from kvtransfer.reader_events import AbortReason, ReaderInstruction
+    from kvtransfer.reader_lease import ReaderLease
+
+
+class SkipsGenerationCheck(Holder):
+    """Confirms whatever it is asked: the lease may have ended and its blocks belong to others by now.
+
+    SGLang #24527 (a page was reused before the transfer from it had ended); most systems have no such question at
+    all. Shows as a wrong token: the answer goes on from another request's KV.
+    """
+
+    def _confirm(self, body: ConfirmRequest, now_s: float) -> Answer | Refuse:
+        answer = super()._confirm(body, now_s)
+        return Answer(ConfirmReply(stands=True)) if isinstance(answer, Answer) else answer
+
+
+class FreesWithoutQuarantine(Ledger):
+    """Frees the blocks of an aborted lease although its pull has not ended: bytes land in their next owner's KV.
+
+    vLLM and SGLang over NIXL, whose release of a handle does not stop what is under way. Shows as a wrong token.
+    """
+
+    def abort(self, lease_id: LeaseId) -> bool:
+        self._reservation(lease_id).pulling = False
+        return super().abort(lease_id)
+
+
+class ForgetsToFreeOnCancel(DecodeBatch):
+    """Strikes a cancelled answer off the books and leaves its blocks to the step that writes them, also where no
+    step does.
+
+    vLLM #46283, dynamo #14775: KV stranded by a cancel. Shows as blocks that nobody frees.
+    """
+
+    def cancel(self, key: RequestKey, reason: str) -> None:
+        answer = self._answers.get(key)
+        if answer is None or answer.in_step:
+            super().cancel(key, reason)
+            return
+        del self._answers[key]
+        self._running.pop(answer.sequence.sequence_id, None)
+        self._preempted.pop(answer.sequence.sequence_id, None)
+        self._room.starving = bool(self._preempted)
+        self._over.add(key)
+
+
+class StartsTwice(PrefillQueue):
+    """Takes a Prefill whose first answer was lost for a new one, and starts the try again.
+
+    The classic of retried rpcs without memory of what was done. Shows as tokens that are computed twice.
+    """
+
+    def submit(self, ask: PrefillRequest, now_s: float) -> None:
+        known = self._prompts.pop(request_key(ask.request), None)
+        super().submit(ask, now_s)
+        if known is not None:
+            self._prompts.setdefault(known.sequence.key, known)
+
+
+def _id_without_life(text: str) -> LeaseId:
+    """Numbers leases within a worker, and begins at one again in each of its lives.
+
+    vLLM #36958 (ids that did not match leaked KV), and what follows from ids that outlive their process. Shows as
+    handoffs that readers refuse, since they remember those ids as ended: long after the restart requests fail.
+    """
+    worker_id, _, number = text.split("/")
+    return LeaseId(f"{worker_id}/{number}")
+
+
+class LosesHeartbeatTimer(Registration):
+    """Arms the next heartbeat when the last one is answered: after one that is not there is no other.
+
+    Shows as a worker that lives, and that the coordinator does not know for good.
+    """
+
+    async def _beat(self) -> bool:
+        try:
+            return await super()._beat()
+        except TandemError:
+            return await asyncio.get_running_loop().create_future()
+
+
+class AnnouncesBlockBeingWritten(PrefillQueue):
+    """Advances a lease over the block in which a chunk ends, too, which the next chunk writes on.
+
+    Rounding up where it must be down. Shows as a wrong token: the reader pulled half a block.
+    """
+
+    def apply(self, sequence_id: int, num_tokens: int, sampled: Sampled | None, now_s: float) -> None:
+        super().apply(sequence_id, num_tokens, sampled, now_s)
+        prompt = self._running.get(sequence_id)
+        if prompt is not None and prompt.lease_id is not None:
+            self._holder.advance(prompt.lease_id, self._layout.blocks_for(prompt.sequence.num_computed))
+
+
+class WaitsWhileHolding(Reader):
+    """An offer that waits takes what blocks there are, and holds them until the rest comes free.
+
+    LMCache #1215 (three that each waited for another). Shows as a standstill: the offer waits for an answer that was
+    preempted, and that one for the blocks of the offer, until a deadline ends them.
+    """
+
+    def _reserve_waiting(self, now_s: float) -> list[ReaderInstruction]:
+        for lease_id in self._waiting:
+            self._ledger.release_all(lease_id)
+        instructions = super()._reserve_waiting(now_s)
+        for lease in self._waiting.values():
+            self._ledger.allocate(lease.lease_id, min(lease.terms.num_blocks, self._ledger.available_blocks))
+        return instructions
+
+    def _abort(
+        self, lease: ReaderLease, reason: AbortReason, error: TandemError, now_s: float
+    ) -> list[ReaderInstruction]:
+        self._ledger.release_all(lease.lease_id)
+        return super()._abort(lease, reason, error, now_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlantedBug:
+    #: Where production code finds what it is made of, under which name, and what it finds there instead.
+    module: ModuleType
+    attribute: str
+    instead: Any
+    #: What a problem that it causes says, as a regular expression.
+    symptom: str
+
+
+_WRONG_TOKEN = r"token \d+ is \d+, not \d+"
+_LEAK = r"\d+ of \d+ blocks are not free"
+
+BUGS: Mapping[str, PlantedBug] = {
+    "skip-generation-check": PlantedBug(
+        module=kvtransfer.holder_service, attribute="Holder", instead=SkipsGenerationCheck, symptom=_WRONG_TOKEN
+    ),
+    "free-without-quarantine": PlantedBug(
+        module=worker.shell, attribute="Ledger", instead=FreesWithoutQuarantine, symptom=_WRONG_TOKEN
+    ),
+    "forget-to-free-on-cancel": PlantedBug(
+        module=worker.shell, attribute="DecodeBatch", instead=ForgetsToFreeOnCancel, symptom=_LEAK
+    ),
+    "commit-twice": PlantedBug(
+        module=worker.shell, attribute="PrefillQueue", instead=StartsTwice, symptom=r"computed twice"
+    ),
+    "reuse-lease-id": PlantedBug(
+        module=kvtransfer.holder_service,
+        attribute="LeaseId",
+        instead=_id_without_life,
+        symptom=r"asked after recovery: .* has ended here",
+    ),
+    "lose-heartbeat-timer": PlantedBug(
+        module=worker.shell,
+        attribute="Registration",
+        instead=LosesHeartbeatTimer,
+        symptom=r"the coordinator does not know \w+",
+    ),
+    "announce-block-being-written": PlantedBug(
+        module=worker.shell, attribute="PrefillQueue", instead=AnnouncesBlockBeingWritten, symptom=_WRONG_TOKEN
+    ),
+    "wait-while-holding": PlantedBug(
+        module=kvtransfer.reader_service, attribute="Reader", instead=WaitsWhileHolding, symptom=r"deadline_exceeded"
+    ),
+}
+
+
+@contextmanager
+def planted(name: str) -> Generator[None, None, None]:
+    """For the time of the `with` block, workers are made with this bug."""
+    bug = BUGS[name]
+    sound = getattr(bug.module, bug.attribute)
+    setattr(bug.module, bug.attribute, bug.instead)
+    try:
+        yield
+    finally:
+        setattr(bug.module, bug.attribute, sound)
+
+
+def shows(name: str, verdict: Verdict) -> bool:
+    """Whether a verdict has the symptom of this bug, not just any problem."""
+    return any(re.search(BUGS[name].symptom, problem) for problem in verdict.problems)
+
+
+def find(name: str, seeds: Iterable[int], *, on_verdict: Callable[[Verdict], None] | None = None) -> Verdict | None:
+    """The verdict of the first seed that shows the bug; None where none does."""
+    with planted(name):
+        for seed in seeds:
+            verdict = try_seed(seed)
+            if on_verdict is not None:
+                on_verdict(verdict)
+            if shows(name, verdict):
+                return verdict
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.support.planted_bugs", description=__doc__)
+    parser.add_argument("--bug", choices=sorted(BUGS), required=True)
+    parser.add_argument("--seeds", type=int, default=200, help="play at most so many (default 200)")
+    parser.add_argument("--first", type=int, default=1, help="the first of them (default 1)")
+    arguments = parser.parse_args()
+    verdict = find(arguments.bug, range(arguments.first, arguments.first + arguments.seeds))
+    if verdict is None:
+        print(f"{arguments.bug}: not found in {arguments.seeds} seeds")
+        return 1
+    print(f"{arguments.bug}: found by seed {verdict.seed}: {verdict.scenario}")
+    for problem in verdict.problems:
+        print(f"  ! {problem}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
