@@ -13,6 +13,7 @@ import contextvars
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from contracts.ids import GatewayId, Incarnation, WorkerId
@@ -33,6 +34,7 @@ from simulator.faults.network import FaultyNetwork
 from simulator.loop import HOST, VirtualLoop
 from simulator.message_log import logged_messages, logged_pulls
 from simulator.trace_log import trace_logger
+from simulator.witness import WatchedGateway, WatchedPool
 from worker import WorkerLimits, WorkerShell
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from rpc import Server
     from rpc.memory import Latency, MemoryProcess
     from simulator.program import Program
+    from simulator.witness import Witness
 
 COORDINATOR_HOST = "coordinator"
 COORDINATOR = f"{COORDINATOR_HOST}:1"
@@ -103,9 +106,10 @@ class _Life:
 class SimulatedCluster:
     """Use as `async with SimulatedCluster(program, spec) as cluster`; leaving it stops everything."""
 
-    def __init__(self, program: Program, spec: ClusterSpec) -> None:
+    def __init__(self, program: Program, spec: ClusterSpec, witness: Witness | None = None) -> None:
         self._program = program
         self._spec = spec
+        self._witness = witness
         #: Where faults of the network are switched.
         self.network = FaultyNetwork(program, latency_s=spec.latency_s, fate=spec.fate)
         message_fate: Latency = self.network.message_fate
@@ -172,7 +176,8 @@ class SimulatedCluster:
         assert self._core is None, "the gateway is up"
         self._gateway_lives += 1
         self._gateway_program = self._network.process(GATEWAY_HOST)
-        self._core = GatewayCore(
+        make = GatewayCore if self._witness is None else partial(WatchedGateway, self._witness)
+        self._core = make(
             self._gateway_program,
             ProcessClock(self._clocks[GATEWAY_HOST], offset_s=2000.0 * self._gateway_lives),
             GatewayId(f"{GATEWAY_HOST}-{self._gateway_lives}"),
@@ -238,7 +243,8 @@ class SimulatedCluster:
             timing=spec.timing,
         )
         block_bytes = engine.identity.layout.block_bytes
-        transport = self._fabric.over(name, engine, num_blocks=spec.num_blocks, block_bytes=block_bytes)
+        watched = None if self._witness is None else WatchedPool(self._witness, name, engine)
+        transport = self._fabric.over(name, watched or engine, num_blocks=spec.num_blocks, block_bytes=block_bytes)
         context = contextvars.Context()
         context.run(HOST.set, name)
         program = self._network.process(worker_id, context)
@@ -269,6 +275,8 @@ class SimulatedCluster:
             ),
             log=self._log(name),
         )
+        if watched is not None:
+            watched.ledger = shell.ledger
         shell.register_on(server)
         task = asyncio.get_running_loop().create_task(shell.live(), name=name, context=context.copy())
         life = self._lives[worker_id] = _Life(name, program, engine, transport, shell, server, task)

@@ -14,6 +14,7 @@ from contracts.failpoints import Failpoints, armed
 from contracts.requests import SamplingParams
 from simulator.chaos.audit import DEADLINE_SLACK_S, Auditor
 from simulator.chaos.scenario import draw
+from simulator.chaos.witness import Witness
 from simulator.clients import Answer, Ask, ask_into
 from simulator.cluster import SimulatedCluster
 from simulator.loop import describe_tasks
@@ -94,13 +95,14 @@ class _Trial:
     async def main(self, program: Program) -> None:
         self.program = program
         program.trace.add(f"{'scenario':14s} {self._scenario.describe()}")
-        async with SimulatedCluster(program, self._scenario.cluster) as cluster:
+        witness = Witness()
+        async with SimulatedCluster(program, self._scenario.cluster, witness) as cluster:
             auditor = Auditor(self._scenario, cluster)
             watch = asyncio.create_task(auditor.watch(), name="auditor")
             try:
                 await self._play(cluster, auditor)
             finally:
-                self.problems.extend(auditor.problems)
+                self.problems.extend([*auditor.problems, *witness.problems])
                 watch.cancel()
         self.virtual_s = asyncio.get_running_loop().time()
         self.problems.extend(f"left running: {line}" for line in _left_running())

@@ -22,7 +22,7 @@ _GIVEN = (BlockClass.RESERVED, BlockClass.QUARANTINED)
 
 
 class Witness:
-    """Implements `simulator.cluster.Witness`; `problems` is empty where everything held."""
+    """Implements `simulator.witness.Witness`; `problems` is empty where everything held."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []

@@ -23,10 +23,10 @@ from contracts.ids import LeaseId
 from contracts.messages import ConfirmReply
 from decode import DecodeBatch
 from engine.sequence import request_key
-from kvtransfer import Ledger
 from kvtransfer.holder import Holder
 from kvtransfer.holder_events import Answer
 from kvtransfer.reader import Reader
+from kvtransfer.reader_events import StopPull
 from prefill import PrefillQueue
 from simulator.chaos import Verdict, try_seed
 from worker.registration import Registration
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping
     from types import ModuleType
 
-    from contracts.messages import ConfirmRequest, PrefillRequest, RequestKey
+    from contracts.messages import ConfirmRequest, PrefillRequest
     from engine.plan import Sampled
     from kvtransfer.holder_events import Refuse
     from kvtransfer.reader_events import AbortReason, ReaderInstruction
@@ -54,34 +54,34 @@ class SkipsGenerationCheck(Holder):
         return Answer(ConfirmReply(stands=True)) if isinstance(answer, Answer) else answer
 
 
-class FreesWithoutQuarantine(Ledger):
-    """Frees the blocks of an aborted lease although its pull has not ended: bytes land in their next owner's KV.
+class FreesWithoutQuarantine(Reader):
+    """Asks the pull of an aborted lease to stop and takes it for ended: its last bytes land in blocks that are free,
+    or somebody else's.
 
-    vLLM and SGLang over NIXL, whose release of a handle does not stop what is under way. Shows as a wrong token.
+    vLLM and SGLang over NIXL (releasing a handle does not stop what is under way); SGLang #24527. Shows as a pull
+    that writes what it was not given, and as wrong tokens.
     """
 
-    def abort(self, lease_id: LeaseId) -> bool:
-        self._reservation(lease_id).pulling = False
-        return super().abort(lease_id)
+    def _abort(
+        self, lease: ReaderLease, reason: AbortReason, error: TandemError, now_s: float
+    ) -> list[ReaderInstruction]:
+        if not lease.pull_in_flight:
+            return super()._abort(lease, reason, error, now_s)
+        self._ledger.end_pull(lease.lease_id)
+        return [StopPull(lease.lease_id), *super()._abort(lease, reason, error, now_s)]
 
 
 class ForgetsToFreeOnCancel(DecodeBatch):
-    """Strikes a cancelled answer off the books and leaves its blocks to the step that writes them, also where no
-    step does.
+    """Strikes an answer that was cancelled during a step off the books when the step ends, without its blocks.
 
-    vLLM #46283, dynamo #14775: KV stranded by a cancel. Shows as blocks that nobody frees.
+    vLLM #46283, dynamo #14775: KV stranded by a cancel. Shows as blocks that nobody ever frees.
     """
 
-    def cancel(self, key: RequestKey, reason: str) -> None:
-        answer = self._answers.get(key)
-        if answer is None or answer.in_step:
-            super().cancel(key, reason)
-            return
-        del self._answers[key]
-        self._running.pop(answer.sequence.sequence_id, None)
-        self._preempted.pop(answer.sequence.sequence_id, None)
-        self._room.starving = bool(self._preempted)
-        self._over.add(key)
+    def apply(self, sequence_id: int, num_tokens: int, sampled: Sampled | None, now_s: float) -> None:
+        answer = self._running[sequence_id]
+        if answer.doomed:
+            answer.sequence.block_ids = []
+        super().apply(sequence_id, num_tokens, sampled, now_s)
 
 
 class StartsTwice(PrefillQueue):
@@ -173,7 +173,10 @@ BUGS: Mapping[str, PlantedBug] = {
         module=kvtransfer.holder_service, attribute="Holder", instead=SkipsGenerationCheck, symptom=_WRONG_TOKEN
     ),
     "free-without-quarantine": PlantedBug(
-        module=worker.shell, attribute="Ledger", instead=FreesWithoutQuarantine, symptom=_WRONG_TOKEN
+        module=kvtransfer.reader_service,
+        attribute="Reader",
+        instead=FreesWithoutQuarantine,
+        symptom=r"a pull writes block \d+, which is",
     ),
     "forget-to-free-on-cancel": PlantedBug(
         module=worker.shell, attribute="DecodeBatch", instead=ForgetsToFreeOnCancel, symptom=_LEAK

@@ -203,8 +203,13 @@ def test_a_block_being_written_reads_as_unwritten() -> None:
         await asyncio.sleep(0.5)
         assert engine.read_block(BlockId(6)) == (None,) * 4
         await step
-        assert [kv and kv[:2] for kv in engine.read_block(BlockId(6))] == [(0, 1), (1, 2), (2, 3), (3, 4)]
-        assert [kv and kv[:2] for kv in engine.read_block(BlockId(7))] == [(4, 5), None, None, None]
+        assert [kv and (kv.position, kv.token_id) for kv in engine.read_block(BlockId(6))] == [
+            (0, 1),
+            (1, 2),
+            (2, 3),
+            (3, 4),
+        ]
+        assert [kv and (kv.position, kv.token_id) for kv in engine.read_block(BlockId(7))] == [(4, 5), None, None, None]
 
     play(main())
 
