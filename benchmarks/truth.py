@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from contracts.profile import LatencyProfile
     from workload import WorkloadRequest
 
-#: About half of what either worker can do.
-RATE_RPS = 1.2
+#: Prompts of 300 tokens keep a core busy for half of the time.
+RATE_RPS = 0.9
 PROMPTS = LogNormal.from_mean(300, sigma=0.8, max_tokens=1500)
 OUTPUTS = LogNormal.from_mean(40, sigma=0.6, max_tokens=200)
-#: Of the middle of what an undisturbed request takes, so that attainment is neither 0 nor 1.
-SLO = SloClass("interactive", ttft_ms=400, tpot_ms=30)
+#: About twice what an undisturbed request of the mean length takes.
+SLO = SloClass("interactive", ttft_ms=1200, tpot_ms=25)
 MAX_BATCH_TOKENS = 512
 PROFILE_LIMIT_S = 240.0
 #: From the socket to the dispatch and back: HTTP, validation, tokens to text.

@@ -39,7 +39,8 @@ class MembershipLimits:
     heartbeat_interval_s: float = 0.5
     #: Silence after which a life is over.
     heartbeat_timeout_s: float = 3.0
-    #: The same where everybody is silent at once: they get no requests meanwhile, but their lives go on.
+    #: The same where everybody is silent at once: they get no requests meanwhile, but their lives go on. When
+    #: somebody is heard again, the others have a `heartbeat_timeout_s` from then to be heard too.
     isolation_timeout_s: float = 20.0
     #: A placement counts as load until a heartbeat this much younger has come: by then the worker's own
     #: figures contain it.
@@ -73,6 +74,9 @@ class Membership:
         self._look_again_s = -math.inf
         #: Until then nobody's silence is too long for being given requests.
         self._all_heard_until_s = -math.inf
+        #: When anybody was last heard, and when that was after everybody had been silent; moved on by pauses.
+        self._last_heard_s = -math.inf
+        self._isolation_over_s = -math.inf
         #: The present life of each worker that has one.
         self._entries: dict[WorkerId, _Entry] = {}
         #: The same workers, as dispatch looks at them.
@@ -91,6 +95,7 @@ class Membership:
         """
         self._look(now_s)
         self._refuse_stale(info.worker_id, info.incarnation)
+        self._note_heard(now_s)
         known = self._entries.get(info.worker_id)
         if known is not None and known.info == info:
             known.heartbeat_s = now_s
@@ -121,6 +126,7 @@ class Membership:
         entry = self._entries.get(worker_id)
         if entry is None or entry.info.incarnation != incarnation:
             return False
+        self._note_heard(now_s)
         entry.load = load
         entry.transfers = transfers or entry.transfers
         entry.heartbeat_s = now_s
@@ -186,13 +192,15 @@ class Membership:
             self._gone.popitem(last=False)
 
     def _end_the_silent(self, paused_s: float, now_s: float) -> None:
-        timeout_s = self._limits.heartbeat_timeout_s
+        limits = self._limits
         for entry in self._entries.values():
             entry.heartbeat_s = min(now_s, entry.heartbeat_s + paused_s)
-        is_isolated = self._is_isolated(now_s)
-        if is_isolated:
+        self._last_heard_s = min(now_s, self._last_heard_s + paused_s)
+        self._isolation_over_s = min(now_s, self._isolation_over_s + paused_s)
+        if self._is_isolated(now_s):
             _ISOLATED.reached()
-        patience_s = self._limits.isolation_timeout_s if is_isolated else timeout_s
+        spared = self._is_isolated(now_s) or now_s - self._isolation_over_s <= limits.heartbeat_timeout_s
+        patience_s = limits.isolation_timeout_s if spared else limits.heartbeat_timeout_s
         for entry in list(self._entries.values()):
             silence_s = now_s - entry.heartbeat_s
             if silence_s > patience_s:
@@ -201,15 +209,19 @@ class Membership:
                 self._end(entry, reason, now_s)
         # Heartbeats only move this on, and who registers from now on is heard later than anybody here.
         oldest_s = min((entry.heartbeat_s for entry in self._entries.values()), default=now_s)
-        self._all_heard_until_s = timeout_s + oldest_s
-        self._look_again_s = now_s + LOOK_INTERVAL_S if is_isolated else self._all_heard_until_s
+        self._all_heard_until_s = limits.heartbeat_timeout_s + oldest_s
+        self._look_again_s = now_s + LOOK_INTERVAL_S if spared else self._all_heard_until_s
 
     def _is_isolated(self, now_s: float) -> bool:
         """Whether everybody fell silent at once: then it is the coordinator that is cut off, or the network is down,
         and nothing is known of anybody."""
-        half_s = self._limits.heartbeat_timeout_s / 2
-        silent = sum(now_s - entry.heartbeat_s > half_s for entry in self._entries.values())
-        return 1 < silent == len(self._entries)
+        return len(self._entries) > 1 and now_s - self._last_heard_s > self._limits.heartbeat_timeout_s / 2
+
+    def _note_heard(self, now_s: float) -> None:
+        """Of somebody. The others' messages come later by up to a heartbeat and what a new connection takes."""
+        if self._is_isolated(now_s):
+            self._isolation_over_s = now_s
+        self._last_heard_s = now_s
 
     def _heard(self, now_s: float) -> list[_Entry]:
         """Those that are not silent for too long, by worker id."""

@@ -226,6 +226,7 @@ class ModelledEngine:
         )
 
     def _check(self, plan: StepPlan) -> None:
+        block_tokens = self._identity.layout.block_tokens
         writer_of: dict[BlockId, int] = {}
         seen: set[int] = set()
         for step in plan.sequences:
@@ -233,10 +234,10 @@ class ModelledEngine:
             if sequence_id in seen:
                 raise InvariantBroken(f"sequence {sequence_id} is twice in the plan")
             seen.add(sequence_id)
+            stop = step.start + len(step.token_ids)
             if (complaint := self._complaint(step)) is not None:
-                stop = step.start + len(step.token_ids)
                 raise InvariantBroken(f"sequence {sequence_id}, positions [{step.start}, {stop}): {complaint}")
-            for block_id in self._written_blocks(step):
+            for block_id in step.block_ids[step.start // block_tokens : (stop - 1) // block_tokens + 1]:
                 writer = writer_of.setdefault(block_id, sequence_id)
                 if writer != sequence_id:
                     raise InvariantBroken(f"sequences {writer} and {sequence_id} both write block {block_id}")
@@ -259,11 +260,6 @@ class ModelledEngine:
         if lowest < 0 or highest >= self._vocab_size:
             return f"no token {lowest if lowest < 0 else highest}, the vocabulary has {self._vocab_size}"
         return None
-
-    def _written_blocks(self, step: SequenceStep) -> Sequence[BlockId]:
-        layout = self._identity.layout
-        first = step.start // layout.block_tokens
-        return step.block_ids[first : layout.blocks_for(step.start + len(step.token_ids))]
 
 
 class _Begun(NamedTuple):

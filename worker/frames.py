@@ -43,6 +43,29 @@ class _Mailbox:
         self.unattended_since_s: float | None = now_s
 
 
+class _Alarm:
+    """Sets `ready` whenever it was not put off for `SIGN_OF_LIFE_S`. It is put off with every frame: that sets no
+    timer, the running one finds out."""
+
+    def __init__(self, ready: asyncio.Event) -> None:
+        self._ready = ready
+        self._loop = asyncio.get_running_loop()
+        self._due_s = self._loop.time() + SIGN_OF_LIFE_S
+        self._timer = self._loop.call_at(self._due_s, self._look)
+
+    def put_off(self) -> None:
+        self._due_s = self._loop.time() + SIGN_OF_LIFE_S
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        if self._loop.time() >= self._due_s:
+            self._ready.set()
+            self.put_off()
+        self._timer = self._loop.call_at(self._due_s, self._look)
+
+
 class FrameOutbox:
     def __init__(
         self,
@@ -93,13 +116,17 @@ class FrameOutbox:
         mailbox.stream_number += 1
         mine = mailbox.stream_number
         mailbox.unattended_since_s = None
+        alarm = _Alarm(mailbox.ready)
         try:
             sequence_number = 0
             while mailbox.stream_number == mine:
                 yield self._frame(sequence_number, mailbox)
                 sequence_number += 1
-                await self._wait(mailbox)
+                # Until there is something to send, or a sign of life is due.
+                alarm.put_off()
+                await mailbox.ready.wait()
         finally:
+            alarm.cancel()
             if mailbox.stream_number == mine:
                 mailbox.unattended_since_s = self._clock.now_s()
         # What woke this stream was meant for the newer one.
@@ -117,14 +144,6 @@ class FrameOutbox:
             sequence_number=sequence_number,
             deltas=deltas,
         )
-
-    async def _wait(self, mailbox: _Mailbox) -> None:
-        """Until there is something to send, or a sign of life is due."""
-        alarm = asyncio.get_running_loop().call_later(SIGN_OF_LIFE_S, mailbox.ready.set)
-        try:
-            await mailbox.ready.wait()
-        finally:
-            alarm.cancel()
 
     def _mailbox(self, gateway_id: GatewayId) -> _Mailbox:
         mailbox = self._mailboxes.get(gateway_id)

@@ -86,6 +86,13 @@ def _cut(rng: random.Random, at_s: float, victims: Victims) -> Fault:
     return CutLinks(at_s=at_s, for_s=rng.uniform(0.5, 8.0), one=one, other=other, one_way=rng.random() < 0.5)
 
 
+def _isolate(rng: random.Random, at_s: float, victims: Victims) -> Fault:
+    """One worker from everybody: what it holds, and what it reads, ends without it."""
+    worker_id = rng.choice(victims.worker_ids)
+    others = tuple(host for host in victims.hosts if host != worker_id)
+    return CutLinks(at_s=at_s, for_s=rng.uniform(1.0, 6.0), one=(worker_id,), other=others, one_way=False)
+
+
 def _slow_down(rng: random.Random, at_s: float, victims: Victims) -> Fault:
     return SlowDown(
         at_s=at_s,
@@ -114,7 +121,7 @@ def _deafen(rng: random.Random, at_s: float, victims: Victims) -> Fault:
         for_s=rng.uniform(1.0, 6.0),
         scope=_scope(rng, victims.worker_ids),
         chance=rng.choice([0.1, 0.5, 1.0]),
-        within_s=rng.choice([0.2, 2.0, 6.0, 30.0]),
+        within_s=rng.choice([0.2, 2.0, 8.0, 30.0]),
     )
 
 
@@ -138,6 +145,7 @@ _KINDS: tuple[tuple[Make, int], ...] = (
     (_crash_coordinator, 2),
     (_crash_gateway, 1),
     (_cut, 4),
+    (_isolate, 4),
     (_slow_down, 3),
     (_unreliable, 5),
     (_deafen, 4),

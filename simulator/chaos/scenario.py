@@ -115,7 +115,7 @@ def _draw_cluster(rng: random.Random) -> ClusterSpec:
         lease_ttl_s=rng.choice([2.0, 4.0, 10.0]),
         timing=StepTiming(floor_s=rng.choice([0.004, 0.008, 0.02])),
         prefill=PrefillLimits(max_waiting=rng.choice([4, 512, 512])),
-        decode=DecodeLimits(growth_tokens=rng.choice([8, 64])),
+        decode=DecodeLimits(growth_tokens=rng.choice([1, 8, 64])),
         gateway=GatewayLimits(max_replays=rng.choice([0, 1, 3, 3]), replay_patience_s=rng.choice([5.0, 30.0])),
         log_messages=True,
         clock_drift=rng.choice([0.0, 0.0, 200e-6]),
