@@ -11,6 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from contracts.errors import TandemError
+from simulator.chaos.scenario import Weather
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,12 +31,14 @@ RECOVERY_S = 25.0
 #: Who was not heard in the last moments of a fault is given up 3 s later.
 STEADY_S = 3.5
 
-#: What a client may be told in a cluster that things are done to. Anything else is a bug's voice.
-ALLOWED_CODES = frozenset(
-    {"no_capacity", "not_ready", "worker_unavailable", "deadline_exceeded", "transfer_aborted", "corrupt_kv"}
-)
-#: The same where nothing is done to it: refused, before anything was started.
-CALM_CODES = frozenset({"no_capacity"})
+#: What a client may be told. Anything else is a bug's voice.
+CODES: dict[Weather, frozenset[str]] = {
+    Weather.CALM: frozenset({"no_capacity"}),
+    Weather.SURVIVABLE: frozenset(),
+    Weather.ROUGH: frozenset(
+        {"no_capacity", "not_ready", "worker_unavailable", "deadline_exceeded", "transfer_aborted", "corrupt_kv"}
+    ),
+}
 
 
 class Auditor:
@@ -65,7 +68,7 @@ class Auditor:
 
     def judge(self, answers: Sequence[Answer]) -> None:
         """What the clients got; all of them have ended or have had the time."""
-        allowed = CALM_CODES if self._scenario.is_calm else ALLOWED_CODES
+        allowed = CODES[self._scenario.weather]
         for number, answer in enumerate(answers):
             where = f"request {number}"
             self.problems.extend(f"{where}: {problem}" for problem in answer.problems())
@@ -77,13 +80,10 @@ class Auditor:
                 self.problems.append(f"{where}: took {took_s:.3f} s, its deadline was {answer.ask.deadline_s:g} s")
             if answer.error is not None and answer.error.code not in allowed:
                 self.problems.append(f"{where}: failed with {answer.error.code}: {answer.error.message}")
-            if answer.error is not None and answer.error.code in CALM_CODES and answer.token_ids:
-                self._judge_late_refusal(where, answer)
-
-    def _judge_late_refusal(self, where: str, answer: Answer) -> None:
-        """`no_capacity` says that nothing was started; only a replay that found no room may say it later."""
-        if self._scenario.is_calm:
-            self.problems.append(f"{where}: refused after {len(answer.token_ids)} tokens: {answer.error!r}")
+            # It says that nothing was started; only a replay that found no room may say it later.
+            is_refused = answer.error is not None and answer.error.code == "no_capacity"
+            if is_refused and answer.token_ids and self._scenario.weather is Weather.CALM:
+                self.problems.append(f"{where}: refused after {len(answer.token_ids)} tokens: {answer.error!r}")
 
     async def until_recovered(self) -> None:
         """Waits until the cluster is as if nothing had been, for `STEADY_S`; says what is not when it does not get

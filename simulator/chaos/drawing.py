@@ -22,6 +22,7 @@ from simulator.chaos.faults import (
     JumpClock,
     SlowDown,
     StickEngine,
+    Strand,
     SwizzleClog,
     Unreliable,
 )
@@ -57,6 +58,12 @@ def draw_faults(rng: random.Random, victims: Victims, *, over_s: float, most: in
     return tuple(sorted(drawn, key=lambda fault: fault.at_s))
 
 
+def draw_loss(rng: random.Random, at_s: float, worker_ids: tuple[str, ...]) -> Fault:
+    """One worker is lost in one of four ways, or silent for a while."""
+    make = rng.choice([_crash, _freeze, _hang, _stick])
+    return make(rng, at_s, Victims(worker_ids=worker_ids, hosts=worker_ids))
+
+
 def _crash(rng: random.Random, at_s: float, victims: Victims) -> Fault:
     return CrashWorker(at_s=at_s, for_s=rng.choice([0.05, 1.0, 4.0]), worker_id=rng.choice(victims.worker_ids))
 
@@ -86,11 +93,17 @@ def _cut(rng: random.Random, at_s: float, victims: Victims) -> Fault:
     return CutLinks(at_s=at_s, for_s=rng.uniform(0.5, 8.0), one=one, other=other, one_way=rng.random() < 0.5)
 
 
-def _isolate(rng: random.Random, at_s: float, victims: Victims) -> Fault:
-    """One worker from everybody: what it holds, and what it reads, ends without it."""
+def _strand(rng: random.Random, at_s: float, victims: Victims) -> Fault:
     worker_id = rng.choice(victims.worker_ids)
-    others = tuple(host for host in victims.hosts if host != worker_id)
-    return CutLinks(at_s=at_s, for_s=rng.uniform(1.0, 6.0), one=(worker_id,), other=others, one_way=False)
+    late_for_s = rng.uniform(0.5, 2.0)
+    return Strand(
+        at_s=at_s,
+        for_s=late_for_s + rng.uniform(2.5, 6.0),
+        worker_id=worker_id,
+        others=tuple(host for host in victims.hosts if host != worker_id),
+        late_for_s=late_for_s,
+        late_within_s=6.0,
+    )
 
 
 def _slow_down(rng: random.Random, at_s: float, victims: Victims) -> Fault:
@@ -145,7 +158,7 @@ _KINDS: tuple[tuple[Make, int], ...] = (
     (_crash_coordinator, 2),
     (_crash_gateway, 1),
     (_cut, 4),
-    (_isolate, 4),
+    (_strand, 6),
     (_slow_down, 3),
     (_unreliable, 5),
     (_deafen, 4),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from simulator.faults.patterns import ClogTime, clog_in_turn
 from simulator.faults.rules import (
+    ANY,
     Between,
     Duplication,
     LatePulls,
@@ -182,6 +183,36 @@ class CutLinks(OfNetwork):
     def rules(self) -> tuple[Rule, ...]:
         make = Link if self.one_way else Between
         return tuple(Partition(make(source, target)) for source in self.one for target in self.other)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strand(Fault):
+    """The last pulls to and from a worker are late; then it is cut off from everybody, and back while some of them
+    have yet to land: the others have long ended what it still believes in."""
+
+    what: ClassVar[str] = "stranding"
+
+    worker_id: str
+    others: tuple[str, ...]
+    #: What of `for_s` comes before the cut.
+    late_for_s: float
+    late_within_s: float
+
+    def describe(self) -> str:
+        cut_s = self.for_s - self.late_for_s
+        return f"{self.what} of {self.worker_id}: pulls late for {self.late_for_s:.3f} s, cut off for {cut_s:.3f} s"
+
+    async def strike(self, cluster: SimulatedCluster) -> None:
+        late = LatePulls(Between(self.worker_id, ANY), chance=1.0, within_s=self.late_within_s)
+        cuts = [Partition(Between(self.worker_id, other)) for other in self.others]
+        cluster.network.add(late)
+        await asyncio.sleep(self.late_for_s)
+        cluster.network.remove(late)
+        for cut in cuts:
+            cluster.network.add(cut)
+        await asyncio.sleep(self.for_s - self.late_for_s)
+        for cut in cuts:
+            cluster.network.remove(cut)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from contracts.failpoints import FAILPOINTS
@@ -14,7 +15,7 @@ from contracts.requests import SamplingParams
 from decode import DecodeLimits
 from gateway.limits import GatewayLimits
 from prefill import PrefillLimits
-from simulator.chaos.drawing import Victims, draw_faults
+from simulator.chaos.drawing import Victims, draw_faults, draw_loss
 from simulator.clients import Ask
 from simulator.cluster import COORDINATOR_HOST, GATEWAY_HOST, ClusterSpec
 from simulator.engine import StepTiming
@@ -36,8 +37,12 @@ TOPOLOGIES: tuple[tuple[Mapping[str, Role], int], ...] = (
     ({"m0": "mixed", "p0": "prefill", "d0": "decode"}, 2),
 )
 
-#: One trial in so many has no fault at all: then nothing may fail.
+#: Those with two of each role.
+REDUNDANT_TOPOLOGIES = tuple(roles for roles, _ in TOPOLOGIES if len(roles) > 3 or "m1" in roles)
+
+#: One trial in so many has no fault at all, and one in so many only what replay is for: then nothing may fail.
 CALM_IN = 8
+SURVIVABLE_IN = 8
 MAX_FAULTS = 8
 #: The workload begins when the cluster is up, and is asked within at most so long.
 LONGEST_WORKLOAD_S = 12.0
@@ -48,9 +53,21 @@ ARMED_CHANCE = 0.3
 MOST_FIRING = 0.25
 
 
+class Weather(Enum):
+    """What a trial does to its cluster, and so what its clients may be told."""
+
+    #: Nothing: requests may be refused for lack of room, before they began.
+    CALM = "calm"
+    #: One worker is lost, in a cluster with room and another one of its role: every request finishes.
+    SURVIVABLE = "survivable"
+    #: Anything, at once.
+    ROUGH = "rough"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     seed: int
+    weather: Weather
     cluster: ClusterSpec
     #: In order of `at_s`, which counts from when the cluster is up.
     asks: tuple[Ask, ...]
@@ -58,11 +75,6 @@ class Scenario:
     faults: tuple[Fault, ...]
     #: Chance of firing by failpoint; those that are missing are not armed.
     failpoints: Mapping[str, float]
-
-    @property
-    def is_calm(self) -> bool:
-        """Nothing is done to this cluster: no request of it may fail."""
-        return not self.faults and not self.failpoints
 
     @property
     def healed_s(self) -> float:
@@ -73,8 +85,8 @@ class Scenario:
         """One line for people."""
         roles = " ".join(f"{worker_id}:{role}" for worker_id, role in self.cluster.roles.items())
         return (
-            f"{roles}; {self.cluster.num_blocks} blocks of {self.cluster.block_tokens}, leases of "
-            f"{self.cluster.lease_ttl_s:g} s; {len(self.asks)} requests, {len(self.faults)} faults, "
+            f"{self.weather.value}; {roles}; {self.cluster.num_blocks} blocks of {self.cluster.block_tokens}, "
+            f"leases of {self.cluster.lease_ttl_s:g} s; {len(self.asks)} requests, {len(self.faults)} faults, "
             f"{len(self.failpoints)} failpoints"
         )
 
@@ -84,21 +96,39 @@ def draw(seed: int) -> Scenario:
     rng = random.Random(f"{seed}/cluster")
     cluster = _draw_cluster(rng)
     asks = _draw_asks(random.Random(f"{seed}/asks"), cluster)
+    # Where nothing may fail, it may not by a short deadline either.
+    patient = tuple(replace(ask, deadline_s=PATIENT_DEADLINE_S) for ask in asks)
     if seed % CALM_IN == 0:
-        # Nothing may fail, then: not by a short deadline either.
-        patient = tuple(replace(ask, deadline_s=PATIENT_DEADLINE_S) for ask in asks)
-        return Scenario(seed=seed, cluster=cluster, asks=patient, faults=(), failpoints={})
+        return Scenario(seed=seed, weather=Weather.CALM, cluster=cluster, asks=patient, faults=(), failpoints={})
+    if seed % SURVIVABLE_IN == SURVIVABLE_IN // 2:
+        return _draw_survivable(seed, cluster, patient)
     over_s = max(ask.at_s for ask in asks) + 2.0
     worker_ids = tuple(cluster.roles)
     victims = Victims(worker_ids=worker_ids, hosts=(*worker_ids, COORDINATOR_HOST, GATEWAY_HOST))
     faults = draw_faults(random.Random(f"{seed}/faults"), victims, over_s=over_s, most=MAX_FAULTS)
     return Scenario(
         seed=seed,
+        weather=Weather.ROUGH,
         cluster=cluster,
         asks=asks,
         faults=faults,
         failpoints=_draw_failpoints(random.Random(f"{seed}/failpoints")),
     )
+
+
+def _draw_survivable(seed: int, cluster: ClusterSpec, asks: tuple[Ask, ...]) -> Scenario:
+    rng = random.Random(f"{seed}/survivable")
+    roomy = replace(
+        cluster,
+        roles=rng.choice([dict(roles) for roles in REDUNDANT_TOPOLOGIES]),
+        num_blocks=2048 // cluster.block_tokens,
+        max_waiting_offers=256,
+        prefill=PrefillLimits(),
+        gateway=GatewayLimits(),
+    )
+    over_s = max(ask.at_s for ask in asks)
+    fault = draw_loss(rng, rng.uniform(0.0, over_s), tuple(roomy.roles))
+    return Scenario(seed=seed, weather=Weather.SURVIVABLE, cluster=roomy, asks=asks, faults=(fault,), failpoints={})
 
 
 def _draw_cluster(rng: random.Random) -> ClusterSpec:
