@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from simulator.clock import VirtualClock
-from simulator.engine import ModelledEngine, StepTiming, expected_tokens, modelled_identity
+from simulator.engine import ModelledEngine, ModelTiming, StepCosts, StepTiming, expected_tokens, modelled_identity
 from simulator.loop import LimitReached, SimulationError, StuckProgram, ThreadsRefused, VirtualLoop
 from simulator.program import Program, Trace, run
 
 __all__ = [
     "LimitReached",
+    "ModelTiming",
     "ModelledEngine",
     "Program",
     "SimulationError",
+    "StepCosts",
     "StepTiming",
     "StuckProgram",
     "ThreadsRefused",

@@ -28,7 +28,7 @@ from kvtransfer.memory import FateModel, steady_link
 from prefill import PrefillLimits
 from rpc import MemoryNetwork
 from rpc.memory import loopback_latency
-from simulator.engine import ModelledEngine, StepTiming, modelled_identity
+from simulator.engine import ModelledEngine, StepCosts, StepTiming, modelled_identity
 from simulator.faults.clocks import MachineClock, ProcessClock
 from simulator.faults.network import FaultyNetwork
 from simulator.loop import HOST, VirtualLoop
@@ -75,7 +75,7 @@ class ClusterSpec:
     #: Offers that one worker lets wait without blocks.
     max_waiting_offers: int = 256
     lease_ttl_s: float = 10.0
-    timing: StepTiming = field(default_factory=StepTiming)
+    timing: StepCosts = field(default_factory=StepTiming)
     #: What becomes of pulls and messages while `SimulatedCluster.network` has no rules. Hosts are the worker ids,
     #: "gateway" and "coordinator", and "observer" for what the test itself asks.
     fate: FateModel = steady_link

@@ -12,11 +12,12 @@ import asyncio
 import itertools
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
 from contracts.errors import InvariantBroken
+from contracts.latency import StepWork
 from contracts.layout import PROTOCOL_VERSION, BlockLayout, KvIdentity
 from contracts.requests import SamplingParams, TokenLogprobs, TopLogprob
 from engine.plan import Sampled, SequenceStep, StepPlan, StepResult
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
     from contracts.ids import BlockId
+    from contracts.latency import LatencyModel
     from engine.plan import SampleSpec
 
 
@@ -84,6 +86,46 @@ class StepTiming:
         )
 
 
+class StepCosts(Protocol):
+    """What a modelled engine's steps take."""
+
+    def duration_s(self, plan: StepPlan) -> float: ...
+
+
+class ModelTiming:
+    """The costs of a latency model: a fitted profile, a roofline."""
+
+    def __init__(self, model: LatencyModel, *, around_step_s: float = 0.0) -> None:
+        """`around_step_s`: what a worker spends on each step beside its engine."""
+        self._model = model
+        self._around_step_s = around_step_s
+
+    def duration_s(self, plan: StepPlan) -> float:
+        return self._around_step_s + self._model.step_s(work_of(plan))
+
+
+def work_of(plan: StepPlan) -> StepWork:
+    """A plan as latency models see it: a sequence of one new token is a decode, a longer one a chunk."""
+    prefill_tokens = num_chunks = num_decodes = context_tokens = 0
+    pairs = 0.0
+    for step in plan.sequences:
+        num_new = len(step.token_ids)
+        if num_new == 1:
+            num_decodes += 1
+            context_tokens += step.start + 1
+        else:
+            num_chunks += 1
+            prefill_tokens += num_new
+            pairs += num_new * step.start + num_new * (num_new + 1) / 2
+    return StepWork(
+        prefill_tokens=prefill_tokens,
+        prefill_pairs=pairs,
+        num_chunks=num_chunks,
+        num_decodes=num_decodes,
+        context_tokens=context_tokens,
+    )
+
+
 def modelled_identity(*, block_tokens: int = 16) -> KvIdentity:
     """An identity for modelled engines that may exchange blocks."""
     return KvIdentity(
@@ -103,7 +145,7 @@ class ModelledEngine:
         identity: KvIdentity,
         num_blocks: int,
         max_context_tokens: int,
-        timing: StepTiming | None = None,
+        timing: StepCosts | None = None,
         vocab_size: int = DEFAULT_VOCAB_SIZE,
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:

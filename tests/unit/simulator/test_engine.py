@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from contracts.errors import InvariantBroken
 from contracts.ids import BlockId
+from contracts.latency import StepWork
 from contracts.requests import SamplingParams
 from engine.plan import SampleSpec, SequenceStep, StepPlan
-from simulator import ModelledEngine, StepTiming, expected_tokens, modelled_identity, run
+from simulator import ModelledEngine, ModelTiming, StepTiming, expected_tokens, modelled_identity, run
+from simulator.engine import work_of
+from tests.support.affine_latency import AffineLatency
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -322,3 +325,17 @@ def test_logprobs_come_when_asked_for() -> None:
         assert sampled.logprobs.logprob == sampled.logprobs.top[0].logprob
 
     play(main())
+
+
+def test_a_plan_as_latency_models_see_it() -> None:
+    """A decode at context 9, a whole prompt of 4, and 3 tokens behind 5: pairs 4*5/2 and 3*5 + 3*4/2."""
+
+    def step(sequence_id: int, start: int, count: int) -> SequenceStep:
+        blocks = tuple(BlockId(sequence_id * 4 + place) for place in range(4))
+        return SequenceStep(sequence_id=sequence_id, token_ids=[1] * count, start=start, block_ids=blocks, sample=None)
+
+    plan = StepPlan((step(0, 8, 1), step(1, 0, 4), step(2, 5, 3)))
+    work = StepWork(prefill_tokens=7, prefill_pairs=10.0 + 21.0, num_chunks=2, num_decodes=1, context_tokens=9)
+    assert work_of(plan) == work
+    model = AffineLatency(base_s=1.0, token_s=0.1, pair_s=0.01, context_token_s=0.001, sequence_s=0.5)
+    assert ModelTiming(model, around_step_s=0.25).duration_s(plan) == pytest.approx(0.25 + model.step_s(work))
