@@ -20,18 +20,15 @@ import httpx
 from benchmarks.cluster import running
 from benchmarks.handoff import VOCAB_HIGH, VOCAB_LOW, Stream, cluster, complete, split
 from benchmarks.report import print_table
-from contracts.profile import load_profile
-from contracts.transfer_models import LinkTransfer
-from engine.compose import StepBudget
-from simulator.heap.spec import StudySpec, WorkerGroup
 from simulator.heap.study import simulate
+from simulator.study.flags import ClusterFlags, LatencyFlags
+from simulator.study.setup import build_setup
 from workload import LogNormal, Poisson, SloClass, synthetic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from contracts.profile import LatencyProfile
     from workload import WorkloadRequest
 
 #: Prompts of 300 tokens keep a core busy for half of the time.
@@ -40,10 +37,7 @@ PROMPTS = LogNormal.from_mean(300, sigma=0.8, max_tokens=1500)
 OUTPUTS = LogNormal.from_mean(40, sigma=0.6, max_tokens=200)
 #: About twice what an undisturbed request of the mean length takes.
 SLO = SloClass("interactive", ttft_ms=1200, tpot_ms=25)
-MAX_BATCH_TOKENS = 512
 PROFILE_LIMIT_S = 240.0
-#: From the socket to the dispatch and back: HTTP, validation, tokens to text.
-GATEWAY_S = 0.004
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +57,11 @@ class Seen:
         return [name, 1e3 * self.ttft_s, 1e3 * self.tpot_s, 100 * self.attainment]
 
 
-def profile(model: Path, core: int, folder: Path) -> LatencyProfile:
-    """Runs `tandem profile` on one core, as each worker of the cluster has one."""
+def profile(model: Path, folder: Path) -> Path:
+    """Runs `tandem profile` with one thread, as each worker of the cluster has one."""
     path = folder / "profile.json"
     finished = subprocess.run(
-        [
-            *("taskset", "-c", str(core), sys.executable, "-m", "cluster", "profile", str(model)),
-            *("--threads", "1", "--output", str(path)),
-        ],
+        [*(sys.executable, "-m", "cluster", "profile", str(model)), *("--threads", "1", "--output", str(path))],
         capture_output=True,
         text=True,
         timeout=PROFILE_LIMIT_S,
@@ -79,7 +70,7 @@ def profile(model: Path, core: int, folder: Path) -> LatencyProfile:
     print(finished.stdout[-3000:])
     if finished.returncode:
         raise RuntimeError(f"tandem profile ended with {finished.returncode}: {finished.stderr[-2000:]}")
-    return load_profile(path)
+    return path
 
 
 def workload(seconds: float) -> list[WorkloadRequest]:
@@ -111,21 +102,9 @@ async def real(model: Path, cores: Sequence[int], requests: Sequence[WorkloadReq
     )
 
 
-def simulated(costs: LatencyProfile, requests: Sequence[WorkloadRequest]) -> Seen:
-    budget = StepBudget(max_tokens=MAX_BATCH_TOKENS, max_sequences=64)
-    group = {"latency": costs.latency, "count": 1, "budget": budget, "num_blocks": costs.num_blocks}
-    spec = StudySpec(
-        groups=(
-            WorkerGroup(name="prefill", role="prefill", **group),  # type: ignore[arg-type]
-            WorkerGroup(name="decode", role="decode", **group),  # type: ignore[arg-type]
-        ),
-        transfer=costs.transfer or LinkTransfer(latency_s=0.0005, bandwidth_bytes_s=3e9),
-        kv_token_bytes=costs.kv_token_bytes,
-        block_tokens=costs.block_tokens,
-        max_context_tokens=costs.max_context_tokens,
-        between_steps_s=costs.step_overhead_s,
-        gateway_s=GATEWAY_S,
-    )
+def simulated(profile: Path, requests: Sequence[WorkloadRequest]) -> Seen:
+    """As `tandem simulate --profile` takes it."""
+    spec = build_setup(ClusterFlags(workers="1P1D"), LatencyFlags(profile=profile)).spec
     rows = simulate(spec, requests).requests
     ttft_s = rows.first_token_s - rows.arrival_s
     tpot_s = (rows.finished_s - rows.first_token_s) / (rows.output_tokens - 1)
@@ -134,10 +113,10 @@ def simulated(costs: LatencyProfile, requests: Sequence[WorkloadRequest]) -> See
 
 def truth_figures(model: Path, cores: Sequence[int], folder: Path, seconds: float) -> dict[str, float]:
     """`cores`: one for each worker."""
-    costs = profile(model, cores[0], folder)
+    file = profile(model, folder)
     requests = workload(seconds)
     measured = asyncio.run(real(model, cores, requests))
-    modelled = simulated(costs, requests)
+    modelled = simulated(file, requests)
     print_table(
         f"truth: {len(requests)} requests in {seconds:g} s on 1P1D, one core each "
         f"(VOCAB {VOCAB_LOW}-{VOCAB_HIGH}, SLO {SLO.ttft_ms:g}/{SLO.tpot_ms:g} ms)",

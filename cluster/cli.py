@@ -154,13 +154,17 @@ def profile(
     max_context: Annotated[
         int | None, Parameter(name="--max-context", help="Longest context to measure, in tokens; default 2048.")
     ] = None,
+    serving: Annotated[
+        bool, Parameter(name="--serving", help="Also measure what a cluster of two workers adds to its engines.")
+    ] = True,
     flags: ConfigFlags | None = None,
 ) -> int:
-    """Measure what the engine's steps cost on this machine, for planning and simulation."""
+    """Measure what steps cost on this machine, for planning and simulation."""
     from cluster.profile import ProfileOptions, run_profile
 
     config = load(flags, dict(os.environ), model=model).config
-    return run_profile(config, ProfileOptions(output=output, threads=threads, max_context_tokens=max_context))
+    options = ProfileOptions(output=output, threads=threads, max_context_tokens=max_context, serving=serving)
+    return run_profile(config, options)
 
 
 @config_app.command

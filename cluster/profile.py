@@ -1,4 +1,4 @@
-"""`tandem profile`: measures the engine on this machine and stores what its steps cost.
+"""`tandem profile`: measures the engine on this machine, then what a cluster adds to it, and stores both.
 
 The engine runs as in a worker: the same cores, threads, event loop and kind of memory.
 """
@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import uvloop
 
 from cluster.cores import CoreDemand, CoreShare, assign_cores
@@ -26,6 +27,7 @@ from cluster.local import allowed_cores
 from cluster.model_source import resolve_model
 from cluster.plan import transfer_options, worker_environ
 from cluster.serve import say
+from cluster.serving_profile import cluster_to_measure, measure_answers, others_cpu_s, overheads, report_lines
 from cluster.worker_main import SWITCH_INTERVAL_S
 from contracts.errors import ConfigError
 from contracts.profile import LatencyProfile, save_profile
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from contracts.clock import Clock
     from contracts.config import ClusterConfig
     from contracts.latency_models import CostCurve
+    from contracts.profile import ServingOverheads
     from engine.executor import LiveEngine
     from engine.profile import FitReport, Measurement, PointSpec
 
@@ -55,6 +58,9 @@ _MEMORY_SHARE = 0.5
 #: A neighbour on the same cores is worth a word from here on; its time is taken off, but not what it does to caches.
 _MAX_WAITED_SHARE = 0.05
 
+#: Cores that others keep busy while a cluster is measured; nothing can be taken off for them there.
+_MAX_OTHERS_CORES = 0.1
+
 #: Between two lines of progress where they cannot be written over.
 _PROGRESS_INTERVAL_S = 10.0
 
@@ -69,25 +75,38 @@ class ProfileOptions:
     output: Path | None
     threads: int | None
     max_context_tokens: int | None
+    #: Whether a cluster is started and measured too.
+    serving: bool
 
 
 def run_profile(config: ClusterConfig, options: ProfileOptions) -> int:
     """Changes this process's cores and environment for good. Raises ConfigError; ProfileRefused, after the measured
-    points have been shown, and nothing is stored."""
+    points have been shown, or WorkerUnavailable when a cluster cannot be measured; then nothing is stored."""
     source = resolve_model(config.model, say)
     limit = _context_limit(config, source.folder)
     context_tokens = _context_tokens(limit, options.max_context_tokens)
+    everywhere = allowed_cores()
     share = _share(config, options.threads)
     # Before torch is imported: its threads inherit the cores, and OpenMP reads the environment once.
     os.environ.update(worker_environ(os.environ, share.threads))
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, share.cores)
+    _move_to(share.cores)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     profile = uvloop.run(_profile(config, source, context_tokens, share.threads))
+    if options.serving:
+        # The engine is gone; what is started now is to have all cores, as `tandem serve` would.
+        _move_to(everywhere)
+        serving = uvloop.run(_measure_serving(config, source, context_tokens, profile))
+        profile = msgspec.structs.replace(profile, serving=serving)
     path = options.output or default_path(profile)
     asyncio.run(store(profile, path))
     say(f"stored in {path}")
     return 0
+
+
+def _move_to(cores: Sequence[int]) -> None:
+    """This thread, and what it starts from now on."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
 
 
 async def store(profile: LatencyProfile, path: Path) -> None:
@@ -127,7 +146,7 @@ async def _profile(config: ClusterConfig, source: ModelSource, context_tokens: i
 
     clock = LiveClock()
     extent = ProfileRange(
-        max_chunk_tokens=min(config.engine.max_batch_tokens, context_tokens // 2),
+        max_chunk_tokens=_max_chunk_tokens(config, context_tokens),
         max_context_tokens=context_tokens,
         max_sequences=config.engine.max_sequences,
     )
@@ -148,6 +167,35 @@ async def _profile(config: ClusterConfig, source: ModelSource, context_tokens: i
     finally:
         for pool in pools:
             pool.close()
+
+
+async def _measure_serving(
+    config: ClusterConfig, source: ModelSource, context_tokens: int, profile: LatencyProfile
+) -> ServingOverheads:
+    from engine.model_config import load_model_config
+
+    clock = LiveClock()
+    say("a cluster of one prefill and one decode worker, asked over HTTP")
+    start_s, before_s = clock.now_s(), others_cpu_s()
+    answers = await measure_answers(
+        cluster_to_measure(config, source.folder, profile.threads),
+        max_chunk_tokens=_max_chunk_tokens(config, context_tokens),
+        vocab_size=load_model_config(source.folder).vocab_size,
+        clock=clock,
+        progress=_Progress(clock).update,
+    )
+    others_cores = (others_cpu_s() - before_s) / (clock.now_s() - start_s)
+    if others_cores > _MAX_OTHERS_CORES:
+        say(f"others kept {others_cores:.2f} cores busy meanwhile: what serving adds is overstated")
+    found = overheads(answers, profile)
+    for line in report_lines(answers, profile, found):
+        say(line)
+    return found
+
+
+def _max_chunk_tokens(config: ClusterConfig, context_tokens: int) -> int:
+    """The largest chunk that is measured; a prompt of it leaves as much room for an answer."""
+    return min(config.engine.max_batch_tokens, context_tokens // 2)
 
 
 async def _measure(engine: LiveEngine, specs: Sequence[PointSpec], clock: Clock) -> Measurement:

@@ -6,6 +6,7 @@ trusts wrong costs does worse than one without.
 
 from __future__ import annotations
 
+import math
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 #: Largest mean relative error over the held-out points with which a fit may be used.
 MAX_DECODE_ERROR = 0.05
 MAX_PREFILL_ERROR = 0.10
+
+#: Grows whenever a field is added that a study needs.
+PROFILE_FORMAT: Literal["tandem-latency-profile-2"] = "tandem-latency-profile-2"
+
+_FORMAT_FAMILY = "tandem-latency-profile-"
 
 StepKind = Literal["prefill", "decode", "mixed"]
 
@@ -83,10 +89,28 @@ class FitErrors(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
+class ServingOverheads(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a cluster adds to its engines' steps, seen by a client whose request meets no other.
+
+    Raises ValueError for negative figures.
+    """
+
+    #: To the first token, beyond the step that reads the prompt: HTTP, gateway, placement, and the way back.
+    first_token_s: float
+    #: To each later token, beyond its decode step.
+    step_s: float
+    #: To the second token, beyond its decode step and the time that the link takes for the KV's bytes.
+    handoff_s: float
+
+    def __post_init__(self) -> None:
+        if not all(0 <= seconds < math.inf for seconds in (self.first_token_s, self.step_s, self.handoff_s)):
+            raise ValueError(f"an overhead must be finite and not negative: {self}")
+
+
 class LatencyProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that a study needs to stand for one kind of worker."""
 
-    format: Literal["tandem-latency-profile-1"] = "tandem-latency-profile-1"
+    format: Literal["tandem-latency-profile-2"] = PROFILE_FORMAT
     model: str
     model_fingerprint: str
     kv_token_bytes: int
@@ -105,10 +129,18 @@ class LatencyProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     latency: FittedLatency
     #: What a step costs its worker beyond the engine's own time: the way to its thread and back.
     step_overhead_s: float
+    #: Of a cluster of one prefill and one decode worker on this machine; None where only the engine was measured.
+    serving: ServingOverheads | None = None
     #: Between two workers on this machine, where it was measured.
     transfer: LinkTransfer | None = None
     errors: FitErrors
     points: tuple[ProfilePoint, ...]
+
+
+class _Format(msgspec.Struct):
+    """What every version of a profile begins with."""
+
+    format: str
 
 
 async def save_profile(profile: LatencyProfile, disk: Disk, name: str) -> None:
@@ -128,6 +160,11 @@ def load_profile(path: Path) -> LatencyProfile:
     except OSError as error:
         raise ConfigError(f"profile {path}: cannot be read: {error.strerror}") from error
     try:
+        found = msgspec.json.decode(data, type=_Format).format
+        if found != PROFILE_FORMAT and found.startswith(_FORMAT_FAMILY):
+            raise ConfigError(
+                f"profile {path}: of format {found}, and {PROFILE_FORMAT} is needed: measure again with tandem profile"
+            )
         profile = msgspec.json.decode(data, type=LatencyProfile)
     except msgspec.ValidationError as error:
         raise ConfigError(f"profile {path}: not a latency profile: {error}") from error

@@ -8,6 +8,7 @@ results mean something only with efficiencies fitted to an engine.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -203,8 +204,8 @@ class Efficiencies:
     overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.compute <= 1 and 0 < self.memory <= 1 and self.overhead_s >= 0):
-            raise ValueError(f"efficiencies must be in (0, 1], the overhead not negative: {self}")
+        if not (0 < self.compute <= 1 and 0 < self.memory <= 1 and 0 <= self.overhead_s < math.inf):
+            raise ValueError(f"efficiencies must be in (0, 1], the overhead finite and not negative: {self}")
 
 
 class Roofline:

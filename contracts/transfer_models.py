@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 #: Mooncake's estimate of prefill work per layer (FAST'25, equation 2): `4 p^2 d + 22 p d^2` operations.
@@ -24,8 +25,8 @@ class LinkTransfer:
     efficiency: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.latency_s < 0 or self.bandwidth_bytes_s <= 0 or not 0 < self.efficiency <= 1:
-            raise ValueError(f"a link needs latency_s >= 0, bandwidth_bytes_s > 0 and efficiency in (0, 1]: {self}")
+        if not (0 <= self.latency_s < math.inf and self.bandwidth_bytes_s > 0 and 0 < self.efficiency <= 1):
+            raise ValueError(f"a link needs finite latency_s >= 0, bandwidth_bytes_s > 0, efficiency in (0, 1]: {self}")
 
     def transfer_s(self, num_bytes: int, active_flows: int) -> float:
         return self.latency_s + num_bytes * active_flows / (self.bandwidth_bytes_s * self.efficiency)

@@ -34,7 +34,7 @@ from simulator.faults.network import FaultyNetwork
 from simulator.loop import HOST, VirtualLoop
 from simulator.message_log import logged_messages, logged_pulls
 from simulator.trace_log import trace_logger
-from simulator.witness import WatchedGateway, WatchedPool
+from simulator.witness import WatchedEngine, WatchedGateway, WatchedPool
 from worker import WorkerLimits, WorkerShell
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class SimulatedCluster:
             message_fate = logged_messages(message_fate, program.trace)
             pull_fate = logged_pulls(pull_fate, program.trace)
         self._network = MemoryNetwork(
-            rng=program.rng("network"), latency_s=message_fate, host="observer", log=self._log("network")
+            rng=program.rng("network"), latency_s=message_fate, host="observer", log=self._note_broken
         )
         self._fabric = MemoryFabric(pull_fate)
         #: By host.
@@ -128,6 +128,8 @@ class SimulatedCluster:
         self._lives: dict[str, _Life] = {}
         #: Workers whose lives ended themselves, and why, in order.
         self.ended: list[tuple[str, str]] = []
+        #: What handlers of calls raised that may raise no such thing, in order. Callers heal it by asking again.
+        self.broken_handlers: list[str] = []
         self._restarts: dict[asyncio.Task[None], None] = {}
         self._restarting = True
         self._coordinator: CoordinatorShell | None = None
@@ -236,7 +238,8 @@ class SimulatedCluster:
         name = f"{worker_id}@{incarnation}"
         clock = ProcessClock(self._clocks[worker_id], offset_s=1000.0 * self._incarnations.total() + 17.0)
         spec = self._spec
-        engine = ModelledEngine(
+        make_engine = ModelledEngine if self._witness is None else partial(WatchedEngine, self._witness, name)
+        engine = make_engine(
             identity=modelled_identity(block_tokens=spec.block_tokens),
             num_blocks=spec.num_blocks,
             max_context_tokens=spec.max_context_tokens,
@@ -381,6 +384,10 @@ class SimulatedCluster:
     def _make_clock(self, host: str) -> MachineClock:
         largest = self._spec.clock_drift
         return MachineClock(drift=self._program.rng(f"clock of {host}").uniform(-largest, largest))
+
+    def _note_broken(self, text: str) -> None:
+        self.broken_handlers.append(text)
+        self._log("network")(text)
 
     def _log(self, name: str) -> Callable[[str], None]:
         return lambda line: self._program.trace.add(f"{name:14s} {line}")

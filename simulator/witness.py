@@ -1,29 +1,33 @@
-"""Where a simulated cluster can be watched from outside: every token that reaches the gateway, every block that a
-pull writes. What is watched does not change what happens."""
+"""Where a simulated cluster can be watched from outside: every step's sequences, every token that reaches the gateway,
+every block that a pull copies. Watching does not change what happens."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gateway.core import GatewayCore
+from simulator.engine import ModelledEngine
 
 if TYPE_CHECKING:
-    from contracts.ids import BlockId, RequestId
+    from contracts.ids import BlockId
     from contracts.messages import Peer
     from contracts.requests import Frame, TokenDelta
-    from gateway.core import Submission
-    from gateway.stream import RequestStream
+    from engine.plan import SequenceStep, StepPlan, StepResult
     from kvtransfer.ledger import BlockClass, Ledger
-    from simulator.engine import BlockContent, ModelledEngine
+    from simulator.engine import BlockContent
 
 
 class Witness(Protocol):
-    def heard(self, peer: Peer, submission: Submission, delta: TokenDelta) -> None:
-        """A delta came from a worker, of a request that was submitted to this gateway; nobody may want it any more."""
+    def stepped(self, host: str, step: SequenceStep, block_tokens: int, token_id: int | None) -> None:
+        """A step of this life has computed a sequence, and sampled that token; nobody may want it any more."""
         ...
 
-    def landed(self, host: str, block_id: BlockId, block_class: BlockClass) -> None:
-        """A pull writes a block of this life's pool, which its ledger keeps under this class."""
+    def heard(self, peer: Peer, delta: TokenDelta) -> None:
+        """A delta came from a worker; nobody may want it any more."""
+        ...
+
+    def landed(self, host: str, block_id: BlockId, block_class: BlockClass, source_class: BlockClass) -> None:
+        """A pull writes a block of this life's pool; how its ledger, and that of the holder, class the two now."""
         ...
 
 
@@ -31,22 +35,30 @@ class WatchedGateway(GatewayCore):
     def __init__(self, witness: Witness, *args: Any) -> None:
         super().__init__(*args)
         self._witness = witness
-        #: All that were ever submitted here.
-        self._submissions: dict[RequestId, Submission] = {}
-
-    def submit(self, submission: Submission) -> RequestStream:
-        stream = super().submit(submission)
-        self._submissions[stream.request_id] = submission
-        return stream
 
     def _on_frame(self, peer: Peer, frame: Frame) -> None:
         for delta in frame.deltas:
-            self._witness.heard(peer, self._submissions[delta.request_id], delta)
+            self._witness.heard(peer, delta)
         super()._on_frame(peer, frame)
 
 
+class WatchedEngine(ModelledEngine):
+    def __init__(self, witness: Witness, host: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._witness = witness
+        self._host = host
+
+    async def step(self, plan: StepPlan) -> StepResult:
+        result = await super().step(plan)
+        for step in plan.sequences:
+            sampled = result.sampled.get(step.sequence_id)
+            token_id = None if sampled is None else sampled.token_id
+            self._witness.stepped(self._host, step, self.identity.layout.block_tokens, token_id)
+        return result
+
+
 class WatchedPool:
-    """`kvtransfer.memory.BlockStore` of a modelled engine."""
+    """`kvtransfer.memory.BlockStore` of a modelled engine; each block travels with its class at its holder."""
 
     def __init__(self, witness: Witness, host: str, engine: ModelledEngine) -> None:
         self._witness = witness
@@ -55,9 +67,10 @@ class WatchedPool:
         #: Set before the first pull.
         self.ledger: Ledger
 
-    def read_block(self, block_id: BlockId) -> BlockContent:
-        return self._engine.read_block(block_id)
+    def read_block(self, block_id: BlockId) -> tuple[BlockContent, BlockClass]:
+        return self._engine.read_block(block_id), self.ledger.block_class(block_id)
 
-    def write_block(self, block_id: BlockId, content: BlockContent) -> None:
-        self._witness.landed(self._host, block_id, self.ledger.block_class(block_id))
-        self._engine.write_block(block_id, content)
+    def write_block(self, block_id: BlockId, content: tuple[BlockContent, BlockClass]) -> None:
+        slots, source_class = content
+        self._witness.landed(self._host, block_id, self.ledger.block_class(block_id), source_class)
+        self._engine.write_block(block_id, slots)

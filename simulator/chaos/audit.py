@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from contracts.errors import TandemError
+from contracts.errors import NoCapacity, TandemError
 from simulator.chaos.scenario import Weather
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ CODES: dict[Weather, frozenset[str]] = {
     Weather.CALM: frozenset({"no_capacity"}),
     Weather.SURVIVABLE: frozenset(),
     Weather.ROUGH: frozenset(
-        {"no_capacity", "not_ready", "worker_unavailable", "deadline_exceeded", "transfer_aborted", "corrupt_kv"}
+        {"no_capacity", "not_ready", "worker_unavailable", "deadline_exceeded", "transfer_aborted"}
     ),
 }
 
@@ -47,6 +47,7 @@ class Auditor:
     def __init__(self, scenario: Scenario, cluster: SimulatedCluster) -> None:
         self._scenario = scenario
         self._cluster = cluster
+        self._started_s = _now_s()
         self.problems: list[str] = []
         #: Sentences found by looks, to say each once.
         self._said: set[str] = set()
@@ -80,15 +81,39 @@ class Auditor:
                 self.problems.append(f"{where}: took {took_s:.3f} s, its deadline was {answer.ask.deadline_s:g} s")
             if answer.error is not None and answer.error.code not in allowed:
                 self.problems.append(f"{where}: failed with {answer.error.code}: {answer.error.message}")
+            # A queue moves on once the faults are over: who waits on for so long waits for what never comes.
+            calm_s = answer.ended_s - max(answer.asked_s, self._started_s + self._scenario.healed_s)
+            if answer.error is not None and calm_s > self._patience_s:
+                self.problems.append(f"{where}: stood still for {calm_s:.3f} s without a fault: {answer.error!r}")
             # It says that nothing was started; only a replay that found no room may say it later.
             is_refused = answer.error is not None and answer.error.code == "no_capacity"
             if is_refused and answer.token_ids and self._scenario.weather is Weather.CALM:
                 self.problems.append(f"{where}: refused after {len(answer.token_ids)} tokens: {answer.error!r}")
+        if self._scenario.weather is Weather.CALM:
+            self._judge_calm()
+
+    def _judge_calm(self) -> None:
+        """Where nothing was done to the cluster nothing may be lost either, not even what a replay or a restart
+        brings back before any client notices."""
+        stats = self._cluster.core.stats
+        for code, count in sorted(stats.replays.items()):
+            # A full worker's request may go to another one.
+            if code != NoCapacity.code:
+                self.problems.append(f"{count} requests were taken up again without a fault: {code}")
+        if stats.lost_streams:
+            self.problems.append(f"{stats.lost_streams} streams of frames ended without a fault")
+        for worker_id, reason in self._cluster.ended:
+            self.problems.append(f"{worker_id} ended its life without a fault: {reason}")
+
+    @property
+    def _patience_s(self) -> float:
+        """What a cluster may take until it is as if nothing had been."""
+        return 2 * self._scenario.cluster.lease_ttl_s + RECOVERY_S
 
     async def until_recovered(self) -> None:
         """Waits until the cluster is as if nothing had been, for `STEADY_S`; says what is not when it does not get
         there."""
-        patience_s = 2 * self._scenario.cluster.lease_ttl_s + RECOVERY_S
+        patience_s = self._patience_s
         until_s = _now_s() + patience_s
         steady_since_s = _now_s()
         while _now_s() - steady_since_s < STEADY_S:

@@ -124,11 +124,17 @@ async def _read_verdicts(
     lines: asyncio.StreamReader, share: int, campaign: Campaign, on_verdict: Callable[[Verdict], None] | None
 ) -> None:
     for number in range(share):
-        async with asyncio.timeout(SILENCE_LIMIT_S):
-            line = await lines.readline()
-        if not line:
-            raise ValueError(f"it ended after {number} of {share} trials")
-        verdict = msgspec.json.decode(line, type=Verdict)
+        told = f"after {number} of {share} trials"
+        try:
+            async with asyncio.timeout(SILENCE_LIMIT_S):
+                line = await lines.readline()
+            if not line:
+                raise ValueError(f"it ended {told}")
+            verdict = msgspec.json.decode(line, type=Verdict)
+        except TimeoutError:
+            raise ValueError(f"it was silent for {SILENCE_LIMIT_S:g} s {told}") from None
+        except msgspec.DecodeError as error:
+            raise ValueError(f"what it said {told} is no verdict: {error}") from error
         campaign.add(verdict)
         if on_verdict is not None:
             on_verdict(verdict)

@@ -41,6 +41,8 @@ class Victims:
     """Who can be struck."""
 
     worker_ids: tuple[str, ...]
+    #: Those that read KV of others.
+    readers: tuple[str, ...]
     #: Workers, gateway and coordinator.
     hosts: tuple[str, ...]
 
@@ -61,7 +63,7 @@ def draw_faults(rng: random.Random, victims: Victims, *, over_s: float, most: in
 def draw_loss(rng: random.Random, at_s: float, worker_ids: tuple[str, ...]) -> Fault:
     """One worker is lost in one of four ways, or silent for a while."""
     make = rng.choice([_crash, _freeze, _hang, _stick])
-    return make(rng, at_s, Victims(worker_ids=worker_ids, hosts=worker_ids))
+    return make(rng, at_s, Victims(worker_ids=worker_ids, readers=(), hosts=worker_ids))
 
 
 def _crash(rng: random.Random, at_s: float, victims: Victims) -> Fault:
@@ -94,14 +96,15 @@ def _cut(rng: random.Random, at_s: float, victims: Victims) -> Fault:
 
 
 def _strand(rng: random.Random, at_s: float, victims: Victims) -> Fault:
-    worker_id = rng.choice(victims.worker_ids)
-    late_for_s = rng.uniform(0.5, 2.0)
+    worker_id = rng.choice(victims.readers)
+    patience_s = 2.0
     return Strand(
-        at_s=at_s,
-        for_s=late_for_s + rng.uniform(2.5, 6.0),
+        # Early: others have to take what it lost, while it is away.
+        at_s=at_s / 3,
+        for_s=patience_s + rng.uniform(3.0, 5.0),
         worker_id=worker_id,
         others=tuple(host for host in victims.hosts if host != worker_id),
-        late_for_s=late_for_s,
+        patience_s=patience_s,
         late_within_s=6.0,
     )
 
@@ -133,8 +136,8 @@ def _deafen(rng: random.Random, at_s: float, victims: Victims) -> Fault:
         at_s=at_s,
         for_s=rng.uniform(1.0, 6.0),
         scope=_scope(rng, victims.worker_ids),
-        chance=rng.choice([0.1, 0.5, 1.0]),
-        within_s=rng.choice([0.2, 2.0, 8.0, 30.0]),
+        chance=rng.choice([0.1, 0.5, 1.0, 1.0]),
+        within_s=rng.choice([0.2, 2.0, 8.0, 60.0]),
     )
 
 
@@ -158,7 +161,7 @@ _KINDS: tuple[tuple[Make, int], ...] = (
     (_crash_coordinator, 2),
     (_crash_gateway, 1),
     (_cut, 4),
-    (_strand, 6),
+    (_strand, 8),
     (_slow_down, 3),
     (_unreliable, 5),
     (_deafen, 4),

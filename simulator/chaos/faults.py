@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from simulator.cluster import SimulatedCluster
     from simulator.faults.rules import Rule
 
+#: How many pulls `Strand` waits for, and how often it looks.
+_STRANDED_PULLS = 5
+_STRAND_LOOK_S = 0.02
 #: How long a node agent lets a worker be silent before it kills it.
 HANG_TIMEOUT_S = 3.0
 
@@ -187,32 +190,33 @@ class CutLinks(OfNetwork):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strand(Fault):
-    """The last pulls to and from a worker are late; then it is cut off from everybody, and back while some of them
+    """A reader's pulls are late, and as soon as some are under way it is cut off from everybody; it is back while some
     have yet to land: the others have long ended what it still believes in."""
 
     what: ClassVar[str] = "stranding"
 
     worker_id: str
     others: tuple[str, ...]
-    #: What of `for_s` comes before the cut.
-    late_for_s: float
+    #: How long pulls are waited for; the rest of `for_s` is the cut.
+    patience_s: float
     late_within_s: float
 
     def describe(self) -> str:
-        cut_s = self.for_s - self.late_for_s
-        return f"{self.what} of {self.worker_id}: pulls late for {self.late_for_s:.3f} s, cut off for {cut_s:.3f} s"
+        return f"{self.what} of {self.worker_id} for {self.for_s - self.patience_s:.3f} s"
 
     async def strike(self, cluster: SimulatedCluster) -> None:
-        late = LatePulls(Between(self.worker_id, ANY), chance=1.0, within_s=self.late_within_s)
-        cuts = [Partition(Between(self.worker_id, other)) for other in self.others]
+        late = LatePulls(Link(ANY, self.worker_id), chance=1.0, within_s=self.late_within_s)
         cluster.network.add(late)
-        await asyncio.sleep(self.late_for_s)
-        cluster.network.remove(late)
+        for _ in range(int(self.patience_s / _STRAND_LOOK_S)):
+            if late.num_late >= _STRANDED_PULLS:
+                break
+            await asyncio.sleep(_STRAND_LOOK_S)
+        cuts = [Partition(Between(self.worker_id, other)) for other in self.others]
         for cut in cuts:
             cluster.network.add(cut)
-        await asyncio.sleep(self.for_s - self.late_for_s)
-        for cut in cuts:
-            cluster.network.remove(cut)
+        await asyncio.sleep(self.for_s - self.patience_s)
+        for rule in (late, *cuts):
+            cluster.network.remove(rule)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

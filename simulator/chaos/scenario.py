@@ -104,7 +104,8 @@ def draw(seed: int) -> Scenario:
         return _draw_survivable(seed, cluster, patient)
     over_s = max(ask.at_s for ask in asks) + 2.0
     worker_ids = tuple(cluster.roles)
-    victims = Victims(worker_ids=worker_ids, hosts=(*worker_ids, COORDINATOR_HOST, GATEWAY_HOST))
+    readers = tuple(worker_id for worker_id, role in cluster.roles.items() if role != "prefill")
+    victims = Victims(worker_ids=worker_ids, readers=readers, hosts=(*worker_ids, COORDINATOR_HOST, GATEWAY_HOST))
     faults = draw_faults(random.Random(f"{seed}/faults"), victims, over_s=over_s, most=MAX_FAULTS)
     return Scenario(
         seed=seed,
@@ -142,7 +143,7 @@ def _draw_cluster(rng: random.Random) -> ClusterSpec:
         max_batch_tokens=rng.choice([16, 32, 64, 128]),
         max_sequences=rng.choice([2, 4, 16]),
         max_waiting_offers=rng.choice([1, 4, 64, 256]),
-        lease_ttl_s=rng.choice([2.0, 4.0, 10.0]),
+        lease_ttl_s=rng.choice([2.0, 4.0, 10.0, 10.0]),
         timing=StepTiming(floor_s=rng.choice([0.004, 0.008, 0.02])),
         prefill=PrefillLimits(max_waiting=rng.choice([4, 512, 512])),
         decode=DecodeLimits(growth_tokens=rng.choice([1, 8, 64])),
@@ -153,12 +154,13 @@ def _draw_cluster(rng: random.Random) -> ClusterSpec:
 
 
 def _draw_asks(rng: random.Random, cluster: ClusterSpec) -> tuple[Ask, ...]:
-    over_s = rng.uniform(1.0, LONGEST_WORKLOAD_S)
+    # One in three all at once.
+    over_s = rng.uniform(*rng.choice([(0.5, 2.0), (2.0, LONGEST_WORKLOAD_S), (2.0, LONGEST_WORKLOAD_S)]))
     count = rng.choice([8, 24, 48, 80])
     longest_prompt = rng.choice([16, 60, 120])
     longest_answer = rng.choice([4, 16, 40])
     cancels = rng.choice([0.0, 0.1, 0.5])
-    deadline_s = rng.choice([1.5, 4.0, PATIENT_DEADLINE_S, PATIENT_DEADLINE_S])
+    deadline_s = rng.choice([1.5, 4.0, PATIENT_DEADLINE_S, PATIENT_DEADLINE_S, PATIENT_DEADLINE_S])
     asks = [
         _draw_ask(rng, rng.uniform(0.0, over_s), longest_prompt, longest_answer, cancels, deadline_s)
         for _ in range(count)

@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 
     from simulator.chaos.faults import Fault
     from simulator.chaos.scenario import Scenario
+    from simulator.cluster import ClusterSpec
     from simulator.program import Program
 
 #: Virtual seconds that a trial may take before it is called stuck.
 LIMIT_S = 600.0
 #: Turns of the loop: some twenty times what the busiest trial takes.
 LIMIT_TURNS = 5_000_000
-#: Asked after recovery; all must be answered.
-NUM_LAST_ASKS = 3
+#: Asked after recovery, so often by as many clients at once as there are workers of the larger role: each is given
+#: some. All must be answered.
+NUM_LAST_ROUNDS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +104,7 @@ class _Trial:
             try:
                 await self._play(cluster, auditor)
             finally:
-                self.problems.extend([*auditor.problems, *witness.problems])
+                self.problems.extend([*auditor.problems, *witness.problems, *cluster.broken_handlers])
                 watch.cancel()
         self.virtual_s = asyncio.get_running_loop().time()
         self.problems.extend(f"left running: {line}" for line in _left_running())
@@ -117,7 +119,7 @@ class _Trial:
         await asyncio.gather(*strikes)
         self._firing.rest()
         await auditor.until_recovered()
-        last = await self._ask_all(cluster, _last_asks(self.program.rng("last asks")))
+        last = await self._ask_all(cluster, _last_asks(self.program.rng("last asks"), self._scenario.cluster))
         auditor.judge(self.answers)
         auditor.problems.extend(
             f"asked after recovery: {answer.error!r}" for answer in last if answer.error is not None
@@ -168,14 +170,17 @@ class _Trial:
         self.program.trace.add(f"{'fault':14s} {text}")
 
 
-def _last_asks(rng: random.Random) -> list[Ask]:
+def _last_asks(rng: random.Random, cluster: ClusterSpec) -> list[Ask]:
+    roles = list(cluster.roles.values())
+    num_at_once = len(roles) - min(roles.count("prefill"), roles.count("decode"))
     return [
         Ask(
-            at_s=0.2 * number,
+            at_s=1.0 * number,
             token_ids=tuple(rng.choices(range(1000), k=rng.randint(1, 60))),
-            sampling=SamplingParams(temperature=0.0, max_tokens=rng.randint(1, 12)),
+            sampling=SamplingParams(temperature=0.0, max_tokens=rng.randint(2, 12)),
         )
-        for number in range(NUM_LAST_ASKS)
+        for number in range(NUM_LAST_ROUNDS)
+        for _ in range(num_at_once)
     ]
 
 

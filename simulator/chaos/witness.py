@@ -1,7 +1,7 @@
-"""Sees what no client sees: every token that reaches a gateway, wanted or not, and every block that a pull writes.
+"""Sees what no client sees: every token that a worker computes, wanted or not, and every block that a pull writes.
 
-The gateway drops what a try says that it has given up, and blocks that are written by mistake may be nobody's just
-then: a client would notice such a bug once in a thousand trials. Here it counts wherever it happens.
+The gateway drops what comes of a try that it has given up, and blocks that are written by mistake may be nobody's
+just then: a client would notice such a bug once in a thousand trials. Here it counts wherever it happens.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from kvtransfer.ledger import BlockClass
 from simulator.engine import expected_tokens
 
 if TYPE_CHECKING:
-    from contracts.ids import BlockId, RequestId
+    from contracts.ids import Attempt, BlockId, RequestId
     from contracts.messages import Peer
     from contracts.requests import TokenDelta
-    from gateway.core import Submission
+    from engine.plan import SampleSpec, SequenceStep
 
 #: Memory that was given to a pull.
 _GIVEN = (BlockClass.RESERVED, BlockClass.QUARANTINED)
+#: Memory that stands for somebody.
+_HELD = (BlockClass.OWNED, BlockClass.OFFERED)
+#: A bug that shows everywhere is told no more often.
+MAX_PROBLEMS = 100
 
 
 class Witness:
@@ -26,32 +30,49 @@ class Witness:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
-        #: Right answers, as far as they were needed.
-        self._right: dict[RequestId, list[int]] = {}
-        #: Tokens that came, by the life that computed them, its try and the output index.
-        self._heard: set[tuple[str, RequestId, int, int]] = set()
+        #: The right answer of each sequence, by its life and number there.
+        self._right: dict[tuple[str, int], list[int]] = {}
+        #: Blocks whose bytes were nobody's any more when they were pulled: nothing may be computed from them.
+        self._void: set[tuple[str, BlockId]] = set()
+        #: Output tokens that came, by the life that computed them and the try.
+        self._heard: dict[tuple[str, RequestId, Attempt], set[int]] = {}
 
-    def heard(self, peer: Peer, submission: Submission, delta: TokenDelta) -> None:
+    def stepped(self, host: str, step: SequenceStep, block_tokens: int, token_id: int | None) -> None:
+        first, last = step.start // block_tokens, (step.start + len(step.token_ids) - 1) // block_tokens
+        for place, block_id in enumerate(step.block_ids[: last + 1]):
+            if place > first or step.start == place * block_tokens:
+                self._void.discard((host, block_id))
+            elif (host, block_id) in self._void:
+                self._say(f"{host} reads block {block_id}, which was pulled when its holder had let it go")
+        if step.sample is not None and token_id is not None:
+            self._check_token(host, step.sequence_id, step.sample, token_id)
+
+    def heard(self, peer: Peer, delta: TokenDelta) -> None:
         life = f"{peer.worker_id}@{peer.incarnation}"
-        where = f"{life}: {delta.request_id}, attempt {delta.attempt}"
-        right = self._right_tokens(submission, delta)
-        for index, token_id in enumerate(delta.token_ids, delta.index):
-            if index >= len(right) or token_id != right[index]:
-                expected = right[index] if index < len(right) else "the end"
-                self.problems.append(f"{where}: token {index} is {token_id}, not {expected}")
-            key = (life, delta.request_id, delta.attempt, index)
-            if key in self._heard:
-                self.problems.append(f"{where}: token {index} is computed twice")
-            self._heard.add(key)
+        heard = self._heard.setdefault((life, delta.request_id, delta.attempt), set())
+        indices = range(delta.index, delta.index + len(delta.token_ids))
+        if not heard.isdisjoint(indices):
+            self._say(f"{life}: token {delta.index} of {delta.request_id}, attempt {delta.attempt}, is computed twice")
+        heard.update(indices)
 
-    def landed(self, host: str, block_id: BlockId, block_class: BlockClass) -> None:
+    def landed(self, host: str, block_id: BlockId, block_class: BlockClass, source_class: BlockClass) -> None:
         if block_class not in _GIVEN:
-            self.problems.append(f"{host}: a pull writes block {block_id}, which is {block_class.name}")
+            self._say(f"{host}: a pull writes block {block_id}, which is {block_class.name}")
+        if source_class in _HELD:
+            self._void.discard((host, block_id))
+        else:
+            self._void.add((host, block_id))
 
-    def _right_tokens(self, submission: Submission, delta: TokenDelta) -> list[int]:
-        right = self._right.get(delta.request_id)
+    def _check_token(self, host: str, sequence_id: int, sample: SampleSpec, token_id: int) -> None:
+        key = (host, sequence_id)
+        right = self._right.get(key)
         if right is None:
-            sampling = submission.sampling
-            right = expected_tokens(submission.token_ids, sampling, sampling.max_tokens)
-            self._right[delta.request_id] = right
-        return right
+            prompt = sample.history[: sample.num_prompt_tokens]
+            right = self._right[key] = expected_tokens(prompt, sample.params, sample.params.max_tokens)
+        index = sample.output_index
+        if token_id != right[index]:
+            self._say(f"{host} computes for sequence {sequence_id}: token {index} is {token_id}, not {right[index]}")
+
+    def _say(self, problem: str) -> None:
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(problem)

@@ -238,6 +238,8 @@ class LatePulls(Rule):
     scope: Scope
     chance: float
     within_s: float
+    #: How many it has delayed so far.
+    num_late: int = 0
 
     def __post_init__(self) -> None:
         _check_chance(self.chance)
@@ -245,6 +247,7 @@ class LatePulls(Rule):
 
     def affect(self, trip: Trip, rng: random.Random) -> None:
         if trip.is_pull and rng.random() < self.chance:
+            self.num_late += 1
             trip.heeds_stop = False
             trip.delay_s += rng.uniform(0.0, self.within_s)
 

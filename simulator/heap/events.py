@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class EventHeap:
     """Actions in order of time; those of one instant in the order in which they were asked for."""
 
-    __slots__ = ("_heap", "_num_pushed", "now_s", "num_events", "stopped")
+    __slots__ = ("_heap", "_num_pushed", "now_s", "num_events")
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Callable[[Any], None], Any]] = []
@@ -21,7 +21,6 @@ class EventHeap:
         self.now_s = 0.0
         #: Actions that did something: what was overtaken by events takes itself out (`overtaken`).
         self.num_events = 0
-        self.stopped = False
 
     def at(self, time_s: float, action: Callable[[Any], None], argument: Any) -> None:
         """Calls `action(argument)` at `time_s`, not before now."""
@@ -38,9 +37,9 @@ class EventHeap:
         self.num_events -= 1
 
     def run(self) -> None:
-        """Until `stopped`, or nothing is left to do."""
+        """Until nothing is left to do."""
         heap = self._heap
-        while heap and not self.stopped:
+        while heap:
             self.now_s, _, action, argument = heappop(heap)
             self.num_events += 1
             action(argument)

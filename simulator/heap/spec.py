@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from contracts.latency import LatencyModel, TransferModel
     from contracts.messages import Role
 
+#: One way of a control message, where nothing else is said.
+MESSAGE_S = 0.0003
+#: Control messages between a request's arrival and its first token: to the coordinator and back, to the worker and
+#: back. And until it is written on: the announcement of its KV, and the lease's confirmation with its reply.
+MESSAGES_TO_FIRST_TOKEN = 4
+MESSAGES_OF_HANDOFF = 3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerGroup:
@@ -47,7 +54,7 @@ class StudySpec:
     dispatch: DispatchLimits = field(default_factory=DispatchLimits)
     heartbeat_interval_s: float = 0.5
     #: One way of a control message.
-    message_s: float = 0.0003
+    message_s: float = MESSAGE_S
     #: What a worker spends between two steps outside its engine.
     between_steps_s: float = 0.0
     #: From the arrival at the gateway to the placement, beyond two messages: validating, tokenising.

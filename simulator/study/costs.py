@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -11,12 +11,14 @@ from contracts.errors import ConfigError
 from contracts.latency_models import DISTSERVE_OPT
 from contracts.profile import load_profile
 from contracts.roofline import DEVICES, MODELS, Efficiencies, Roofline, kv_blocks_that_fit, shape_from_config
+from simulator.heap.spec import MESSAGE_S, MESSAGES_OF_HANDOFF, MESSAGES_TO_FIRST_TOKEN
 from workload.nearest import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from contracts.latency import LatencyModel
+    from contracts.profile import LatencyProfile
     from contracts.roofline import DeviceSpec, ModelShape
     from contracts.transfer_models import LinkTransfer
     from simulator.study.flags import LatencyFlags
@@ -52,7 +54,10 @@ class Costs:
     #: Of one worker.
     num_devices: int = 1
     max_context_tokens: int | None = None
+    #: Fields of a `StudySpec`.
     between_steps_s: float = 0.0
+    gateway_s: float = 0.0
+    message_s: float = MESSAGE_S
     #: Measured between two workers, where it was.
     transfer: LinkTransfer | None = None
     #: Larger batches than this are extrapolated; None: as far as known the costs hold for all.
@@ -78,6 +83,7 @@ def choose_costs(flags: LatencyFlags, *, config_model: str | None) -> Costs:
 
 def _profiled(path: Path) -> Costs:
     profile = load_profile(path)
+    around = _around_steps(profile)
     return Costs(
         text=(
             f"profile of {profile.model} ({profile.engine}, {profile.hardware}, measured {profile.measured_at}); "
@@ -93,13 +99,46 @@ def _profiled(path: Path) -> Costs:
             "measured_at": profile.measured_at,
             "coefficients": profile.latency,
             "step_overhead_s": profile.step_overhead_s,
+            "serving_overheads": profile.serving,
         },
         latency=profile.latency,
         kv_token_bytes=profile.kv_token_bytes,
         kv_tokens=profile.num_blocks * profile.block_tokens,
         max_context_tokens=profile.max_context_tokens,
-        between_steps_s=profile.step_overhead_s,
-        transfer=profile.transfer,
+        between_steps_s=around.between_steps_s,
+        gateway_s=around.gateway_s,
+        message_s=around.message_s,
+        transfer=around.transfer,
+        warnings=around.warnings,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _AroundSteps:
+    between_steps_s: float
+    gateway_s: float = 0.0
+    message_s: float = MESSAGE_S
+    transfer: LinkTransfer | None
+    warnings: tuple[str, ...] = ()
+
+
+def _around_steps(profile: LatencyProfile) -> _AroundSteps:
+    """So divided that a simulated request that meets no other takes what the measured one took: of what serving
+    adds, the study's messages are a part."""
+    serving, transfer = profile.serving, profile.transfer
+    if serving is None:
+        warning = "the profile does not say what serving adds to its engine: measure it without --no-serving"
+        return _AroundSteps(between_steps_s=profile.step_overhead_s, transfer=transfer, warnings=(warning,))
+    message_s = min(MESSAGE_S, serving.first_token_s / MESSAGES_TO_FIRST_TOKEN, serving.handoff_s / MESSAGES_OF_HANDOFF)
+    if transfer is not None:
+        # The link's own latency is in what was measured between the first and the second token.
+        latency_s = serving.handoff_s - MESSAGES_OF_HANDOFF * message_s
+        transfer = replace(transfer, latency_s=max(0.0, latency_s))
+    return _AroundSteps(
+        between_steps_s=serving.step_s,
+        gateway_s=max(0.0, serving.first_token_s - MESSAGES_TO_FIRST_TOKEN * message_s),
+        message_s=message_s,
+        transfer=transfer,
     )
 
 

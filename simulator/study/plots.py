@@ -102,7 +102,9 @@ def _timeline(result: StudyResult) -> Figure:
 
 def _attainment(result: StudyResult, latencies: RequestLatencies) -> Figure:
     arrival_s = result.requests.arrival_s
-    edges_s = np.linspace(arrival_s[0], max(arrival_s[-1], arrival_s[0] + 1e-9), _TIME_BINS + 1)
+    span_s = arrival_s[-1] - arrival_s[0]
+    # All at once are those of one second.
+    edges_s = arrival_s[0] + (np.linspace(0.0, span_s, _TIME_BINS + 1) if span_s > 0 else np.array([0.0, 1.0]))
     totals, _ = np.histogram(arrival_s, edges_s)
     middle_s = (edges_s[:-1] + edges_s[1:]) / 2
     figure, axes = _panels(2, 1, width=11, height=6, share_time=True)
@@ -112,15 +114,16 @@ def _attainment(result: StudyResult, latencies: RequestLatencies) -> Figure:
         ("TPOT met", latencies.met_tpot, _DECODE, ":", 1.8),
     )
     known = totals > 0
+    marker = "o" if len(totals) == 1 else None
     for label, met, colour, style, width in named:
         shares = np.histogram(arrival_s[met], edges_s)[0][known] / totals[known]
-        axes[0].plot(middle_s[known], 100 * shares, color=colour, linestyle=style, linewidth=width, label=label)
+        axes[0].plot(middle_s[known], 100 * shares, style, color=colour, linewidth=width, marker=marker, label=label)
     axes[0].set_ylabel("requests (%)")
     axes[0].set_ylim(-2, 102)
     width_s = edges_s[1] - edges_s[0]
     met_counts, _ = np.histogram(arrival_s[latencies.met], edges_s)
-    axes[1].step(middle_s, totals / width_s, where="mid", color=_NEUTRAL, label="offered")
-    axes[1].step(middle_s, met_counts / width_s, where="mid", color=_TARGET, label="met both targets (goodput)")
+    axes[1].stairs(totals / width_s, edges_s, color=_NEUTRAL, linewidth=1.5, label="offered")
+    axes[1].stairs(met_counts / width_s, edges_s, color=_TARGET, linewidth=1.5, label="met both targets (goodput)")
     axes[1].set_ylabel("requests/s")
     axes[1].set_ylim(bottom=0)
     axes[1].set_xlabel("time of arrival since the start (s)")

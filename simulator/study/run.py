@@ -8,9 +8,11 @@ from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from contracts.errors import ConfigError
+from simulator.heap.results import Outcome
 from simulator.heap.study import simulate
 from simulator.study.goodput import search
 from simulator.study.metrics import StudyMetrics, measure
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from simulator.study.traffic import Traffic
 
 REPORT_FILE = "report.json"
+PLOT_FILES = ("latency_cdf.png", "timeline.png", "attainment.png", "ttft_by_prompt.png")
 
 #: A goodput search stays within so many times the workload's own rate, up and down.
 _SEARCH_FACTOR = 64.0
@@ -47,6 +50,7 @@ def run_study(
     traffic = build_traffic(workload)
     if report.find_goodput and traffic.totals.rate_rps is None:
         raise ConfigError("--find-goodput: all requests of the workload come at once, it has no rate to scale")
+    _check_text(command)
     folder = _make_folder(report)
     result, figures = _simulate(setup, traffic, what="simulating")
     metrics = measure(result, traffic.slos)
@@ -59,30 +63,54 @@ def run_study(
         metrics=metrics,
         run=figures,
         goodput_search=searched,
-        warnings=(*setup.warnings, *traffic.warnings, *_search_warnings(searched, traffic)),
+        warnings=(
+            *setup.warnings,
+            *traffic.warnings,
+            *_too_long(result),
+            *_search_warnings(searched, traffic),
+        ),
     )
     print(report_text(document))
-    written = _write_plots(result, traffic, folder) if report.plots else ()
-    (folder / REPORT_FILE).write_bytes(report_json(document))
-    print(f"wrote {', '.join((str(folder / REPORT_FILE), *written))}")
+    try:
+        written = _write(document, result, traffic, folder, plots=report.plots)
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: cannot be written: {error.strerror}") from error
+    print(f"wrote {folder / written[0]}{''.join(f', {name}' for name in written[1:])}")
     return 0
 
 
-def _write_plots(result: StudyResult, traffic: Traffic, folder: Path) -> tuple[str, ...]:
-    """Returns the names of the files."""
-    from simulator.study.plots import write_plots
+def _check_text(command: str) -> None:
+    """File names may be any bytes, a report is text: better told before the study than after it."""
+    try:
+        command.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"file names must be UTF-8, for the report tells them: {command!a}") from error
 
-    return tuple(path.name for path in write_plots(result, traffic.slos, folder))
+
+def _write(document: Report, result: StudyResult, traffic: Traffic, folder: Path, *, plots: bool) -> tuple[str, ...]:
+    """Replaces what an earlier study left; the report comes last, and whole. Returns the names of the files."""
+    for name in (REPORT_FILE, *PLOT_FILES):
+        (folder / name).unlink(missing_ok=True)
+    written: tuple[str, ...] = ()
+    if plots:
+        from simulator.study.plots import write_plots
+
+        written = tuple(path.name for path in write_plots(result, traffic.slos, folder))
+    unfinished = folder / f"{REPORT_FILE}.new"
+    unfinished.write_bytes(report_json(document))
+    unfinished.replace(folder / REPORT_FILE)
+    return (REPORT_FILE, *written)
 
 
 def _make_folder(report: ReportFlags) -> Path:
-    """An empty folder, or one whose study may be replaced; its report is gone until the new one is whole."""
+    """A folder without a study, or with one that may be replaced, in which files can be made."""
     folder = report.output or Path(f"study-{datetime.now():%Y%m%d-%H%M%S}")
     if (folder / REPORT_FILE).exists() and not report.force:
         raise ConfigError(f"--output {folder}: holds a study already; --force replaces it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / REPORT_FILE).unlink(missing_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ConfigError(f"--output {folder}: cannot be written: {error.strerror}") from error
     return folder
@@ -124,6 +152,19 @@ def _search(setup: ClusterSetup, traffic: Traffic, metrics: StudyMetrics, target
         low_rps=base_rps / _SEARCH_FACTOR,
         high_rps=base_rps * _SEARCH_FACTOR,
         target=target,
+    )
+
+
+def _too_long(result: StudyResult) -> tuple[str, ...]:
+    """More workers would not help these."""
+    spec, requests = result.spec, result.requests
+    most_tokens = max(min(group.num_blocks * spec.block_tokens, spec.max_context_tokens) for group in spec.groups)
+    too_long = (requests.outcome == Outcome.REJECTED) & (requests.prompt_tokens >= most_tokens)
+    if not too_long.any():
+        return ()
+    return (
+        f"{too_long.sum():,} requests were refused for their length alone: no worker holds more than {most_tokens:,} "
+        f"tokens of one request",
     )
 
 

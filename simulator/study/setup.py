@@ -96,7 +96,9 @@ def build_setup(cluster: ClusterFlags, latency: LatencyFlags) -> ClusterSetup:
         block_tokens=config.block_tokens,
         max_context_tokens=config.max_model_len or costs.max_context_tokens or DEFAULT_MAX_CONTEXT_TOKENS,
         heartbeat_interval_s=config.coordinator.heartbeat_interval_s,
+        message_s=costs.message_s,
         between_steps_s=costs.between_steps_s,
+        gateway_s=costs.gateway_s,
         request_timeout_s=config.gateway.request_timeout_s,
     )
     return ClusterSetup(

@@ -36,6 +36,12 @@ DEFAULT_NUM_REQUESTS = 1000
 DEFAULT_SLO = "interactive:1000,50"
 #: In one study, as many rows of its result are held in memory.
 MAX_REQUESTS = 50_000_000
+#: From the first arrival to the last: an idle cluster has heartbeats to simulate.
+MAX_SPAN_S = 366 * 86_400.0
+#: Beyond this all come at once, and say so better.
+MAX_RATE_RPS = 1e9
+#: What a row of the result holds.
+MAX_PROMPT_TOKENS = 2**31 - 1
 
 _MAX_DURATION_S = 1e12
 
@@ -94,6 +100,7 @@ def build_traffic(flags: WorkloadFlags) -> Traffic:
     totals = _totals(source(), flags)
     speed = _speed(flags, totals)
     totals = replace(totals, span_s=totals.span_s / speed)
+    _check_time(totals)
     return Traffic(
         text=_text(name, totals, speed),
         facts={
@@ -125,7 +132,7 @@ def _check(flags: WorkloadFlags) -> None:
     for name in ("speed", "rate"):
         value: float | None = getattr(flags, name)
         if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"--{name} {value:g}: must be above 0")
+            raise ConfigError(f"--{name} {value:g}: must be a number above 0")
     if flags.requests is not None and not 1 <= flags.requests <= MAX_REQUESTS:
         raise ConfigError(f"--requests {flags.requests}: must be between 1 and {MAX_REQUESTS:,}")
 
@@ -216,6 +223,8 @@ def _totals(requests: Iterable[WorkloadRequest], flags: WorkloadFlags) -> Totals
             first_s = request.arrival_s
         num_requests += 1
         last_s = request.arrival_s
+        if request.prompt_tokens > MAX_PROMPT_TOKENS:
+            raise ConfigError(f"a prompt of {request.prompt_tokens:,} tokens: at most {MAX_PROMPT_TOKENS:,} can be")
         prompt_tokens += request.prompt_tokens
         output_tokens += request.output_tokens
     if num_requests == 0:
@@ -236,6 +245,16 @@ def _speed(flags: WorkloadFlags, totals: Totals) -> float:
     if totals.rate_rps is None:
         raise ConfigError(f"--rate {flags.rate:g}: all requests of the workload come at once, it has no rate to scale")
     return flags.rate / totals.rate_rps
+
+
+def _check_time(totals: Totals) -> None:
+    if totals.span_s > MAX_SPAN_S:
+        raise ConfigError(
+            f"the requests arrive over {totals.span_s / 86_400:,.4g} days: at most {MAX_SPAN_S / 86_400:g} are "
+            f"simulated; --speed, --rate or --duration shorten them"
+        )
+    if totals.rate_rps is not None and totals.rate_rps > MAX_RATE_RPS:
+        raise ConfigError(f"{totals.rate_rps:.4g} requests per second: at most {MAX_RATE_RPS:g} are simulated")
 
 
 def _text(name: str, totals: Totals, speed: float) -> str:
@@ -260,12 +279,17 @@ def _shared_prefixes(requests: tuple[WorkloadRequest, ...]) -> tuple[str, ...]:
     if not requests[0].hash_ids:
         return ()
     share = prefix_reuse(requests).token_hit_rate
+    if share == 0:
+        return ()
     return (
         f"no prefix cache is modelled: every prompt is computed whole, though {share:.1%} of the prompt tokens "
         f"repeat an earlier request's",
     )
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path) -> str | None:
+    """None of a pipe, which cannot be read twice."""
+    if not path.is_file():
+        return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

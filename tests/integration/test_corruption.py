@@ -209,8 +209,8 @@ def block_checksums_of(pool: memoryview) -> list[int]:
 DAMAGES = {
     "flips": Damage(flips_per_mib=400.0),
     "cuts": Damage(cuts_per_mib=300.0),
-    "repeats": Damage(repeats_per_mib=300.0),
-    "swaps": Damage(swaps_per_mib=300.0),
+    "repeats": Damage(repeats_per_mib=1000.0),
+    "swaps": Damage(swaps_per_mib=1000.0),
 }
 
 #: Between gateway and workers, where more is said: something gets through.

@@ -14,7 +14,8 @@ import pytest
 from kvtransfer.memory import PullFate, PullInfo
 from rpc.memory import Message, loopback_latency
 from simulator import Program, run
-from simulator.cluster import ClusterSpec, SimulatedCluster
+from simulator.cluster import COORDINATOR_HOST, ClusterSpec, SimulatedCluster
+from simulator.faults.rules import ANY, Between, Partition
 from tests.support.workload import Answer, ask_for, check, check_books, workload
 
 if TYPE_CHECKING:
@@ -176,6 +177,30 @@ def test_a_worker_cut_off_from_the_coordinator_alone_begins_anew() -> None:
             await until_clean(cluster, set(TWO_OF_EACH), within_s=5.0)
 
     run(main, seed=5)
+
+
+@pytest.mark.parametrize("cut_for_s", [2.0, 4.0, 8.0, 15.0])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_coordinator_cut_off_from_everybody_gives_nobody_up_when_it_is_back(cut_for_s: float, seed: int) -> None:
+    """The heartbeats come back one after the other: the first is no reason to end those that come after it."""
+
+    async def main(program: Program) -> None:
+        async with SimulatedCluster(program, spec(TWO_OF_EACH, clock_drift=200e-6)) as cluster:
+            rng = program.rng("starts")
+            for worker_id in TWO_OF_EACH:
+                # Heartbeats at different times, as they are on different machines.
+                cluster.crash(worker_id)
+                await asyncio.sleep(rng.uniform(0.05, 0.45))
+                await cluster.start(worker_id)
+            cut = Partition(Between(COORDINATOR_HOST, ANY))
+            cluster.network.add(cut)
+            await asyncio.sleep(cut_for_s)
+            cluster.network.remove(cut)
+            await asyncio.sleep(6.0)
+            assert cluster.ended == []
+            assert {str(member.info.worker_id) for member in await cluster.core.members()} == set(TWO_OF_EACH)
+
+    run(main, seed=seed)
 
 
 def test_a_coordinator_that_was_restarted_takes_up_everybody_and_ends_nobody() -> None:

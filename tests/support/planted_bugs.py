@@ -46,7 +46,7 @@ class SkipsGenerationCheck(Holder):
     """Confirms whatever it is asked: the lease may have ended and its blocks belong to others by now.
 
     SGLang #24527 (a page was reused before the transfer from it had ended); most systems have no such question at
-    all. Shows as a wrong token: the answer goes on from another request's KV.
+    all. Shows as an answer that is computed from blocks that were let go before they were read: sooner or later wrong.
     """
 
     def _confirm(self, body: ConfirmRequest, now_s: float) -> Answer | Refuse:
@@ -117,7 +117,7 @@ class LosesHeartbeatTimer(Registration):
         try:
             return await super()._beat()
         except TandemError:
-            return await asyncio.get_running_loop().create_future()
+            return await asyncio.Event().wait()
 
 
 class AnnouncesBlockBeingWritten(PrefillQueue):
@@ -170,7 +170,10 @@ _LEAK = r"\d+ of \d+ blocks are not free"
 
 BUGS: Mapping[str, PlantedBug] = {
     "skip-generation-check": PlantedBug(
-        module=kvtransfer.holder_service, attribute="Holder", instead=SkipsGenerationCheck, symptom=_WRONG_TOKEN
+        module=kvtransfer.holder_service,
+        attribute="Holder",
+        instead=SkipsGenerationCheck,
+        symptom=rf"which was pulled when its holder had let it go|{_WRONG_TOKEN}",
     ),
     "free-without-quarantine": PlantedBug(
         module=kvtransfer.reader_service,
@@ -200,7 +203,10 @@ BUGS: Mapping[str, PlantedBug] = {
         module=worker.shell, attribute="PrefillQueue", instead=AnnouncesBlockBeingWritten, symptom=_WRONG_TOKEN
     ),
     "wait-while-holding": PlantedBug(
-        module=kvtransfer.reader_service, attribute="Reader", instead=WaitsWhileHolding, symptom=r"deadline_exceeded"
+        module=kvtransfer.reader_service,
+        attribute="Reader",
+        instead=WaitsWhileHolding,
+        symptom=r"stood still for \d+\.\d+ s",
     ),
 }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cluster.profile import store
 from contracts.latency import StepWork
 from contracts.latency_models import CostCurve, FittedLatency
-from contracts.profile import FitErrors, LatencyProfile, ProfilePoint
+from contracts.profile import FitErrors, LatencyProfile, ProfilePoint, ServingOverheads
 from contracts.transfer_models import LinkTransfer
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ PROFILE = LatencyProfile(
         context_token_s=1e-6,
     ),
     step_overhead_s=1e-4,
+    serving=ServingOverheads(first_token_s=0.005, step_s=0.001, handoff_s=0.003),
     transfer=LinkTransfer(latency_s=1e-3, bandwidth_bytes_s=1e9),
     errors=FitErrors(prefill=0.10, decode=0.05, mixed=0.5),
     points=(

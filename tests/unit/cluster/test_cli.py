@@ -78,7 +78,9 @@ OPTIONS = {
         "--set",
         "--no-strict-fields",
         "--max-context",
+        "--no-serving",
         "--output",
+        "--serving",
         "--threads",
     },
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -10,7 +11,15 @@ import pytest
 
 from contracts.errors import ConfigError
 from contracts.latency import StepWork
-from contracts.profile import FitErrors, LatencyProfile, ProfilePoint, ProfileRefused, load_profile, save_profile
+from contracts.profile import (
+    FitErrors,
+    LatencyProfile,
+    ProfilePoint,
+    ProfileRefused,
+    ServingOverheads,
+    load_profile,
+    save_profile,
+)
 from simulator import Program, run
 from simulator.faults.disk import SimulatedDisk
 from tests.support.profiles import PROFILE, save_to
@@ -54,12 +63,31 @@ def test_foreign_files_are_named(tmp_path: Path, text: bytes, complaint: str) ->
         load_profile(path)
 
 
+def test_a_profile_of_another_version_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    save_to(PROFILE, path)
+    path.write_bytes(path.read_bytes().replace(b'"tandem-latency-profile-2"', b'"tandem-latency-profile-1"'))
+    with pytest.raises(ConfigError, match=r"profile\.json: of format tandem-latency-profile-1, .*measure again with"):
+        load_profile(path)
+
+
+@pytest.mark.parametrize("seconds", [-0.001, math.inf, math.nan])
+@pytest.mark.parametrize("name", ["first_token_s", "step_s", "handoff_s"])
+def test_overheads_are_finite_and_not_negative(name: str, seconds: float) -> None:
+    figures = {"first_token_s": 0.0, "step_s": 0.0, "handoff_s": 0.0}
+    with pytest.raises(ValueError, match="an overhead must be finite and not negative"):
+        ServingOverheads(**{**figures, name: seconds})
+
+
 def test_impossible_coefficients_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     save_to(PROFILE, path)
-    path.write_bytes(path.read_bytes().replace(b'"floor_s": 0.01', b'"floor_s": -0.01'))
-    with pytest.raises(ConfigError, match=r"not a latency profile: .*not negative"):
-        load_profile(path)
+    whole = path.read_bytes()
+    for good, bad in ((b'"floor_s": 0.01', b'"floor_s": -0.01'), (b'"handoff_s": 0.003', b'"handoff_s": -1')):
+        assert good in whole
+        path.write_bytes(whole.replace(good, bad))
+        with pytest.raises(ConfigError, match=r"not a latency profile: .*not negative"):
+            load_profile(path)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -271,7 +271,62 @@ def test_silence_of_one_among_others_is_its_own(pair: Membership) -> None:
 
 
 def test_a_late_silence_of_the_last_one_does_not_save_the_first(pair: Membership) -> None:
-    assert pass_time(pair, 0.0, 2.9) == []
-    beat(pair, 2.9)
-    lost = pass_time(pair, 2.9, 3.2)
-    assert lost == ["d0 incarnation 1: no heartbeat for 3.2 s"]
+    for number in range(1, 5):
+        assert pass_time(pair, 0.5 * (number - 1), 0.5 * number) == []
+        beat(pair, 0.5 * number)
+    assert pass_time(pair, 2.0, 3.2) == ["d0 incarnation 1: no heartbeat for 3.2 s"]
+    assert pass_time(pair, 3.2, 4.9) == []
+
+
+# --- the end of such a silence --------------------------------------------------------------------------
+
+TIMEOUT_S = LIMITS.heartbeat_timeout_s
+
+
+@pytest.mark.parametrize("silent_s", [1.6, 2.9, 3.1, 8.0, 16.9])
+def test_when_the_first_is_heard_again_the_others_have_time_to_be(pair: Membership, silent_s: float) -> None:
+    assert pass_time(pair, 0.0, silent_s) == []
+    beat(pair, silent_s)
+    heard_s = silent_s + TIMEOUT_S - 0.1
+    lost: list[str] = []
+    while silent_s < heard_s:
+        silent_s += 0.1
+        beat(pair, silent_s)
+        lost += pass_time(pair, silent_s - 0.1, silent_s)
+    assert lost == []
+    assert pair.heartbeat(WorkerId("d0"), Incarnation(1), WorkerLoad(), heard_s)
+    assert pass_time(pair, heard_s, heard_s + 0.5) == []
+    assert len(pair.live(heard_s + 0.5).infos) == 2
+
+
+def test_whoever_stays_silent_after_that_is_lost(pair: Membership) -> None:
+    pass_time(pair, 0.0, 8.0)
+    now_s, lost = 8.0, list[str]()
+    while not lost:
+        beat(pair, now_s)
+        lost = pass_time(pair, now_s, now_s + LOOK_INTERVAL_S)
+        now_s += LOOK_INTERVAL_S
+    assert lost[0].startswith("d0 incarnation 1: no heartbeat for ")
+    assert 8.0 + TIMEOUT_S < now_s <= 8.0 + TIMEOUT_S + LOOK_INTERVAL_S
+
+
+def test_silences_of_everybody_one_after_the_other_save_nobody_for_good(pair: Membership) -> None:
+    """d0 is dead, and the network comes and goes: each time the others get time to be heard."""
+    now_s, lost = 0.0, list[str]()
+    while not lost:
+        lost = pass_time(pair, now_s, now_s + 2.0)
+        now_s += 2.0
+        beat(pair, now_s)
+    assert now_s <= LIMITS.isolation_timeout_s + 2.0
+    assert len(gone(pair, now_s)) == 1
+
+
+def test_the_time_to_be_heard_does_not_pass_while_the_coordinator_is_paused(pair: Membership) -> None:
+    pass_time(pair, 0.0, 8.0)
+    beat(pair, 8.0)
+    assert pass_time(pair, 8.0, 8.5) == []
+    paused_s = 8.5 + 60.0
+    assert pair.expire(paused_s) == []
+    beat(pair, paused_s)
+    assert pass_time(pair, paused_s, paused_s + 2.0) == []
+    assert gone(pair, paused_s + 2.0) == []

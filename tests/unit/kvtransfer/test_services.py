@@ -152,6 +152,15 @@ class PrefillSide:
         self.ledger.release(f"prompt {len(blocks)}", blocks)
 
 
+class StoppableClock(VirtualClock):
+    """As a process that was stopped for `stopped_s` reads it before any of its timers has run."""
+
+    stopped_s = 0.0
+
+    def now_s(self) -> float:
+        return super().now_s() + self.stopped_s
+
+
 class DecodeSide:
     """A worker that takes leases."""
 
@@ -163,7 +172,7 @@ class DecodeSide:
         self.server = self.network.server("d:0")
         self.ends = Ends()
         self.verdicts: list[str] = []
-        self.clock = VirtualClock(offset_s=5.0)
+        self.clock = StoppableClock(offset_s=5.0)
         self.checksum = cluster.checksum
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -379,6 +388,27 @@ def test_cancel_during_a_pull_that_cannot_be_stopped_quarantines() -> None:
         await cluster.check_rest()
 
     on_cluster(scenario, fate=deaf)
+
+
+def test_a_pull_that_ended_while_its_reader_was_stopped_beyond_the_lease_s_term() -> None:
+    """It hears of the pull's end first when it goes on, and finds by that that the lease is over: no pull is left to
+    stop, and the blocks are free at once."""
+
+    async def scenario(cluster: Cluster) -> None:
+        lease_id, blocks = cluster.prefill.open(cluster.decode.me, 3)
+        cluster.prefill.service.advance(lease_id, 2)
+        await asyncio.sleep(0.1)
+        assert cluster.decode.ledger.load()["reserved_blocks"] == 3
+        cluster.decode.clock.stopped_s += 2 * TTL_S
+        error = await cluster.decode.ends.of(lease_id)
+        assert asyncio.get_running_loop().time() == pytest.approx(0.5, abs=0.01), "the pull's end"
+        assert isinstance(error, TransferAborted)
+        assert "did not renew" in error.message
+        cluster.prefill.release(blocks)
+        await asyncio.sleep(0.1)
+        await cluster.check_rest()
+
+    on_cluster(scenario, fate=lambda _: PullFate(duration_s=0.5))
 
 
 def test_withdrawal_stops_the_pull() -> None:

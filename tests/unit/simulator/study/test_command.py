@@ -105,6 +105,24 @@ def test_a_study_is_replaced_only_when_told_so(run_tandem: Tandem, tmp_path: Pat
     assert read_report(tmp_path)["study"]["workload"]["arrivals"] == "poisson:9"
 
 
+def test_a_replaced_study_leaves_nothing_behind_but_what_was_not_its(run_tandem: Tandem, tmp_path: Path) -> None:
+    arguments = ("simulate", "--requests", "5", *COSTS, "--output", str(tmp_path))
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run_tandem(*arguments).status == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "notes.txt", *PLOTS}
+    assert run_tandem(*arguments, "--no-plots", "--force").status == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "notes.txt"}
+
+
+def test_prompts_that_fit_nowhere_are_told_as_such(run_tandem: Tandem, tmp_path: Path) -> None:
+    arguments = ("--prompts", "fixed:100", "--requests", "5", "--kv-blocks", "6", *COSTS, "--no-plots")
+    assert run_tandem("simulate", *arguments, "--output", str(tmp_path)).status == 0
+    report = read_report(tmp_path)
+    assert report["metrics"]["num_rejected"] == 5
+    (warning,) = report["warnings"]
+    assert warning.startswith("5 requests were refused for their length alone: no worker holds more than 96 tokens")
+
+
 def test_without_output_each_study_has_a_folder_of_its_own(
     run_tandem: Tandem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +140,9 @@ def test_without_output_each_study_has_a_folder_of_its_own(
         (("--model", "llama3"), "--model llama3: no checkpoint folder, and no known model"),
         (("--target-attainment", "2"), "--target-attainment 2: must be above 0, at most 1"),
         (("--trace", "missing.jsonl"), "trace missing.jsonl: cannot be read"),
+        (("--output", "caf\udce9"), "file names must be UTF-8"),
+        (("--link-latency-ms", "nan", *COSTS), "--link-bandwidth, --link-latency-ms: a link needs finite latency_s"),
+        (("--step-overhead-ms", "inf"), "--compute-efficiency, --memory-efficiency, --step-overhead-ms: "),
         (("--requests", "1", "--find-goodput"), "--find-goodput: all requests of the workload come at once"),
     ],
 )

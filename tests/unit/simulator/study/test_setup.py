@@ -11,13 +11,15 @@ import pytest
 from contracts.errors import ConfigError, TandemError
 from contracts.latency import StepWork
 from contracts.latency_models import DISTSERVE_OPT, CostCurve, FittedLatency
-from contracts.profile import FitErrors, LatencyProfile
+from contracts.profile import FitErrors, LatencyProfile, ServingOverheads
 from contracts.roofline import DEVICES, MODELS, kv_blocks_that_fit
 from contracts.transfer_models import LinkTransfer
+from simulator.heap.study import simulate
 from simulator.study.flags import ClusterFlags, LatencyFlags
 from simulator.study.setup import build_setup, parse_workers
 from tests.support.layout import ROOT
-from tests.support.profiles import save_to
+from tests.support.profiles import PROFILE, save_to
+from workload import WorkloadRequest
 
 DISTSERVE = LatencyFlags(latency="distserve:opt-13b-tp1")
 
@@ -199,9 +201,37 @@ def test_a_profile_brings_costs_memory_overhead_and_link(tmp_path: Path) -> None
     assert setup.spec.between_steps_s == 0.0005
     assert setup.spec.max_context_tokens == 640
     assert setup.spec.transfer == profile.transfer
-    assert setup.warnings == ()
+    assert setup.warnings == (
+        "the profile does not say what serving adds to its engine: measure it without --no-serving",
+    )
     faster = build_setup(ClusterFlags(link_bandwidth="4GB"), LatencyFlags(profile=file)).spec.transfer
     assert faster == LinkTransfer(latency_s=0.001, bandwidth_bytes_s=4e9)
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        ServingOverheads(first_token_s=0.006, step_s=0.001, handoff_s=0.004),
+        # Less than the messages of a study ordinarily take.
+        ServingOverheads(first_token_s=0.0008, step_s=0.0, handoff_s=0.004),
+        ServingOverheads(first_token_s=0.006, step_s=0.001, handoff_s=0.0003),
+        ServingOverheads(first_token_s=0.0, step_s=0.0, handoff_s=0.0),
+    ],
+)
+def test_a_request_alone_takes_what_the_measured_one_took(tmp_path: Path, added: ServingOverheads) -> None:
+    save_to(msgspec.structs.replace(PROFILE, serving=added), tmp_path / "profile.json")
+    setup = build_setup(ClusterFlags(workers="1P1D"), LatencyFlags(profile=tmp_path / "profile.json"))
+    assert setup.warnings == ()
+    answer = simulate(setup.spec, [WorkloadRequest(0.0, 100, 9)]).requests
+    latency, transfer = PROFILE.latency, PROFILE.transfer
+    assert transfer is not None
+    steps_s = [latency.step_s(StepWork(num_decodes=1, context_tokens=100 + later)) for later in range(1, 9)]
+    link_s = 112 * PROFILE.kv_token_bytes / transfer.bandwidth_bytes_s
+    first_token_s = latency.step_s(StepWork(100, 5050.0, 1)) + added.first_token_s
+    second_token_s = first_token_s + link_s + added.handoff_s + steps_s[0]
+    assert answer.first_token_s[0] == pytest.approx(first_token_s)
+    assert answer.second_token_s[0] == pytest.approx(second_token_s)
+    assert answer.finished_s[0] == pytest.approx(second_token_s + sum(steps_s[1:]) + 7 * added.step_s)
 
 
 def test_what_was_set_up_can_be_written_down(tmp_path: Path) -> None:

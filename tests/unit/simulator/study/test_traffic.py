@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -52,6 +54,24 @@ def test_a_trace_with_shared_prefixes_warns_that_no_cache_is_modelled(trace: Pat
     (warning,) = build_traffic(WorkloadFlags(trace=trace)).warnings
     assert warning.startswith("no prefix cache is modelled")
     assert f"{50 * 512 / 60_000:.1%}" in warning
+
+
+def test_a_trace_from_a_pipe_has_no_checksum(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    row = '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]}\n'
+    writer = Thread(target=pipe.write_text, args=(row,), daemon=True)
+    writer.start()
+    traffic = build_traffic(WorkloadFlags(trace=pipe))
+    writer.join()
+    assert traffic.totals.num_requests == 1
+    assert traffic.facts["sha256"] is None
+
+
+def test_a_trace_that_repeats_nothing_warns_of_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    file.write_text('{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]}\n')
+    assert build_traffic(WorkloadFlags(trace=file)).warnings == ()
 
 
 def test_rows_that_are_no_requests_are_told(trace: Path) -> None:
@@ -112,8 +132,8 @@ def test_several_classes_are_drawn_among_the_requests(trace: Path, with_trace: b
     ("flags", "what"),
     [
         (WorkloadFlags(speed=1.0, rate=1.0), "--speed and --rate: give one of them"),
-        (WorkloadFlags(speed=0.0), "--speed 0: must be above 0"),
-        (WorkloadFlags(rate=-1.0), "--rate -1: must be above 0"),
+        (WorkloadFlags(speed=0.0), "--speed 0: must be a number above 0"),
+        (WorkloadFlags(rate=-1.0), "--rate -1: must be a number above 0"),
         (WorkloadFlags(requests=0), "--requests 0: must be between 1 and"),
         (WorkloadFlags(start="5s"), "--start: needs a --trace"),
         (WorkloadFlags(duration="soon"), "--duration: 'soon' is not a number with a unit"),
@@ -123,6 +143,11 @@ def test_several_classes_are_drawn_among_the_requests(trace: Path, with_trace: b
         (WorkloadFlags(prompts="fixed:many"), "prompts 'fixed:many': the length must be a whole number"),
         (WorkloadFlags(slo=("fast",)), "SLO 'fast': not NAME:TTFT_MS,TPOT_MS"),
         (WorkloadFlags(slo=("a:1,1", "a:2,2")), "--slo: each class needs a name of its own: a, a"),
+        (WorkloadFlags(speed=float("nan")), "--speed nan: must be a number above 0"),
+        (WorkloadFlags(requests=9, speed=1e-9), "the requests arrive over .* days: at most 366 are simulated"),
+        (WorkloadFlags(requests=9, arrivals="poisson:1e-300"), "the requests arrive over .* days"),
+        (WorkloadFlags(requests=9, speed=1e30), "requests per second: at most 1e\\+09 are simulated"),
+        (WorkloadFlags(prompts="fixed:3000000000"), "a prompt of 3,000,000,000 tokens: at most 2,147,483,647"),
         (WorkloadFlags(requests=1, rate=2.0), "--rate 2: all requests of the workload come at once"),
     ],
 )

@@ -1,0 +1,50 @@
+"""The trials find classic bugs: each is planted in the production classes, and shows within a number of seeds.
+
+`python -m tests.support.planted_bugs --bug NAME` tells what it looks like.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from simulator.chaos import try_seed
+from tests.support.planted_bugs import BUGS, find, planted, shows
+
+#: Within how many seeds, from the first one on, each is found. What is drawn may change: most are found in far fewer.
+FOUND_WITHIN = {
+    "skip-generation-check": 80,
+    "free-without-quarantine": 60,
+    "forget-to-free-on-cancel": 30,
+    "commit-twice": 30,
+    "reuse-lease-id": 60,
+    "lose-heartbeat-timer": 10,
+    "announce-block-being-written": 10,
+    "wait-while-holding": 60,
+}
+
+
+def test_every_bug_has_a_bound() -> None:
+    assert FOUND_WITHIN.keys() == BUGS.keys()
+
+
+@pytest.mark.parametrize("bug", FOUND_WITHIN)
+def test_the_bug_is_found_and_the_same_seed_holds_without_it(bug: str) -> None:
+    found = find(bug, range(1, FOUND_WITHIN[bug] + 1))
+    assert found is not None, f"{bug} goes unnoticed in {FOUND_WITHIN[bug]} seeds: the trials are too tame"
+    sound = try_seed(found.seed)
+    assert sound.problems == ()
+    assert sound.digest != found.digest
+
+
+def test_a_planted_bug_is_gone_afterwards() -> None:
+    bug = BUGS["wait-while-holding"]
+    sound = getattr(bug.module, bug.attribute)
+    with pytest.raises(ValueError, match="out of the block"), planted("wait-while-holding"):
+        assert getattr(bug.module, bug.attribute) is bug.instead
+        raise ValueError("out of the block")
+    assert getattr(bug.module, bug.attribute) is sound
+
+
+def test_no_bug_shows_where_none_is_planted() -> None:
+    verdict = try_seed(1)
+    assert [name for name in BUGS if shows(name, verdict)] == []

@@ -1,0 +1,190 @@
+"""The auditor's judgement of answers made by hand, and the witness's of what workers and pulls do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from contracts.errors import DeadlineExceeded, Internal, NoCapacity, TandemError, WorkerUnavailable
+from contracts.ids import Attempt, BlockId, Incarnation, OwnerEpoch, RequestId, WorkerId
+from contracts.messages import Peer
+from contracts.requests import SamplingParams, TokenDelta
+from engine.plan import SampleSpec, SequenceStep
+from kvtransfer.ledger import BlockClass
+from simulator import Program, run
+from simulator.chaos.audit import DEADLINE_SLACK_S, Auditor
+from simulator.chaos.scenario import PATIENT_DEADLINE_S, Scenario, Weather
+from simulator.chaos.witness import MAX_PROBLEMS, Witness
+from simulator.clients import Answer, Ask
+from simulator.cluster import ClusterSpec, SimulatedCluster
+from simulator.engine import expected_tokens
+
+if TYPE_CHECKING:
+    from contracts.messages import Role
+
+ROLES: dict[str, Role] = {"p0": "prefill", "d0": "decode"}
+PROMPT = (1, 2, 3)
+SAMPLING = SamplingParams(temperature=0.0, max_tokens=4)
+RIGHT = expected_tokens(PROMPT, SAMPLING, 4)
+
+
+def answer(
+    token_ids: list[int],
+    *,
+    finish: str | None = None,
+    error: TandemError | None = None,
+    took_s: float | None = 1.0,
+    deadline_s: float = 4.0,
+    cancel_after: int | None = None,
+) -> Answer:
+    ask = Ask(at_s=0.0, token_ids=PROMPT, sampling=SAMPLING, deadline_s=deadline_s, cancel_after=cancel_after)
+    return Answer(ask=ask, token_ids=token_ids, finish=finish, error=error, ended_s=took_s)
+
+
+def judged(one: Answer, weather: Weather) -> list[str]:
+    """The auditor's problems, without those that a cluster on which nothing ran cannot have."""
+    scenario = Scenario(
+        seed=1, weather=weather, cluster=ClusterSpec(roles=ROLES), asks=(one.ask,), faults=(), failpoints={}
+    )
+    found: list[str] = []
+
+    async def main(program: Program) -> None:
+        async with SimulatedCluster(program, scenario.cluster) as cluster:
+            auditor = Auditor(scenario, cluster)
+            auditor.look()
+            auditor.judge([one])
+            found.extend(auditor.problems)
+
+    run(main, seed=1)
+    return found
+
+
+GOOD = [
+    answer(RIGHT, finish="length"),
+    answer(RIGHT[:2], cancel_after=2),
+    answer([], error=NoCapacity("full")),
+]
+BEARABLE = [
+    answer(RIGHT[:2], error=WorkerUnavailable("gone")),
+    answer(RIGHT[:2], error=NoCapacity("nobody has room for the replay")),
+    answer(RIGHT[:1], error=DeadlineExceeded("late"), took_s=4.0),
+]
+BAD = {
+    "token 1 is": answer([RIGHT[0], RIGHT[1] + 1, *RIGHT[2:]], finish="length"),
+    "it ended (length) after 3 of 4 tokens": answer(RIGHT[:3], finish="length"),
+    "it ended without a word after 2 tokens": answer(RIGHT[:2]),
+    "it ended well and failed": answer(RIGHT, finish="length", error=WorkerUnavailable("after the end")),
+    "not ended": answer(RIGHT[:2], took_s=None),
+    "took 4.600 s, its deadline was 4 s": answer(RIGHT, finish="length", took_s=4.1 + DEADLINE_SLACK_S),
+    "failed with internal: a bug": answer([], error=Internal("a bug")),
+    "stood still for 60.000 s without a fault": answer(
+        [], error=DeadlineExceeded("late"), took_s=PATIENT_DEADLINE_S, deadline_s=PATIENT_DEADLINE_S
+    ),
+}
+
+
+@pytest.mark.parametrize("one", GOOD)
+def test_what_may_always_be(one: Answer) -> None:
+    assert judged(one, Weather.CALM) == []
+    assert judged(one, Weather.ROUGH) == []
+
+
+@pytest.mark.parametrize("one", BEARABLE)
+def test_what_may_be_only_where_something_was_done(one: Answer) -> None:
+    assert judged(one, Weather.ROUGH) == []
+    assert len(judged(one, Weather.CALM)) == 1
+    assert len(judged(one, Weather.SURVIVABLE)) == 1
+
+
+@pytest.mark.parametrize("says", BAD)
+def test_what_may_never_be(says: str) -> None:
+    found = judged(BAD[says], Weather.ROUGH)
+    assert len(found) == 1, found
+    assert says in found[0]
+    assert found[0].startswith("request 0: ")
+
+
+def test_a_request_that_survives_all_may_not_even_be_refused() -> None:
+    assert judged(answer([], error=NoCapacity("full")), Weather.SURVIVABLE) == [
+        "request 0: failed with no_capacity: full"
+    ]
+
+
+# --- the witness ----------------------------------------------------------------------------------------
+
+
+def step(start: int, num_tokens: int, output_index: int | None = None) -> SequenceStep:
+    sample = None
+    if output_index is not None:
+        sample = SampleSpec(
+            params=SAMPLING, output_index=output_index, history=[*PROMPT, *RIGHT], num_prompt_tokens=len(PROMPT)
+        )
+    blocks = (BlockId(5), BlockId(6))
+    return SequenceStep(sequence_id=1, token_ids=tuple(range(num_tokens)), start=start, block_ids=blocks, sample=sample)
+
+
+def delta(attempt: int, index: int, num_tokens: int) -> TokenDelta:
+    return TokenDelta(
+        request_id=RequestId("r"),
+        attempt=Attempt(attempt),
+        owner_epoch=OwnerEpoch(1),
+        index=index,
+        token_ids=tuple(range(num_tokens)),
+    )
+
+
+def peer(incarnation: int) -> Peer:
+    return Peer(worker_id=WorkerId("d0"), incarnation=Incarnation(incarnation), address="d0:1")
+
+
+def test_a_wrong_token_is_told_where_it_is_computed() -> None:
+    witness = Witness()
+    for index, token_id in enumerate(RIGHT):
+        witness.stepped("d0@1", step(3 + index, 1, index), 4, token_id)
+    assert witness.problems == []
+    witness.stepped("d0@1", step(3, 1, 0), 4, RIGHT[0] + 1)
+    assert witness.problems == [f"d0@1 computes for sequence 1: token 0 is {RIGHT[0] + 1}, not {RIGHT[0]}"]
+
+
+def test_a_token_is_computed_once_by_each_life_and_try() -> None:
+    witness = Witness()
+    for incarnation, attempt, index, count in [(1, 1, 0, 2), (1, 1, 2, 1), (2, 1, 0, 1), (1, 2, 0, 1), (1, 1, 3, 0)]:
+        witness.heard(peer(incarnation), delta(attempt, index, count))
+    assert witness.problems == []
+    witness.heard(peer(1), delta(1, 1, 1))
+    assert witness.problems == ["d0@1: token 1 of r, attempt 1, is computed twice"]
+
+
+@pytest.mark.parametrize("block_class", BlockClass)
+def test_pulls_write_what_they_were_given_only(block_class: BlockClass) -> None:
+    witness = Witness()
+    witness.landed("d0@1", BlockId(3), block_class, BlockClass.OFFERED)
+    given = block_class in (BlockClass.RESERVED, BlockClass.QUARANTINED)
+    assert bool(witness.problems) != given
+
+
+def test_nothing_is_computed_from_what_was_let_go_before_it_was_read() -> None:
+    witness = Witness()
+    witness.landed("d0@1", BlockId(5), BlockClass.RESERVED, BlockClass.FREE)
+    witness.stepped("d1@1", step(3, 2), 4, None)
+    assert witness.problems == [], "that is another worker's block"
+    witness.stepped("d0@1", step(3, 2), 4, None)
+    assert witness.problems == ["d0@1 reads block 5, which was pulled when its holder had let it go"]
+
+
+def test_what_was_let_go_may_be_overwritten() -> None:
+    witness = Witness()
+    for block in (5, 6):
+        witness.landed("d0@1", BlockId(block), BlockClass.RESERVED, BlockClass.FREE)
+    witness.landed("d0@1", BlockId(5), BlockClass.RESERVED, BlockClass.OFFERED)
+    witness.stepped("d0@1", step(3, 4), 4, None)
+    witness.stepped("d0@1", step(6, 1), 4, None)
+    assert witness.problems == []
+
+
+def test_what_is_told_is_bounded() -> None:
+    witness = Witness()
+    for number in range(2 * MAX_PROBLEMS):
+        witness.landed("d0@1", BlockId(number), BlockClass.FREE, BlockClass.OFFERED)
+    assert len(witness.problems) == MAX_PROBLEMS
