@@ -14,19 +14,29 @@ from simulator.chaos.trial import Verdict, try_seed
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m simulator.chaos", description=__doc__)
-    parser.add_argument("--seed", type=int, help="play this seed alone and print its whole event log")
-    parser.add_argument("--seeds", type=int, default=200, help="how many seeds (default 200)")
-    parser.add_argument("--first", type=int, default=1, help="the first of them (default 1)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=_positive, help="play this seed alone and print its whole event log")
+    parser.add_argument("--seeds", type=_positive, default=200, help="how many seeds (default 200)")
+    parser.add_argument("--first", type=_positive, default=1, help="the first of them (default 1)")
+    parser.add_argument("--processes", type=_positive, default=os.cpu_count() or 1)
     parser.add_argument("--stride", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        play_seeds(arguments.first, arguments.seeds, arguments.stride)
-        return 0
-    if arguments.seed is not None:
-        return _one(arguments.seed)
-    return asyncio.run(_many(arguments.first, arguments.seeds, arguments.processes))
+    try:
+        if arguments.child:
+            play_seeds(arguments.first, arguments.seeds, arguments.stride)
+            return 0
+        if arguments.seed is not None:
+            return _one(arguments.seed)
+        return asyncio.run(_many(arguments.first, arguments.seeds, arguments.processes))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
+    return number
 
 
 def _one(seed: int) -> int:

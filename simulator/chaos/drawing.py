@@ -134,10 +134,11 @@ def _unreliable(rng: random.Random, at_s: float, victims: Victims) -> Fault:
 def _deafen(rng: random.Random, at_s: float, victims: Victims) -> Fault:
     return DeafPulls(
         at_s=at_s,
-        for_s=rng.uniform(1.0, 6.0),
-        scope=_scope(rng, victims.worker_ids),
+        for_s=rng.uniform(2.0, 8.0),
+        scope=rng.choice([Link(ANY, rng.choice(victims.readers)), _scope(rng, victims.worker_ids)]),
         chance=rng.choice([0.1, 0.5, 1.0, 1.0]),
-        within_s=rng.choice([0.2, 2.0, 8.0, 60.0]),
+        # The longest end just before a cluster must be clean again.
+        within_s=rng.choice([0.2, 2.0, 25.0, 25.0, 25.0]),
     )
 
 
@@ -164,7 +165,7 @@ _KINDS: tuple[tuple[Make, int], ...] = (
     (_strand, 8),
     (_slow_down, 3),
     (_unreliable, 5),
-    (_deafen, 4),
+    (_deafen, 6),
     (_swizzle, 4),
     (_jump, 1),
 )

@@ -172,11 +172,13 @@ def _draw_ask(
     rng: random.Random, at_s: float, longest_prompt: int, longest_answer: int, cancels: float, deadline_s: float
 ) -> Ask:
     max_tokens = rng.randint(1, longest_answer)
+    # Half of those who leave do it when their KV is on its way.
+    leaves_after = rng.choice([1, rng.randrange(max_tokens + 1)])
     return Ask(
         at_s=at_s,
         token_ids=tuple(rng.choices(range(1000), k=rng.randint(1, longest_prompt))),
         sampling=SamplingParams(temperature=rng.choice([0.0, 1.0]), seed=rng.randrange(2**32), max_tokens=max_tokens),
-        cancel_after=rng.randrange(max_tokens + 1) if rng.random() < cancels else None,
+        cancel_after=leaves_after if rng.random() < cancels else None,
         deadline_s=deadline_s,
     )
 

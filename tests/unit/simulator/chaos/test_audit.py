@@ -78,7 +78,7 @@ BAD = {
     "not ended": answer(RIGHT[:2], took_s=None),
     "took 4.600 s, its deadline was 4 s": answer(RIGHT, finish="length", took_s=4.1 + DEADLINE_SLACK_S),
     "failed with internal: a bug": answer([], error=Internal("a bug")),
-    "stood still for 60.000 s without a fault": answer(
+    "stood still for 59.999 s without a fault": answer(
         [], error=DeadlineExceeded("late"), took_s=PATIENT_DEADLINE_S, deadline_s=PATIENT_DEADLINE_S
     ),
 }
