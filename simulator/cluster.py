@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from contracts.messages import AuditReply, Role
+    from coordinator.policy import FleetView
     from kvtransfer import MemoryTransport
     from rpc import Server
     from rpc.memory import Latency, MemoryProcess
@@ -134,6 +135,7 @@ class SimulatedCluster:
         self._restarting = True
         self._coordinator: CoordinatorShell | None = None
         self._coordinator_program: MemoryProcess
+        self._coordinator_clock: ProcessClock
         #: None while the gateway is down.
         self._core: GatewayCore | None = None
         self._gateway_program: MemoryProcess
@@ -209,8 +211,8 @@ class SimulatedCluster:
         assert self._coordinator is None, "the coordinator is up"
         self._coordinator_program = self._network.process("coordinator")
         server = self._coordinator_program.server(COORDINATOR)
-        clock = ProcessClock(self._clocks[COORDINATOR_HOST], offset_s=500.0)
-        self._coordinator = CoordinatorShell(clock, log=self._log("coordinator"))
+        self._coordinator_clock = ProcessClock(self._clocks[COORDINATOR_HOST], offset_s=500.0)
+        self._coordinator = CoordinatorShell(self._coordinator_clock, log=self._log("coordinator"))
         self._coordinator.register_on(server)
         await self._coordinator.__aenter__()
         await server.start()
@@ -349,6 +351,11 @@ class SimulatedCluster:
             worker_id: await self._network.channel(f"{worker_id}:1").call(AUDIT, Empty(), timeout_s=1.0)
             for worker_id in self.up()
         }
+
+    def fleet(self) -> FleetView:
+        """What the coordinator places requests by; looked at from outside, at once."""
+        assert self._coordinator is not None, "the coordinator is down"
+        return self._coordinator.membership.live(self._coordinator_clock.now_s())
 
     def jump_wall_clock(self, host: str, by_s: float) -> None:
         """Sets a machine's wall clock forwards or (negative) backwards."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from contracts.messages import AuditReply
+    from coordinator.policy import FleetView
     from simulator.chaos.scenario import Scenario
     from simulator.clients import Answer
     from simulator.cluster import SimulatedCluster
@@ -142,6 +143,7 @@ class Auditor:
         remains.extend(f"the coordinator does not know {worker_id}" for worker_id in missing)
         for worker_id, audit in audits.items():
             remains.extend(f"{worker_id}: {each}" for each in _unclean(audit))
+        remains.extend(_still_placed(self._cluster.fleet()))
         return remains
 
 
@@ -159,6 +161,17 @@ def _unclean(audit: AuditReply) -> list[str]:
         if count:
             found.append(f"{count} {what}")
     return found
+
+
+def _still_placed(fleet: FleetView) -> list[str]:
+    """Load that the coordinator sees on idle workers: it would send requests elsewhere, or refuse them, for ever."""
+    columns = zip(fleet.infos, fleet.prefill_load_tokens, fleet.decode_load_tokens, fleet.waiting_requests, strict=True)
+    return [
+        f"the coordinator counts {prefill} prompt tokens, {decode} context tokens and {waiting} waiting requests at "
+        f"{info.worker_id}"
+        for info, prefill, decode, waiting in columns
+        if prefill or decode or waiting
+    ]
 
 
 def _now_s() -> float:

@@ -200,7 +200,9 @@ def one_by_one_s(asks: list[Ask], spec: ClusterSpec) -> float:
     """About what the workload takes when every request waits for the one before it: steps at their shortest,
     and a tenth of a second for each to be sent, handed over and answered."""
     steps = sum(len(ask.token_ids) / spec.max_batch_tokens + 1 + ask.sampling.max_tokens for ask in asks)
-    longest_step_s = 2 * max(spec.timing.floor_s, spec.timing.per_new_token_s * spec.max_batch_tokens)
+    timing = spec.timing
+    assert isinstance(timing, StepTiming)
+    longest_step_s = 2 * max(timing.floor_s, timing.per_new_token_s * spec.max_batch_tokens)
     return steps * longest_step_s + 0.1 * len(asks)
 
 

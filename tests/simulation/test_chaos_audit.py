@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from contracts.errors import TransferAborted
+from coordinator.fleet import Fleet
 from decode import DecodeBatch
 from prefill import PrefillQueue
 from simulator.chaos import draw, try_seed
@@ -17,7 +18,7 @@ from simulator.chaos.scenario import CALM_IN, SURVIVABLE_IN, Weather
 from worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from contracts.messages import HandoffReply, HandoffRequest, PrefillRequest
+    from contracts.messages import HandoffReply, HandoffRequest, PrefillRequest, WorkerLoad
 
 CALM_SEED = CALM_IN
 SURVIVABLE_SEED = SURVIVABLE_IN // 2
@@ -78,6 +79,15 @@ def test_a_life_that_ends_without_a_fault_is_told_though_the_next_goes_on(monkey
     monkeypatch.setattr(Watchdog, "look", despairs_once)
     problems = try_seed(CALM_SEED).problems
     assert any("ended its life without a fault: a bug" in problem for problem in problems), problems
+
+
+def test_load_that_the_coordinator_never_forgets_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keeps_all(fleet: Fleet, row: int, load: WorkerLoad, now_s: float) -> None:
+        return None
+
+    monkeypatch.setattr(Fleet, "report", keeps_all)
+    problems = try_seed(CALM_SEED).problems
+    assert any("the coordinator counts" in problem for problem in problems), problems
 
 
 def test_every_worker_is_asked_after_recovery() -> None:

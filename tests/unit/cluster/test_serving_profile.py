@@ -131,7 +131,7 @@ def test_two_workers_of_the_configured_pools_are_measured(tmp_path: Path) -> Non
     config = ClusterConfig(
         model="org/name",
         engine=EngineConfig(max_batch_tokens=256),
-        gateway=GatewayConfig(host="0.0.0.0", port=80, api_keys=(SecretStr("sk-hidden"),)),  # noqa: S104
+        gateway=GatewayConfig(host="0.0.0.0", port=80, api_keys=(SecretStr("sk-hidden"),)),
         pools=(
             PoolConfig(name="readers", role="prefill", workers=3, cores=(0, 1, 2), max_batch_tokens=128),
             PoolConfig(name="writers", role="decode", workers=2, cores=(4, 5), kv_blocks=77),
