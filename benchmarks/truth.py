@@ -1,4 +1,4 @@
-"""Whether the simulators tell the truth: one workload on a real 1P1D cluster, in the event heap and on the virtual loop.
+"""Whether the simulators tell the truth: one workload on a real 1P1D cluster, on the event heap, on the virtual loop.
 
 Their costs are a fit to this engine on this machine, made in this run. The client is a small open-loop one:
 it sends each request at its time, whatever became of those before it.

@@ -8,6 +8,7 @@ running loop's, so on a virtual loop everything is deterministic. Nothing here r
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,7 +134,9 @@ class MemoryPull:
         self._started_s = loop.time()
         self._interval_s = fate.duration_s / (len(self._pieces) + (fate.error is not None))
         self._result: asyncio.Future[PullResult] = loop.create_future()
-        self._timer = loop.call_later(self._interval_s, self._go_on)
+        # Who does not hear a stop is not the reader's program, and lands though that is frozen.
+        self._context = None if fate.heeds_stop else contextvars.Context()
+        self._timer = loop.call_later(self._interval_s, self._go_on, context=self._context)
 
     @property
     def terminal(self) -> bool:
@@ -181,7 +184,7 @@ class MemoryPull:
             self._wait(self._interval_s)
 
     def _wait(self, delay_s: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._go_on)
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._go_on, context=self._context)
 
     def _end(self, error: TandemError | None) -> None:
         wire_s = asyncio.get_running_loop().time() - self._started_s

@@ -20,10 +20,12 @@ from contracts.profile import MAX_DECODE_ERROR, load_profile
 from rpc import LiveClock
 from tests.support.commands import tandem
 from tests.support.layout import ROOT
+from tests.support.long_tests import only_long
 
 RANGE = ("--max-context", "256", "--max-num-batched-tokens", "64", "--max-num-seqs", "8")
 
 
+@only_long
 def test_a_profile_is_measured_shown_and_stored_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     with tandem("profile", "demo", "--threads", "1", "--output", str(path), *RANGE) as command:
