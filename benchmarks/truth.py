@@ -74,7 +74,7 @@ def profile(model: Path, folder: Path) -> Path:
         print(finished.stdout[-3000:], finished.stderr[-1000:])
         if not finished.returncode:
             return path
-    raise RuntimeError(f"tandem profile ended with {finished.returncode} {PROFILE_ATTEMPTS} times")
+    raise RuntimeError(f"tandem profile failed {PROFILE_ATTEMPTS} times")
 
 
 def workload(seconds: float) -> list[WorkloadRequest]:

@@ -104,6 +104,18 @@ class _Life:
     task: asyncio.Task[str]
 
 
+@dataclass(slots=True)
+class _CoordinatorLife:
+    """One life of the coordinator."""
+
+    #: What its tasks run under: see `simulator.loop.HOST`.
+    host: str
+    program: MemoryProcess
+    clock: ProcessClock
+    shell: CoordinatorShell
+    task: asyncio.Task[None]
+
+
 class SimulatedCluster:
     """Use as `async with SimulatedCluster(program, spec) as cluster`; leaving it stops everything."""
 
@@ -133,9 +145,9 @@ class SimulatedCluster:
         self.broken_handlers: list[str] = []
         self._restarts: dict[asyncio.Task[None], None] = {}
         self._restarting = True
-        self._coordinator: CoordinatorShell | None = None
-        self._coordinator_program: MemoryProcess
-        self._coordinator_clock: ProcessClock
+        #: None while the coordinator is down.
+        self._coordinator: _CoordinatorLife | None = None
+        self._coordinator_lives = 0
         #: None while the gateway is down.
         self._core: GatewayCore | None = None
         self._gateway_program: MemoryProcess
@@ -209,20 +221,36 @@ class SimulatedCluster:
     async def start_coordinator(self) -> None:
         """A new life, which knows nothing of the one before."""
         assert self._coordinator is None, "the coordinator is up"
-        self._coordinator_program = self._network.process("coordinator")
-        server = self._coordinator_program.server(COORDINATOR)
-        self._coordinator_clock = ProcessClock(self._clocks[COORDINATOR_HOST], offset_s=500.0)
-        self._coordinator = CoordinatorShell(self._coordinator_clock, log=self._log("coordinator"))
-        self._coordinator.register_on(server)
-        await self._coordinator.__aenter__()
+        self._coordinator_lives += 1
+        host = f"{COORDINATOR_HOST}@{self._coordinator_lives}"
+        context = contextvars.Context()
+        context.run(HOST.set, host)
+        program = self._network.process(COORDINATOR_HOST, context)
+        server = program.server(COORDINATOR)
+        clock = ProcessClock(self._clocks[COORDINATOR_HOST], offset_s=500.0)
+        shell = CoordinatorShell(clock, log=self._log(COORDINATOR_HOST))
+        shell.register_on(server)
+        task = asyncio.get_running_loop().create_task(_keep_open(shell), name=host, context=context.copy())
+        task.add_done_callback(_raise_failure)
+        self._coordinator = _CoordinatorLife(host, program, clock, shell, task)
         await server.start()
 
     async def crash_coordinator(self) -> None:
         """SIGKILL; of one that is down: nothing."""
-        coordinator, self._coordinator = self._coordinator, None
-        if coordinator is not None:
-            self._coordinator_program.kill()
-            await coordinator.__aexit__(None, None, None)
+        life, self._coordinator = self._coordinator, None
+        if life is not None:
+            life.program.kill()
+            _loop().thaw(life.host)
+            life.task.cancel()
+            await asyncio.wait([life.task])
+
+    def freeze_coordinator(self) -> str:
+        """SIGSTOP, as `freeze` of a worker. Returns the life's host, for `thaw_host`."""
+        assert self._coordinator is not None, "the coordinator is down"
+        host = self._coordinator.host
+        self._log(host)("freezes")
+        _loop().freeze(host)
+        return host
 
     # --- workers ----------------------------------------------------------------------------------
 
@@ -355,7 +383,7 @@ class SimulatedCluster:
     def fleet(self) -> FleetView:
         """What the coordinator places requests by; looked at from outside, at once."""
         assert self._coordinator is not None, "the coordinator is down"
-        return self._coordinator.membership.live(self._coordinator_clock.now_s())
+        return self._coordinator.shell.membership.live(self._coordinator.clock.now_s())
 
     def jump_wall_clock(self, host: str, by_s: float) -> None:
         """Sets a machine's wall clock forwards or (negative) backwards."""
@@ -398,6 +426,17 @@ class SimulatedCluster:
 
     def _log(self, name: str) -> Callable[[str], None]:
         return lambda line: self._program.trace.add(f"{name:14s} {line}")
+
+
+async def _keep_open(shell: CoordinatorShell) -> None:
+    """Until cancelled; a bug of the shell's own is raised."""
+    async with shell:
+        await asyncio.Event().wait()
+
+
+def _raise_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        raise error
 
 
 def _loop() -> VirtualLoop:

@@ -3,16 +3,18 @@ every block that a pull copies. Watching does not change what happens."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gateway.core import GatewayCore
 from simulator.engine import ModelledEngine
 
 if TYPE_CHECKING:
-    from contracts.ids import BlockId
+    from contracts.ids import BlockId, RequestId
     from contracts.messages import Peer
     from contracts.requests import Frame, TokenDelta
     from engine.plan import SequenceStep, StepPlan, StepResult
+    from gateway import events as ev
     from kvtransfer.ledger import BlockClass, Ledger
     from simulator.engine import BlockContent
 
@@ -22,8 +24,12 @@ class Witness(Protocol):
         """A step of this life has computed a sequence, and sampled that token; nobody may want it any more."""
         ...
 
-    def heard(self, peer: Peer, delta: TokenDelta) -> None:
+    def heard(self, peer: Peer, delta: TokenDelta, now_s: float) -> None:
         """A delta came from a worker; nobody may want it any more."""
+        ...
+
+    def forgotten(self, request_id: RequestId, now_s: float) -> None:
+        """The gateway is done with this request and has told its workers."""
         ...
 
     def landed(self, host: str, block_id: BlockId, block_class: BlockClass, source_class: BlockClass) -> None:
@@ -38,8 +44,14 @@ class WatchedGateway(GatewayCore):
 
     def _on_frame(self, peer: Peer, frame: Frame) -> None:
         for delta in frame.deltas:
-            self._witness.heard(peer, delta)
+            self._witness.heard(peer, delta, _now_s())
         super()._on_frame(peer, frame)
+
+    def feed(self, request_id: RequestId, event: ev.Event) -> None:
+        was_open = request_id in self._open
+        super().feed(request_id, event)
+        if was_open and request_id not in self._open:
+            self._witness.forgotten(request_id, _now_s())
 
 
 class WatchedEngine(ModelledEngine):
@@ -74,3 +86,7 @@ class WatchedPool:
         slots, source_class = content
         self._witness.landed(self._host, block_id, self.ledger.block_class(block_id), source_class)
         self._engine.write_block(block_id, slots)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

@@ -17,6 +17,7 @@ from simulator.chaos.faults import (
     CutLinks,
     DeafPulls,
     Fault,
+    FreezeCoordinator,
     FreezeWorker,
     HangWorker,
     JumpClock,
@@ -84,6 +85,10 @@ def _stick(rng: random.Random, at_s: float, victims: Victims) -> Fault:
 
 def _crash_coordinator(rng: random.Random, at_s: float, victims: Victims) -> Fault:
     return CrashCoordinator(at_s=at_s, for_s=rng.choice([0.1, 2.0, 6.0]))
+
+
+def _freeze_coordinator(rng: random.Random, at_s: float, victims: Victims) -> Fault:
+    return FreezeCoordinator(at_s=at_s, for_s=rng.uniform(0.1, 8.0))
 
 
 def _crash_gateway(rng: random.Random, at_s: float, victims: Victims) -> Fault:
@@ -160,6 +165,7 @@ _KINDS: tuple[tuple[Make, int], ...] = (
     (_hang, 2),
     (_stick, 2),
     (_crash_coordinator, 2),
+    (_freeze_coordinator, 2),
     (_crash_gateway, 1),
     (_cut, 4),
     (_strand, 8),

@@ -138,6 +138,19 @@ class CrashCoordinator(Fault):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FreezeCoordinator(Fault):
+    """SIGSTOP and SIGCONT: who asks it meanwhile hears nothing, and what was sent is handled late."""
+
+    what: ClassVar[str] = "freeze of the coordinator"
+
+    async def strike(self, cluster: SimulatedCluster) -> None:
+        if cluster.coordinator_is_up:
+            host = cluster.freeze_coordinator()
+            await asyncio.sleep(self.for_s)
+            cluster.thaw_host(host)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CrashGateway(Fault):
     what: ClassVar[str] = "crash of the gateway"
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from contracts.failpoints import FAILPOINTS
 from contracts.requests import SamplingParams
 from decode import DecodeLimits
@@ -48,6 +50,11 @@ MAX_FAULTS = 8
 LONGEST_WORKLOAD_S = 12.0
 #: Deadlines of requests that are not drawn short.
 PATIENT_DEADLINE_S = 60.0
+#: So many tokens take a worker longer than a Cancel may; chance that a client of a calm trial, where the pool has room
+#: for it, asks for so many or more, and how soon it leaves.
+LONG_ANSWER_TOKENS = 300
+LONG_ANSWER_CHANCE = 0.2
+LONG_ANSWER_LEFT_WITHIN_TOKENS = 8
 #: Chance that a failpoint is armed at all in a trial with faults, and how often an armed one fires at most.
 ARMED_CHANCE = 0.3
 MOST_FIRING = 0.25
@@ -99,7 +106,8 @@ def draw(seed: int) -> Scenario:
     # Where nothing may fail, it may not by a short deadline either.
     patient = tuple(replace(ask, deadline_s=PATIENT_DEADLINE_S) for ask in asks)
     if seed % CALM_IN == 0:
-        return Scenario(seed=seed, weather=Weather.CALM, cluster=cluster, asks=patient, faults=(), failpoints={})
+        calm = _leave_long_answers(random.Random(f"{seed}/long answers"), patient, cluster)
+        return Scenario(seed=seed, weather=Weather.CALM, cluster=cluster, asks=calm, faults=(), failpoints={})
     if seed % SURVIVABLE_IN == SURVIVABLE_IN // 2:
         return _draw_survivable(seed, cluster, patient)
     over_s = max(ask.at_s for ask in asks) + 2.0
@@ -181,6 +189,21 @@ def _draw_ask(
         cancel_after=leaves_after if rng.random() < cancels else None,
         deadline_s=deadline_s,
     )
+
+
+def _leave_long_answers(rng: random.Random, asks: tuple[Ask, ...], cluster: ClusterSpec) -> tuple[Ask, ...]:
+    """Some ask for what their worker would compute for seconds, and leave early: it has to be told."""
+    drawn: list[Ask] = []
+    most_tokens = min(cluster.max_context_tokens, cluster.num_blocks * cluster.block_tokens)
+    for ask in asks:
+        longest = most_tokens - len(ask.token_ids)
+        if longest >= LONG_ANSWER_TOKENS and rng.random() < LONG_ANSWER_CHANCE:
+            sampling = structs.replace(ask.sampling, max_tokens=rng.randint(LONG_ANSWER_TOKENS, longest))
+            leaves_after = rng.randint(1, LONG_ANSWER_LEFT_WITHIN_TOKENS)
+            drawn.append(replace(ask, sampling=sampling, cancel_after=leaves_after))
+        else:
+            drawn.append(ask)
+    return tuple(drawn)
 
 
 def _draw_failpoints(rng: random.Random) -> dict[str, float]:

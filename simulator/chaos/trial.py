@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import traceback
 from collections import Counter
@@ -13,7 +14,7 @@ from contracts.errors import NotReady
 from contracts.failpoints import Failpoints, armed
 from contracts.requests import SamplingParams
 from simulator.chaos.audit import DEADLINE_SLACK_S, Auditor
-from simulator.chaos.scenario import draw
+from simulator.chaos.scenario import Weather, draw
 from simulator.chaos.witness import Witness
 from simulator.clients import Answer, Ask, ask_into
 from simulator.cluster import SimulatedCluster
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 LIMIT_S = 600.0
 #: Turns of the loop: some twenty times what the busiest trial takes.
 LIMIT_TURNS = 5_000_000
+#: What a Cancel may take to be heeded where no message is lost: one that came too early is sent again after 1 s.
+STRAY_LIMIT_S = 1.5
 #: Asked after recovery, so often by as many clients at once as there are workers of the larger role: each is given
 #: some. All must be answered.
 NUM_LAST_ROUNDS = 2
@@ -97,7 +100,7 @@ class _Trial:
     async def main(self, program: Program) -> None:
         self.program = program
         program.trace.add(f"{'scenario':14s} {self._scenario.describe()}")
-        witness = Witness()
+        witness = Witness(STRAY_LIMIT_S if self._scenario.weather is Weather.CALM else math.inf)
         async with SimulatedCluster(program, self._scenario.cluster, witness) as cluster:
             auditor = Auditor(self._scenario, cluster)
             watch = asyncio.create_task(auditor.watch(), name="auditor")

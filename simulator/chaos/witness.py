@@ -6,6 +6,7 @@ just then: a client would notice such a bug once in a thousand trials. Here it c
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from kvtransfer.ledger import BlockClass
@@ -28,8 +29,13 @@ MAX_PROBLEMS = 100
 class Witness:
     """Implements `simulator.witness.Witness`; `problems` is empty where everything held."""
 
-    def __init__(self) -> None:
+    def __init__(self, stray_limit_s: float = math.inf) -> None:
+        """`stray_limit_s`: how long tokens may come of a request that the gateway has forgotten; infinite where
+        a Cancel may be lost."""
         self.problems: list[str] = []
+        self._stray_limit_s = stray_limit_s
+        #: When the gateway forgot each request, until tokens came too long after.
+        self._forgotten_s: dict[RequestId, float] = {}
         #: The right answer of each sequence, by its life and number there.
         self._right: dict[tuple[str, int], list[int]] = {}
         #: Blocks whose bytes were nobody's any more when they were pulled: nothing may be computed from them.
@@ -47,13 +53,20 @@ class Witness:
         if step.sample is not None and token_id is not None:
             self._check_token(host, step.sequence_id, step.sample, token_id)
 
-    def heard(self, peer: Peer, delta: TokenDelta) -> None:
+    def heard(self, peer: Peer, delta: TokenDelta, now_s: float) -> None:
         life = f"{peer.worker_id}@{peer.incarnation}"
+        stray_s = now_s - self._forgotten_s.get(delta.request_id, math.inf)
+        if stray_s > self._stray_limit_s:
+            self._say(f"{life}: token {delta.index} of {delta.request_id} comes {stray_s:.3f} s after it was forgotten")
+            del self._forgotten_s[delta.request_id]
         heard = self._heard.setdefault((life, delta.request_id, delta.attempt), set())
         indices = range(delta.index, delta.index + len(delta.token_ids))
         if not heard.isdisjoint(indices):
             self._say(f"{life}: token {delta.index} of {delta.request_id}, attempt {delta.attempt}, is computed twice")
         heard.update(indices)
+
+    def forgotten(self, request_id: RequestId, now_s: float) -> None:
+        self._forgotten_s[request_id] = now_s
 
     def landed(self, host: str, block_id: BlockId, block_class: BlockClass, source_class: BlockClass) -> None:
         if block_class not in _GIVEN:

@@ -6,10 +6,13 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING
 
-from contracts.ids import RequestId
+from contracts.errors import ERROR_BY_CODE, NoCapacity
+from contracts.ids import RequestId, WorkerId
 from contracts.messages import DispatchItem
 from coordinator.policy.dispatch import Refused, choose
-from simulator.heap.request import Request
+from gateway.limits import GatewayLimits
+from gateway.replay import Failure, Retry, Stage, decide
+from simulator.heap.request import NEW, Request
 from simulator.heap.results import Outcome
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ class Gateway:
         self._view = fleet.view()
         self._workers = workers
         self._requests = requests
+        self._limits = GatewayLimits()
         self._to_coordinator_s = spec.gateway_s + spec.message_s
         self._exhausted = False
         self._last_arrival_s = 0.0
@@ -111,26 +115,53 @@ class Gateway:
             request_id=RequestId(str(request.row)),
             prompt_tokens=request.prompt_tokens,
             max_tokens=request.output_tokens,
+            avoid=request.history.avoid,
         )
         choice = choose(item, self._view, self._spec.dispatch)
         if isinstance(choice, Refused):
-            self.refuse(request, choice.retry_after_s)
+            error = ERROR_BY_CODE[choice.code](choice.why, retry_after_s=choice.retry_after_s)
+            self._fail(request, Failure(Stage.REJECTED, error))
             return
         now_s = self._heap.now_s
         self._fleet.book(item, choice.prefill_row, choice.decode_row, now_s)
-        request.prefill = self._workers[choice.prefill_row]
+        prefill = self._workers[choice.prefill_row]
+        if request.refusal is not None and request.refusal[0] is prefill:
+            # It has just said no, and there is nobody else: it is not asked again.
+            self._fail(request, Failure(Stage.REJECTED, request.refusal[1]))
+            return
+        request.prefill = prefill
         request.decode = self._workers[choice.decode_row]
-        self._heap.at(now_s + 2 * self._spec.message_s, request.prefill.prompts.submit, request)
+        self._heap.at(now_s + 2 * self._spec.message_s, prefill.prompts.submit, request)
 
     # --- ends -------------------------------------------------------------------------------------
 
     def refuse(self, request: Request, retry_after_s: float) -> None:
-        """Coordinator or worker refuse it, and say when it may come again; 0: never."""
+        """Its prefill worker has no room for it, and says when it may come again."""
+        worker = request.prefill
+        assert worker is not None, "placed before it was sent"
         request.prefill = request.decode = None
+        error = NoCapacity(f"the queue of {worker.worker_id} is full", retry_after_s=retry_after_s)
+        request.refusal = worker, error
+        request.history = request.history.placed()
+        self._fail(request, Failure(Stage.REFUSED, error, (WorkerId(worker.worker_id),)))
+
+    def _fail(self, request: Request, failure: Failure) -> None:
+        """Its gateway will hear of it in a moment; what it does then is the production policy's to say."""
+        message_s = self._spec.message_s
+        verdict = decide(request.history, failure, self._heap.now_s + message_s, self._limits)
+        if isinstance(verdict, Retry):
+            request.history = verdict.history
+            self._heap.after(message_s + verdict.delay_s + message_s, self._place, request)
+            return
+        self._turn_away(request, verdict.error.retry_after_s)
+
+    def _turn_away(self, request: Request, retry_after_s: float | None) -> None:
+        """The client hears no, and comes again after that time, if it may; 0 or None: never."""
         request.num_refusals += 1
         if request.num_refusals > self._spec.max_retries or not retry_after_s:
             self.end(request, Outcome.REJECTED)
             return
+        request.history, request.refusal = NEW, None
         self._heap.after(self._spec.message_s + retry_after_s + self._to_coordinator_s, self._place, request)
 
     def end(self, request: Request, outcome: Outcome) -> None:

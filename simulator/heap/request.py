@@ -6,11 +6,18 @@ import math
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from gateway.replay import History
+
 if TYPE_CHECKING:
+    from contracts.errors import NoCapacity
     from engine.compose import Candidate
     from engine.room import Demand
     from simulator.heap.wires import Flow
     from simulator.heap.worker import Worker
+
+
+#: Of a request that nothing has happened to yet.
+NEW = History()
 
 
 class PromptStage(IntEnum):
@@ -57,6 +64,7 @@ class Request:
         "flow",
         "hands_over",
         "held_blocks",
+        "history",
         "in_step",
         "last_token_s",
         "membership",
@@ -75,6 +83,7 @@ class Request:
         "prompt_tokens",
         "pulled_blocks",
         "received_s",
+        "refusal",
         "row",
         "sealed",
         "second_token_s",
@@ -92,7 +101,11 @@ class Request:
         self.deadline_s = deadline_s
         #: Finished, or given up: whatever is still on its way about it is of no interest.
         self.over = False
+        #: What its client was told so far.
         self.num_refusals = 0
+        #: What its gateway knows of it: tries, and the worker without room for it.
+        self.history = NEW
+        self.refusal: tuple[Worker, NoCapacity] | None = None
         self.prefill: Worker | None = None
         self.decode: Worker | None = None
         self.started_s = math.nan

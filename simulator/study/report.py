@@ -47,6 +47,18 @@ class Report:
     warnings: tuple[str, ...] = ()
 
 
+def unserved_warnings(metrics: StudyMetrics) -> tuple[str, ...]:
+    """A cluster that refuses half of its requests may serve the others fast."""
+    counts = ((metrics.num_rejected, "refused"), (metrics.num_timed_out, "timed out"))
+    told = " and ".join(f"{count:,} {what}" for count, what in counts if count)
+    if not told:
+        return ()
+    return (
+        f"of {metrics.num_requests:,} requests, {told}: latency percentiles leave out what these did not reach, and "
+        f"look better than what clients saw. Attainment counts them as missed",
+    )
+
+
 def report_json(report: Report) -> bytes:
     """UTF-8, indented; a figure that is not defined (NaN or infinite) is null."""
     document = {"format": FORMAT, **{name: getattr(report, name) for name in Report.__slots__}}

@@ -17,7 +17,7 @@ from simulator.heap.study import simulate
 from simulator.study.goodput import search
 from simulator.study.metrics import StudyMetrics, measure
 from simulator.study.progress import StudyProgress
-from simulator.study.report import Report, RunFigures, report_json, report_text
+from simulator.study.report import Report, RunFigures, report_json, report_text, unserved_warnings
 from simulator.study.setup import build_setup
 from simulator.study.traffic import build_traffic
 
@@ -66,6 +66,7 @@ def run_study(
         warnings=(
             *setup.warnings,
             *traffic.warnings,
+            *unserved_warnings(metrics),
             *_too_long(result),
             *_search_warnings(searched, traffic),
         ),

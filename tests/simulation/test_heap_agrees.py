@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
+from contracts.errors import NoCapacity
 from contracts.latency import DecodeTerms
 from contracts.requests import SamplingParams
 from contracts.transfer_models import LinkTransfer
 from engine.compose import StepBudget
 from gateway.core import Submission
+from prefill import PrefillLimits
 from simulator import Program, StepTiming, run
 from simulator.cluster import ClusterSpec, SimulatedCluster
 from simulator.heap.results import Outcome
@@ -31,6 +33,7 @@ from workload.request import WorkloadRequest
 if TYPE_CHECKING:
     from contracts.latency import StepWork
     from contracts.messages import Role
+    from simulator.heap.results import StudyResult
 
 TIMING = StepTiming(floor_s=0.004, per_new_token_s=0.000_2, per_context_token_s=0.000_002, per_sequence_s=0.000_3)
 #: As `kvtransfer.memory.steady_link` has it; the KV of a token as in `modelled_identity`.
@@ -45,6 +48,7 @@ HEARTBEAT_INTERVAL_S = 0.5
 BLOCK_TOKENS = 8
 MAX_BATCH_TOKENS = 64
 MAX_SEQUENCES = 16
+DEFAULT_PREFILL = PrefillLimits()
 
 PAIR: dict[str, Role] = {"d-0": "decode", "p-0": "prefill"}
 TWO_PAIRS: dict[str, Role] = {"d-0": "decode", "d-1": "decode", "p-0": "prefill", "p-1": "prefill"}
@@ -97,10 +101,22 @@ async def restart_apart(cluster: SimulatedCluster, worker_ids: list[str]) -> Non
     await asyncio.sleep(start_s + PROBED_S - loop.time())
 
 
-def in_shells(requests: list[WorkloadRequest], roles: dict[str, Role], num_blocks: int) -> tuple[float, float]:
-    """Mean TTFT and TPOT as a client of the whole cluster sees them."""
+def shells_spec(roles: dict[str, Role], num_blocks: int) -> ClusterSpec:
+    return ClusterSpec(
+        roles=roles,
+        num_blocks=num_blocks,
+        block_tokens=BLOCK_TOKENS,
+        max_batch_tokens=MAX_BATCH_TOKENS,
+        max_sequences=MAX_SEQUENCES,
+        timing=TIMING,
+        latency_s=lambda _message, _rng: MESSAGE_S,
+    )
 
-    async def ask(cluster: SimulatedCluster, request: WorkloadRequest, index: int) -> tuple[float, float]:
+
+def in_shells(requests: list[WorkloadRequest], spec: ClusterSpec) -> list[tuple[float, float] | None]:
+    """TTFT and TPOT of each request as a client of the whole cluster sees them; None for one refused for room."""
+
+    async def ask(cluster: SimulatedCluster, request: WorkloadRequest, index: int) -> tuple[float, float] | None:
         await asyncio.sleep(request.arrival_s)
         loop = asyncio.get_running_loop()
         asked_s = loop.time()
@@ -110,33 +126,32 @@ def in_shells(requests: list[WorkloadRequest], roles: dict[str, Role], num_block
             sampling=SamplingParams(temperature=0.0, max_tokens=request.output_tokens),
             deadline_s=600.0,
         )
-        async with cluster.core.submit(submission) as stream:
-            async for delta in stream:
-                times += [loop.time()] * len(delta.token_ids)
+        try:
+            async with cluster.core.submit(submission) as stream:
+                async for delta in stream:
+                    times += [loop.time()] * len(delta.token_ids)
+        except NoCapacity:
+            assert not times, "refused before it is taken up"
+            return None
         assert len(times) == request.output_tokens
         return times[0] - asked_s, (times[-1] - times[0]) / (len(times) - 1)
 
-    async def main(program: Program) -> list[tuple[float, float]]:
-        spec = ClusterSpec(
-            roles=roles,
-            num_blocks=num_blocks,
-            block_tokens=BLOCK_TOKENS,
-            max_batch_tokens=MAX_BATCH_TOKENS,
-            max_sequences=MAX_SEQUENCES,
-            timing=TIMING,
-            latency_s=lambda _message, _rng: MESSAGE_S,
-        )
+    async def main(program: Program) -> list[tuple[float, float] | None]:
         async with SimulatedCluster(program, spec) as cluster:
-            await restart_apart(cluster, sorted(roles))
+            await restart_apart(cluster, sorted(spec.roles))
             async with asyncio.TaskGroup() as tasks:
                 asked = [tasks.create_task(ask(cluster, each, index)) for index, each in enumerate(requests)]
             return [task.result() for task in asked]
 
-    measured = run(main, seed=1)
-    return fmean(ttft for ttft, _ in measured), fmean(tpot for _, tpot in measured)
+    return run(main, seed=1)
 
 
-def in_heap(requests: list[WorkloadRequest], roles: dict[str, Role], num_blocks: int) -> tuple[float, float]:
+def in_heap(
+    requests: list[WorkloadRequest],
+    roles: dict[str, Role],
+    num_blocks: int,
+    prefill: PrefillLimits = DEFAULT_PREFILL,
+) -> StudyResult:
     budget = StepBudget(max_tokens=MAX_BATCH_TOKENS, max_sequences=MAX_SEQUENCES)
     names: dict[str, Role] = {worker_id[0]: role for worker_id, role in roles.items()}
     result = simulate(
@@ -149,6 +164,7 @@ def in_heap(requests: list[WorkloadRequest], roles: dict[str, Role], num_blocks:
                     latency=SameTiming(TIMING),
                     num_blocks=num_blocks,
                     budget=budget,
+                    prefill=prefill,
                 )
                 for name, role in names.items()
             ),
@@ -161,8 +177,7 @@ def in_heap(requests: list[WorkloadRequest], roles: dict[str, Role], num_blocks:
         requests,
     )
     audit(result)
-    assert (result.requests.outcome == Outcome.FINISHED).all()
-    return float(np.mean(ttft_s(result))), float(np.mean(tpot_s(result)))
+    return result
 
 
 @pytest.mark.parametrize(
@@ -183,7 +198,37 @@ def test_both_simulators_see_the_same_latencies(
     roles: dict[str, Role], rate: float, num_blocks: int, tolerance: float
 ) -> None:
     requests = workload(random.Random(0), rate=rate, count=80)
-    shells_ttft_s, shells_tpot_s = in_shells(requests, roles, num_blocks)
-    heap_ttft_s, heap_tpot_s = in_heap(requests, roles, num_blocks)
-    assert heap_ttft_s == pytest.approx(shells_ttft_s, rel=tolerance)
-    assert heap_tpot_s == pytest.approx(shells_tpot_s, rel=tolerance)
+    served = [each for each in in_shells(requests, shells_spec(roles, num_blocks)) if each is not None]
+    result = in_heap(requests, roles, num_blocks)
+    assert len(served) == len(requests)
+    assert (result.requests.outcome == Outcome.FINISHED).all()
+    assert float(np.mean(ttft_s(result))) == pytest.approx(fmean(ttft for ttft, _ in served), rel=tolerance)
+    assert float(np.mean(tpot_s(result))) == pytest.approx(fmean(tpot for _, tpot in served), rel=tolerance)
+
+
+def refused_in_both(requests: list[WorkloadRequest]) -> tuple[list[bool], list[bool]]:
+    """By the shells and by the heap, where two prompts may wait at each of two prefill workers."""
+    prefill = PrefillLimits(max_waiting=2)
+    asked = in_shells(requests, replace(shells_spec(TWO_PAIRS, 64), prefill=prefill))
+    result = in_heap(requests, TWO_PAIRS, 64, prefill)
+    return [each is None for each in asked], (result.requests.outcome == Outcome.REJECTED).tolist()
+
+
+def test_both_simulators_refuse_as_many_of_a_burst() -> None:
+    """The short prompts go to the worker that does not read the long one until it says no. Each that it refuses is
+    placed once more: at the other worker, while that has room."""
+    short = [WorkloadRequest(0.002 + 0.001 * number, 20, 2) for number in range(15)]
+    shells, heap = refused_in_both([WorkloadRequest(0.0, 500, 2), *short])
+    assert 0 < sum(heap) == sum(shells)
+
+
+def test_both_simulators_refuse_under_overload() -> None:
+    """Once one prompt goes elsewhere, all that follows may: single workloads differ by more than their sum."""
+    shells: list[bool] = []
+    heap: list[bool] = []
+    for seed in range(10):
+        by_shells, by_heap = refused_in_both(workload(random.Random(seed), rate=60.0, count=80))
+        shells += by_shells
+        heap += by_heap
+    assert sum(heap) == pytest.approx(sum(shells), rel=0.1)
+    assert fmean(ours == theirs for ours, theirs in zip(heap, shells, strict=True)) > 0.75

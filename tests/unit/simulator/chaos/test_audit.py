@@ -150,10 +150,29 @@ def test_a_wrong_token_is_told_where_it_is_computed() -> None:
 def test_a_token_is_computed_once_by_each_life_and_try() -> None:
     witness = Witness()
     for incarnation, attempt, index, count in [(1, 1, 0, 2), (1, 1, 2, 1), (2, 1, 0, 1), (1, 2, 0, 1), (1, 1, 3, 0)]:
-        witness.heard(peer(incarnation), delta(attempt, index, count))
+        witness.heard(peer(incarnation), delta(attempt, index, count), 0.0)
     assert witness.problems == []
-    witness.heard(peer(1), delta(1, 1, 1))
+    witness.heard(peer(1), delta(1, 1, 1), 0.0)
     assert witness.problems == ["d0@1: token 1 of r, attempt 1, is computed twice"]
+
+
+def test_tokens_that_come_long_after_their_request_was_forgotten_are_told_once() -> None:
+    witness = Witness(stray_limit_s=1.5)
+    witness.heard(peer(1), delta(1, 0, 1), 9.0)
+    witness.forgotten(RequestId("r"), 10.0)
+    witness.forgotten(RequestId("another"), 0.0)
+    witness.heard(peer(1), delta(1, 1, 1), 11.5)
+    assert witness.problems == []
+    witness.heard(peer(1), delta(1, 2, 1), 11.625)
+    witness.heard(peer(1), delta(1, 3, 1), 12.0)
+    assert witness.problems == ["d0@1: token 2 of r comes 1.625 s after it was forgotten"]
+
+
+def test_where_a_cancel_may_be_lost_tokens_may_come_for_ever() -> None:
+    witness = Witness()
+    witness.forgotten(RequestId("r"), 10.0)
+    witness.heard(peer(1), delta(1, 0, 1), 1000.0)
+    assert witness.problems == []
 
 
 @pytest.mark.parametrize("block_class", BlockClass)

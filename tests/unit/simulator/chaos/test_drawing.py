@@ -11,7 +11,15 @@ from simulator.chaos import draw
 from simulator.chaos import faults as faults_module
 from simulator.chaos.drawing import Victims, draw_faults
 from simulator.chaos.faults import Fault
-from simulator.chaos.scenario import CALM_IN, LONGEST_WORKLOAD_S, MAX_FAULTS, TOPOLOGIES, Weather
+from simulator.chaos.scenario import (
+    CALM_IN,
+    LONG_ANSWER_LEFT_WITHIN_TOKENS,
+    LONG_ANSWER_TOKENS,
+    LONGEST_WORKLOAD_S,
+    MAX_FAULTS,
+    TOPOLOGIES,
+    Weather,
+)
 
 SCENARIOS = [draw(seed) for seed in range(1, 401)]
 VICTIMS = Victims(
@@ -64,6 +72,21 @@ def test_nothing_is_done_to_a_calm_cluster() -> None:
         assert is_untouched == (scenario.weather is Weather.CALM)
         if scenario.weather is Weather.SURVIVABLE:
             assert (len(scenario.faults), scenario.failpoints) == (1, {})
+
+
+def test_some_clients_of_calm_trials_leave_long_answers_early() -> None:
+    num_long = 0
+    for scenario in SCENARIOS:
+        for ask in scenario.asks:
+            if ask.sampling.max_tokens >= LONG_ANSWER_TOKENS:
+                num_long += 1
+                assert scenario.weather is Weather.CALM
+                assert ask.cancel_after is not None
+                assert 1 <= ask.cancel_after <= LONG_ANSWER_LEFT_WITHIN_TOKENS
+                assert len(ask.token_ids) + ask.sampling.max_tokens <= scenario.cluster.max_context_tokens
+    assert num_long > len(SCENARIOS) // CALM_IN
+    asks = [ask for scenario in SCENARIOS if scenario.weather is Weather.CALM for ask in scenario.asks]
+    assert num_long < len(asks) / 2
 
 
 def test_the_work_is_bounded_and_fits_the_cluster() -> None:

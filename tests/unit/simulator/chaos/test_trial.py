@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
+from gateway.cancels import CancelQueue
 from simulator.chaos import __main__ as command
 from simulator.chaos import draw, play, trial, try_seed
 from simulator.chaos.campaign import explain
 from simulator.chaos.faults import Fault
+from simulator.chaos.scenario import CALM_IN
 from tests.support.layout import ROOT
 from tests.support.planted_bugs import find, planted
 
 if TYPE_CHECKING:
+    from contracts.messages import Peer, RequestKey
     from simulator.chaos import Verdict
     from simulator.cluster import SimulatedCluster
 
@@ -81,6 +84,19 @@ def test_a_task_of_production_code_that_fails_is_a_problem(monkeypatch: pytest.M
     monkeypatch.setattr(NeverOver, "strike", burst)
     verdict = play(replace(draw(SEED), faults=(NeverOver(at_s=1.0, for_s=0.0),)))
     assert any("RuntimeError: in the midst of it" in problem for problem in verdict.problems)
+
+
+def test_a_gateway_that_never_sends_a_cancel_is_told_though_no_client_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgets(queue: CancelQueue, peer: Peer, key: RequestKey, reason: str) -> None:
+        return None
+
+    sound = try_seed(CALM_IN)
+    assert sound.problems == ()
+    monkeypatch.setattr(CancelQueue, "add", forgets)
+    verdict = try_seed(CALM_IN)
+    assert verdict.outcomes == sound.outcomes
+    assert verdict.problems
+    assert all(" s after it was forgotten" in problem for problem in verdict.problems)
 
 
 # --- the command ----------------------------------------------------------------------------------------

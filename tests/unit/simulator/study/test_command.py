@@ -119,7 +119,8 @@ def test_prompts_that_fit_nowhere_are_told_as_such(run_tandem: Tandem, tmp_path:
     assert run_tandem("simulate", *arguments, "--output", str(tmp_path)).status == 0
     report = read_report(tmp_path)
     assert report["metrics"]["num_rejected"] == 5
-    (warning,) = report["warnings"]
+    unserved, warning = report["warnings"]
+    assert unserved.startswith("of 5 requests, 5 refused: latency percentiles leave out")
     assert warning.startswith("5 requests were refused for their length alone: no worker holds more than 96 tokens")
 
 

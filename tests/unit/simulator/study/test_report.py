@@ -17,7 +17,7 @@ from simulator.study.goodput import GoodputSearch, RatePoint
 from simulator.study.metrics import measure
 from simulator.study.plots import write_plots
 from simulator.study.progress import StudyProgress
-from simulator.study.report import Report, RunFigures, report_json, report_text
+from simulator.study.report import Report, RunFigures, report_json, report_text, unserved_warnings
 from tests.support.study_results import Row, make_result
 from workload.slo import SloClass
 
@@ -64,6 +64,23 @@ def test_the_table_says_what_was_measured() -> None:
     assert "0.188 requests/s met both targets, of 0.750 offered; 0.0469 on each of 4 devices" in text
     assert "1.0 GB of KV in 2 handoffs" in text
     assert line_of(text, "prefill")[:7] == ["prefill", "prefill", "2", "2", "40.0", "20.0", "80.0"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (ROWS, "of 4 requests, 1 refused and 1 timed out: "),
+        (ROWS[:3], "of 3 requests, 1 refused: "),
+        ((*ROWS[:2], ROWS[3]), "of 3 requests, 1 timed out: "),
+    ],
+)
+def test_latencies_without_the_unserved_are_warned_of(rows: tuple[Row, ...], told: str) -> None:
+    (warning,) = unserved_warnings(measure(make_result(*rows), [SLO]))
+    assert warning.startswith(f"{told}latency percentiles leave out what these did not reach")
+
+
+def test_nothing_is_warned_of_where_all_were_served() -> None:
+    assert unserved_warnings(measure(make_result(*ROWS[:2]), [SLO])) == ()
 
 
 def test_columns_stand_under_their_headings_and_long_facts_wrap() -> None:
