@@ -356,7 +356,7 @@ class DecodeBatch:
     def _make_room(self) -> None:
         """Gives every running sequence the blocks for its remaining tokens, oldest first, preempting the
         newest. Sequence ids grow with arrival."""
-        order = deque(sorted(self._running))
+        order = deque(sorted(self._running) if len(self._running) > 1 else self._running)
         if order and _PREEMPTS.fires():
             self._preempt(self._running[order.pop()])
         while order:

@@ -43,6 +43,9 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     started: bool = False
 
 
+#: Looked up once: an enum's members are found by a search of its class.
+_DECODE, _CONTINUE, _ADMIT = GrantReason.DECODE, GrantReason.CONTINUE, GrantReason.ADMIT
+
 _BY_ARRIVAL = attrgetter("arrival", "sequence_id")
 
 
@@ -70,11 +73,13 @@ def compose(decodes: Sequence[Candidate], chunks: Sequence[Candidate], budget: S
     new = [chunk for chunk in chunks if not chunk.started]
     grants: list[Grant] = []
     tokens_left = budget.max_tokens
-    for reason, candidates in ((GrantReason.DECODE, decodes), (GrantReason.CONTINUE, begun), (GrantReason.ADMIT, new)):
-        for candidate in sorted(candidates, key=_BY_ARRIVAL):
-            num_tokens = min(candidate.num_tokens, tokens_left)
-            is_cut_decode = reason is GrantReason.DECODE and num_tokens < candidate.num_tokens
-            if num_tokens == 0 or is_cut_decode or len(grants) == budget.max_sequences:
+    for reason, candidates in ((_DECODE, decodes), (_CONTINUE, begun), (_ADMIT, new)):
+        for candidate in sorted(candidates, key=_BY_ARRIVAL) if len(candidates) > 1 else candidates:
+            num_tokens = candidate.num_tokens
+            if num_tokens > tokens_left:
+                # A decode is not cut, and nothing later passes it.
+                num_tokens = 0 if reason is _DECODE else tokens_left
+            if num_tokens == 0 or len(grants) == budget.max_sequences:
                 return tuple(grants)
             grants.append(Grant(sequence_id=candidate.sequence_id, num_tokens=num_tokens, reason=reason))
             tokens_left -= num_tokens
