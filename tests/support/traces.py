@@ -11,9 +11,9 @@ from tests.support.layout import ROOT
 
 
 def trace_path(name: str) -> Path:
-    """The trace file `name` in $TANDEM_TRACES, else in `../shared/traces` beside the checkout; skips without it."""
-    folder = Path(os.environ.get("TANDEM_TRACES", ROOT.parent / "shared" / "traces"))
+    """The trace file `name` in $TRACES_FOLDER, else in `../shared/traces` beside the checkout; skips without it."""
+    folder = Path(os.environ.get("TRACES_FOLDER", ROOT.parent / "shared" / "traces"))
     path = folder / name
     if not path.is_file():
-        pytest.skip(f"no trace {name} in {folder}; set TANDEM_TRACES")
+        pytest.skip(f"no trace {name} in {folder}; set TRACES_FOLDER")
     return path

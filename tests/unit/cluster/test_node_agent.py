@@ -319,9 +319,18 @@ def test_the_guard_forgets_what_is_gone() -> None:
     assert left_over([b"+10\n", b"+11\n", b"-10\n", b"+12\n"]) == {11, 12}
 
 
+async def guard_of_this_process() -> psutil.Process:
+    """Waits until it is what it was started as: between fork and exec a child has its parent's command line."""
+    async with asyncio.timeout(10.0):
+        while True:
+            for child in psutil.Process().children():
+                if "cluster.guard" in child.cmdline():
+                    return child
+            await asyncio.sleep(0.01)
+
+
 async def test_without_its_guard_an_agent_goes_on(tmp_path: Path) -> None:
     watched = Watched(plans(tmp_path, "crash"), tmp_path, QUICK)
     async with watched.agent:
-        (guard,) = [child for child in psutil.Process().children() if "cluster.guard" in child.cmdline()]
-        guard.kill()
+        (await guard_of_this_process()).kill()
         await watched.until(lambda workers: workers[0].incarnation >= 103)
