@@ -65,13 +65,10 @@ class Seen:
         return [name, 1e3 * self.ttft_s, 1e3 * self.tpot_s, 100 * self.attainment]
 
 
-def profile(model: Path, folder: Path, *, quick: bool) -> Path:
-    """Runs `tandem profile` with one thread, as each worker of the cluster has one. `quick`: fewer and smaller points,
-    and nothing of what serving adds."""
+def profile(model: Path, folder: Path) -> Path:
+    """Runs `tandem profile` with one thread, as each worker of the cluster has one."""
     path = folder / "profile.json"
     command = [sys.executable, "-m", "cluster", "profile", str(model), "--threads", "1", "--output", str(path)]
-    if quick:
-        command += ["--no-serving", "--max-num-seqs", "8", "--max-context", "1024"]
     for _ in range(PROFILE_ATTEMPTS):
         finished = subprocess.run(command, capture_output=True, text=True, timeout=PROFILE_LIMIT_S, check=False)
         print(finished.stdout[-3000:], finished.stderr[-1000:])
@@ -157,9 +154,9 @@ def on_the_loop(spec: StudySpec, requests: Sequence[WorkloadRequest]) -> Seen:
     return run(main, seed=1)
 
 
-def truth_figures(model: Path, cores: Sequence[int], folder: Path, seconds: float, *, quick: bool) -> dict[str, float]:
-    """`cores`: one for each worker. `quick`: see `profile`."""
-    file = profile(model, folder, quick=quick)
+def truth_figures(model: Path, cores: Sequence[int], folder: Path, seconds: float) -> dict[str, float]:
+    """`cores`: one for each worker."""
+    file = profile(model, folder)
     requests = workload(seconds)
     measured = asyncio.run(real(model, cores, requests))
     # As `tandem simulate --profile` takes it.
