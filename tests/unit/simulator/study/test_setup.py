@@ -164,18 +164,13 @@ def test_a_roofline_of_a_checkpoint_at_given_efficiencies(tmp_path: Path) -> Non
 
 
 def profile_file(path: Path) -> LatencyProfile:
-    profile = LatencyProfile(
+    profile = msgspec.structs.replace(
+        PROFILE,
         model="tiny",
-        model_fingerprint="f",
         kv_token_bytes=512,
         block_tokens=8,
-        num_blocks=100,
         max_context_tokens=640,
-        engine="cpu float32",
         hardware="this machine",
-        threads=1,
-        versions={"torch": "2"},
-        measured_at="2026-01-02T03:04:05Z",
         latency=FittedLatency(
             prefill=CostCurve(floor_s=0.001, knots=(0, 100), knot_s=(0.0, 0.01)),
             pair_s=1e-9,
@@ -183,9 +178,9 @@ def profile_file(path: Path) -> LatencyProfile:
             context_token_s=1e-7,
         ),
         step_overhead_s=0.0005,
+        serving=None,
         transfer=LinkTransfer(latency_s=0.001, bandwidth_bytes_s=1e9, efficiency=0.5),
         errors=FitErrors(prefill=0.01, decode=0.02, mixed=0.03),
-        points=(),
     )
     save_to(profile, path)
     return profile
