@@ -15,6 +15,7 @@ import numpy as np
 
 from contracts.errors import ConfigError
 from simulator.heap.results import Outcome
+from workload.figures import Attainment, LatencySummary, summarise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,34 +27,6 @@ if TYPE_CHECKING:
     from simulator.heap.results import RequestColumns, StudyResult, WorkerUsage
     from simulator.heap.spec import WorkerGroup
     from workload.slo import SloClass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatencySummary:
-    """Milliseconds over `count` values; NaN where there are none."""
-
-    count: int
-    mean_ms: float
-    p50_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
-    max_ms: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attainment:
-    """Shares of `num_requests` that met their targets; NaN of none."""
-
-    name: str
-    #: None over several classes with targets of their own.
-    ttft_target_ms: float | None
-    tpot_target_ms: float | None
-    num_requests: int
-    #: Met both; the other two say which of them was missed.
-    joint: float
-    ttft_only: float
-    tpot_only: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,12 +174,12 @@ def measure(result: StudyResult, slos: Sequence[SloClass]) -> StudyMetrics:
         goodput_per_device_rps=goodput_rps / result.spec.num_devices,
         attainment=attainment,
         classes=_by_class(result, slos, latencies),
-        ttft=_summary(latencies.ttft_s),
-        tpot=_summary(latencies.tpot_s),
+        ttft=summarise(latencies.ttft_s),
+        tpot=summarise(latencies.tpot_s),
         itl=_histogram_summary(result.itl_s),
-        e2e=_summary(latencies.e2e_s),
-        queue=_summary(latencies.queue_s),
-        second_token=_summary(latencies.second_token_gap_s),
+        e2e=summarise(latencies.e2e_s),
+        queue=summarise(latencies.queue_s),
+        second_token=summarise(latencies.second_token_gap_s),
         prompt_tokens_per_s=_total(rows.prompt_tokens, latencies.finished) / result.duration_s,
         output_tokens_per_s=_total(rows.output_tokens, latencies.finished) / result.duration_s,
         pools=tuple(_pool(group, result) for group in result.spec.groups),
@@ -245,25 +218,6 @@ def _by_class(result: StudyResult, slos: Sequence[SloClass], latencies: RequestL
     return tuple(
         _attainment(name, slo, latencies, result.requests.slo_class == index) for index, (name, slo) in enumerate(named)
     )
-
-
-def _summary(values_s: NDArray[np.float64]) -> LatencySummary:
-    known_ms = values_s[~np.isnan(values_s)] * 1e3
-    if not len(known_ms):
-        return LatencySummary(count=0, **dict.fromkeys(_FIGURES, math.nan))
-    p50, p90, p95, p99 = (float(each) for each in np.quantile(known_ms, (0.5, 0.9, 0.95, 0.99)))
-    return LatencySummary(
-        count=len(known_ms),
-        mean_ms=float(known_ms.mean()),
-        p50_ms=p50,
-        p90_ms=p90,
-        p95_ms=p95,
-        p99_ms=p99,
-        max_ms=float(known_ms.max()),
-    )
-
-
-_FIGURES = ("mean_ms", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "max_ms")
 
 
 def _histogram_summary(values: Histogram) -> LatencySummary:

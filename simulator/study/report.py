@@ -11,8 +11,9 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from simulator.study.goodput import GoodputSearch
-    from simulator.study.metrics import Attainment, LatencySummary, StudyMetrics
+    from simulator.study.metrics import StudyMetrics
+    from workload.figures import Attainment, LatencySummary
+    from workload.goodput import GoodputSearch
 
 FORMAT = "tandem-study-1"
 

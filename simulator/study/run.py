@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING
 from contracts.errors import ConfigError
 from simulator.heap.results import Outcome
 from simulator.heap.study import simulate
-from simulator.study.goodput import search
 from simulator.study.metrics import StudyMetrics, measure
 from simulator.study.progress import StudyProgress
 from simulator.study.report import Report, RunFigures, report_json, report_text, unserved_warnings
 from simulator.study.setup import build_setup
 from simulator.study.traffic import build_traffic
+from workload.goodput import search
 
 if TYPE_CHECKING:
     from simulator.heap.results import StudyResult
     from simulator.study.flags import ClusterFlags, LatencyFlags, ReportFlags, WorkloadFlags
-    from simulator.study.goodput import GoodputSearch
     from simulator.study.setup import ClusterSetup
     from simulator.study.traffic import Traffic
+    from workload.goodput import GoodputSearch
 
 REPORT_FILE = "report.json"
 PLOT_FILES = ("latency_cdf.png", "timeline.png", "attainment.png", "ttft_by_prompt.png")

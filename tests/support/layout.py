@@ -17,6 +17,7 @@ FLOORS: dict[str, int] = {
     "cluster": 6,
     "simulator": 6,
     "gateway": 5,
+    "loadtest": 5,
     "worker": 5,
     "coordinator": 4,
     "prefill": 4,

@@ -13,12 +13,12 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from simulator.heap.results import Outcome
-from simulator.study.goodput import GoodputSearch, RatePoint
 from simulator.study.metrics import measure
 from simulator.study.plots import write_plots
 from simulator.study.progress import StudyProgress
 from simulator.study.report import Report, RunFigures, report_json, report_text, unserved_warnings
 from tests.support.study_results import Row, make_result
+from workload.goodput import GoodputSearch, RatePoint
 from workload.slo import SloClass
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.study.goodput import search
+from workload.goodput import search
 
 
 @given(edge_rps=st.floats(0.02, 90.0), start_rps=st.floats(0.01, 100.0), tolerance=st.floats(0.001, 0.3))
