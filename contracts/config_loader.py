@@ -119,7 +119,7 @@ class _Layers:
 
     def add_file(self, path: Path) -> None:
         source = Source("file", str(path))
-        for key, value in _read_mapping(path).items():
+        for key, value in read_mapping(path).items():
             self._tree[key] = value
             self.sources[key,] = source
             for name in cast("Tree", value) if isinstance(value, dict) else ():
@@ -163,7 +163,7 @@ class _Layers:
         for index, entry in enumerate(pools):
             if isinstance(entry, str):
                 path = folder / entry
-                pools[index] = {"name": path.stem, **_read_mapping(path)}
+                pools[index] = {"name": path.stem, **read_mapping(path)}
                 self._note_pool(index, Source("file", str(path)))
             else:
                 self._note_pool(index, self.sources["pools",])
@@ -284,7 +284,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_mapping(path: Path) -> Tree:
+def read_mapping(path: Path) -> Tree:
+    """A YAML file's mapping; an empty file has none. Raises ConfigError that names the file, and the line if known."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes, not a configuration file")

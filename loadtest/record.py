@@ -49,6 +49,8 @@ class Outcome(StrEnum):
     ERROR_EVENT = "error_event"
     #: Ended well, with no token.
     NO_OUTPUT = "no_output"
+    #: A search for goodput did not wait for it: it had missed its target already.
+    GIVEN_UP = "given_up"
     #: This machine has no file descriptor, port or memory left: the client is the bottleneck.
     CLIENT_LIMIT = "client_limit"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 
-from simulator.study.flags import ClusterFlags, LatencyFlags, ReportFlags, WorkloadFlags
+from simulator.study.flags import ClusterFlags, LatencyFlags, ReportFlags
+from workload.flags import WorkloadFlags
 
 
 def simulate(

@@ -1,6 +1,7 @@
 """What clients ask of a cluster, without clients: arrivals, lengths, traces, shared prefixes, SLO classes.
 
 Load test, simulator and planner read the same streams of `WorkloadRequest`s. Randomness is an argument.
+What needs numpy is not imported here (`workload.prompts`, `workload.figures`): a command's help would wait for it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from workload.arrivals import Arrivals, Constant, Diurnal, Gamma, Poisson, Ramp, Step
 from workload.lengths import PUBLISHED_LENGTHS, Fixed, Histogram, Lengths, LogNormal, PublishedLengths
 from workload.prefixes import SharedPrefixes
-from workload.prompts import PromptMaker
 from workload.request import WorkloadRequest
 from workload.reuse import PrefixReuse, prefix_reuse
 from workload.slo import PUBLISHED_SLOS, SloClass, parse_slo
@@ -34,7 +34,6 @@ __all__ = [
     "LogNormal",
     "Poisson",
     "PrefixReuse",
-    "PromptMaker",
     "PublishedLengths",
     "Ramp",
     "SharedPrefixes",

@@ -8,7 +8,7 @@ expected number of arrivals up to t, `Diurnal` by thinning (Lewis and Shedler, 1
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from workload.checks import require_not_negative, require_positive
@@ -25,6 +25,10 @@ class Arrivals(Protocol):
         """Arrival times in seconds from 0 on: ascending, without end. Equal states of `rng` give equal times."""
         ...
 
+    def scaled(self, factor: float) -> Arrivals:
+        """Rates `factor` times as high at every time: what lasts, lasts as long."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Poisson:
@@ -34,6 +38,9 @@ class Poisson:
 
     def __post_init__(self) -> None:
         require_positive(rate_rps=self.rate_rps)
+
+    def scaled(self, factor: float) -> Poisson:
+        return replace(self, rate_rps=self.rate_rps * factor)
 
     def times(self, rng: random.Random) -> Iterator[float]:
         now_s = 0.0
@@ -51,6 +58,9 @@ class Gamma:
 
     def __post_init__(self) -> None:
         require_positive(rate_rps=self.rate_rps, cv=self.cv)
+
+    def scaled(self, factor: float) -> Gamma:
+        return replace(self, rate_rps=self.rate_rps * factor)
 
     def times(self, rng: random.Random) -> Iterator[float]:
         shape = 1.0 / self.cv**2
@@ -70,6 +80,9 @@ class Constant:
     def __post_init__(self) -> None:
         require_positive(rate_rps=self.rate_rps)
 
+    def scaled(self, factor: float) -> Constant:
+        return replace(self, rate_rps=self.rate_rps * factor)
+
     def times(self, rng: random.Random) -> Iterator[float]:
         number = 0
         while True:
@@ -88,6 +101,9 @@ class Ramp:
     def __post_init__(self) -> None:
         require_not_negative(from_rps=self.from_rps)
         require_positive(to_rps=self.to_rps, over_s=self.over_s)
+
+    def scaled(self, factor: float) -> Ramp:
+        return replace(self, from_rps=self.from_rps * factor, to_rps=self.to_rps * factor)
 
     def times(self, rng: random.Random) -> Iterator[float]:
         in_ramp = (self.from_rps + self.to_rps) / 2 * self.over_s
@@ -120,6 +136,9 @@ class Step:
             require_not_negative(from_s=from_s, rate_rps=rate_rps)
         require_positive(last_rate_rps=self.levels[-1][1])
 
+    def scaled(self, factor: float) -> Step:
+        return Step(tuple((from_s, rate_rps * factor) for from_s, rate_rps in self.levels))
+
     def times(self, rng: random.Random) -> Iterator[float]:
         expected = 0.0
         due = rng.expovariate(1.0)
@@ -144,6 +163,9 @@ class Diurnal:
         require_positive(mean_rps=self.mean_rps, period_s=self.period_s)
         if not 0 <= self.amplitude <= 1:
             raise ValueError(f"amplitude must be between 0 and 1, got {self.amplitude}")
+
+    def scaled(self, factor: float) -> Diurnal:
+        return replace(self, mean_rps=self.mean_rps * factor)
 
     def times(self, rng: random.Random) -> Iterator[float]:
         highest = 1.0 + self.amplitude

@@ -31,3 +31,12 @@ class Chat(NamedTuple):
     system_prompt_tokens: int = 0
     #: Name of the SLO class of all its turns.
     slo_class: str = "default"
+
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """Of each turn's whole prompt: the system prompt, all messages and answers before it, and its own message."""
+        sent: list[int] = []
+        tokens = self.system_prompt_tokens
+        for turn in self.turns:
+            sent.append(tokens + turn.new_tokens)
+            tokens += turn.new_tokens + turn.output_tokens
+        return tuple(sent)

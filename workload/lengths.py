@@ -11,10 +11,11 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Protocol
 
 from workload.checks import require_positive
+from workload.roots import growing_root
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
 #: Longest that a distribution gives unless it is told otherwise.
 MAX_TOKENS = 131_072
@@ -79,7 +80,7 @@ class LogNormal:
         highest = lowest + 1.0
         while excess(highest) < 0:
             highest += 1.0
-        return cls(math.exp(_root(excess, lowest, highest)), sigma, max_tokens)
+        return cls(math.exp(growing_root(excess, lowest, highest)), sigma, max_tokens)
 
     @classmethod
     def from_mean_p95(cls, mean_tokens: float, p95_tokens: float, max_tokens: int = MAX_TOKENS) -> LogNormal:
@@ -100,7 +101,7 @@ class LogNormal:
                 f"no log-normal has mean {mean_tokens} and 95th percentile {p95_tokens}: "
                 f"the percentile must be above the mean, and at most about 3.86 times of it"
             )
-        sigma = _root(excess, 0.0, _P95)
+        sigma = growing_root(excess, 0.0, _P95)
         return cls(p95_tokens * math.exp(-_P95 * sigma), sigma, max_tokens)
 
     def sample(self, rng: random.Random) -> int:
@@ -145,17 +146,6 @@ def _clamped_mean(log_median: float, sigma: float, max_tokens: float) -> float:
     distance = (math.log(max_tokens) - log_median) / sigma
     below = math.exp(log_median + sigma**2 / 2) * _NORMAL.cdf(distance - sigma)
     return below + max_tokens * _NORMAL.cdf(-distance)
-
-
-def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a growing function crosses 0 between `low` and `high`."""
-    for _ in range(60):
-        middle = (low + high) / 2
-        if function(middle) < 0:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

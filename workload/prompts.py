@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, starmap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,8 +31,12 @@ class PromptMaker:
 
     def token_ids(self, request: WorkloadRequest, number: int) -> tuple[int, ...]:
         """`prompt_tokens` ids. `number` tells requests without hash ids apart: each has a prompt of its own."""
+        return tuple(chain.from_iterable(starmap(self.draw, self.pieces(request, number))))
+
+    def pieces(self, request: WorkloadRequest, number: int) -> list[tuple[str, int]]:
+        """What `token_ids` draws, one after another: (purpose, number of tokens) of each block."""
         if not request.hash_ids:
-            return tuple(self._draw(f"request/{number}", request.prompt_tokens))
+            return [(f"request/{number}", request.prompt_tokens)]
         block_tokens = request.hash_block_tokens
         tail_tokens = request.prompt_tokens - (len(request.hash_ids) - 1) * block_tokens
         if not 0 < tail_tokens <= block_tokens:
@@ -40,10 +44,10 @@ class PromptMaker:
                 f"request {number}: {len(request.hash_ids)} hash ids of {block_tokens} tokens "
                 f"for a prompt of {request.prompt_tokens} tokens"
             )
-        full = (self._draw(f"block/{hash_id}", block_tokens) for hash_id in request.hash_ids[:-1])
-        return (*chain.from_iterable(full), *self._draw(f"block/{request.hash_ids[-1]}", tail_tokens))
+        full = [(f"block/{hash_id}", block_tokens) for hash_id in request.hash_ids[:-1]]
+        return [*full, (f"block/{request.hash_ids[-1]}", tail_tokens)]
 
-    def _draw(self, purpose: str, num_tokens: int) -> list[int]:
+    def draw(self, purpose: str, num_tokens: int) -> list[int]:
         """The first `num_tokens` of an endless sequence: SHAKE-128 gives a shorter output as a prefix of a longer."""
         digest = hashlib.shake_128(f"{self.seed}/{purpose}".encode()).digest(4 * num_tokens)
         ids = np.frombuffer(digest, dtype="<u4") % (self.high - self.low) + self.low

@@ -42,16 +42,17 @@ def synthetic(
         require_positive(num_requests=num_requests)
     if duration_s is not None:
         require_positive(duration_s=duration_s)
-    times = _bounded(arrivals.times(_generator(seed, "arrivals")), num_requests, duration_s)
-    classes = _slo_classes(slo_mix or {"default": 1.0}, _generator(seed, "slo_classes"))
+    times = _bounded(arrivals.times(generator(seed, "arrivals")), num_requests, duration_s)
+    classes = slo_classes(slo_mix or {"default": 1.0}, generator(seed, "slo_classes"))
     if prefixes is None:
-        return _independent(times, prompts, outputs, classes, _generator(seed, "lengths"))
+        return _independent(times, prompts, outputs, classes, generator(seed, "lengths"))
     return prefixes.requests(
-        times, prompts, outputs, classes, _generator(seed, "lengths"), _generator(seed, "conversations")
+        times, prompts, outputs, classes, generator(seed, "lengths"), generator(seed, "conversations")
     )
 
 
-def _generator(seed: int, purpose: str) -> random.Random:
+def generator(seed: int, purpose: str) -> random.Random:
+    """Unrelated to those of other purposes: what one of them draws does not move what another does."""
     return random.Random(f"{seed}/{purpose}")
 
 
@@ -72,7 +73,8 @@ def _bounded(times: Iterator[float], num_requests: int | None, duration_s: float
         yield arrival_s
 
 
-def _slo_classes(mix: Mapping[str, float], rng: random.Random) -> Iterator[str]:
+def slo_classes(mix: Mapping[str, float], rng: random.Random) -> Iterator[str]:
+    """Names without end, as often as the weights of `mix` say. Raises ValueError for weights that are not above 0."""
     require_positive(**mix)
     if len(mix) == 1:
         return repeat(next(iter(mix)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 TraceKind = Literal["mooncake", "azure", "burstgpt"]
+#: Of a file of conversations, which say nothing of when: `workload.sharegpt` reads them.
+CONVERSATIONS: Final = "sharegpt"
 
 #: Prompt tokens that one of a Mooncake trace's hash ids stands for.
 MOONCAKE_BLOCK_TOKENS = 512
+
+
+#: The format stands in these.
+_FIRST_LINE_BYTES = 1 << 20
 
 
 class TraceRow(NamedTuple):
@@ -42,9 +48,11 @@ class _MooncakeRow(msgspec.Struct, frozen=True):
     hash_ids: tuple[_Count, ...]
 
 
-def detect(name: str, text: bytes) -> TraceKind:
-    """The format of a trace, told by its first line. Raises ConfigError where it is none of them."""
-    first = text.lstrip(b"\xef\xbb\xbf").split(b"\n", 1)[0].strip()
+def detect(name: str, text: bytes) -> TraceKind | Literal["sharegpt"]:
+    """The format of a file, told by its first line. Raises ConfigError where it is none of them."""
+    first = text[:_FIRST_LINE_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0].strip()
+    if first.startswith(b"[") or (first.startswith(b"{") and b'"conversations"' in first):
+        return CONVERSATIONS
     if first.startswith(b"{"):
         return "mooncake"
     columns = set(first.decode("utf-8", "replace").split(","))
@@ -53,8 +61,8 @@ def detect(name: str, text: bytes) -> TraceKind:
     if columns.issuperset(_BURSTGPT_COLUMNS):
         return "burstgpt"
     raise ConfigError(
-        f"{name}:1: no known trace: it is neither Mooncake JSON lines nor a CSV file with the columns "
-        f"{', '.join(_AZURE_COLUMNS)} (Azure) or {', '.join(_BURSTGPT_COLUMNS)} (BurstGPT)"
+        f"{name}:1: no known trace: it is neither Mooncake JSON lines, nor ShareGPT JSON, nor a CSV file with the "
+        f"columns {', '.join(_AZURE_COLUMNS)} (Azure) or {', '.join(_BURSTGPT_COLUMNS)} (BurstGPT)"
     )
 
 

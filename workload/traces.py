@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from contracts.errors import ConfigError
 from workload.request import WorkloadRequest
-from workload.trace_rows import MOONCAKE_BLOCK_TOKENS, TraceKind, TraceRow, detect, rows
+from workload.trace_rows import CONVERSATIONS, MOONCAKE_BLOCK_TOKENS, TraceKind, TraceRow, detect, rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,18 +51,29 @@ class Trace:
 
 
 def read_trace(path: Path, kind: TraceKind | None = None) -> Trace:
-    """Reads the whole file; `kind` None tells the format from the first line.
+    """Reads the whole file; `kind` None tells the format from the first line. Raises as `parse_trace`."""
+    return parse_trace(str(path), read_bytes(path), kind)
 
-    Rows without prompt or output tokens are left out and counted. Rows out of order by up to `MAX_DISORDER_S` are
-    sorted. Raises ConfigError `file:line: what` for a file that cannot be read, a bad row, more disorder, more than
-    `MAX_ROWS` rows, or no request at all.
-    """
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file, or pipe. Raises ConfigError where it cannot be read."""
     try:
-        text = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"trace {path}: cannot be read: {error.strerror}") from error
-    kind = kind or detect(str(path), text)
-    return _trace(str(path), kind, rows(str(path), text, kind))
+
+
+def parse_trace(name: str, text: bytes, kind: TraceKind | None = None) -> Trace:
+    """The requests in the text of a file called `name`; `kind` None tells the format from the first line.
+
+    Rows without prompt or output tokens are left out and counted. Rows out of order by up to `MAX_DISORDER_S` are
+    sorted. Raises ConfigError `file:line: what` for a bad row, more disorder, more than `MAX_ROWS` rows, no request at
+    all, or a file of conversations, which come at no time of their own.
+    """
+    told = kind or detect(name, text)
+    if told == CONVERSATIONS:
+        raise ConfigError(f"trace {name}: holds conversations without times, not requests")
+    return _trace(name, told, rows(name, text, told))
 
 
 def _trace(name: str, kind: TraceKind, read: Iterable[TraceRow]) -> Trace:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
+from workload.chats import Chat, ChatTurn
 from workload.checks import require_not_negative, require_positive
+from workload.request import WorkloadRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from workload.request import WorkloadRequest
+_Item = TypeVar("_Item", WorkloadRequest, Chat, WorkloadRequest | Chat)
 
 
 def mean_rate_rps(requests: Sequence[WorkloadRequest]) -> float:
@@ -20,10 +22,13 @@ def mean_rate_rps(requests: Sequence[WorkloadRequest]) -> float:
     return (len(requests) - 1) / span_s
 
 
-def at_speed(requests: Iterable[WorkloadRequest], speed: float) -> Iterator[WorkloadRequest]:
-    """The same requests in 1/`speed` of the time: the pattern stays, the rate is `speed` times as high."""
+def at_speed(items: Iterable[_Item], speed: float) -> Iterator[_Item]:
+    """The same items in 1/`speed` of the time: the pattern stays, the rate is `speed` times as high.
+
+    How long chats think stays too: people do not think faster because more of them come.
+    """
     require_positive(speed=speed)
-    return (request._replace(arrival_s=request.arrival_s / speed) for request in requests)
+    return (item._replace(arrival_s=item.arrival_s / speed) for item in items)
 
 
 def at_rate(requests: Sequence[WorkloadRequest], rate_rps: float) -> Iterator[WorkloadRequest]:
@@ -79,11 +84,59 @@ def _repeat(
         first_id += ids_a_round
 
 
+def scaled_block_tokens(block_tokens: int, factor: float) -> int:
+    """Tokens of a hash block of scaled prompts. Raises ValueError, with the nearest good factor, where not whole."""
+    exact = block_tokens * factor
+    whole = max(1, round(exact))
+    if abs(exact - whole) > 1e-6:
+        raise ValueError(
+            f"{factor:g} of a block of {block_tokens} tokens is {exact:g} tokens, which is no whole number; "
+            f"the nearest factor that works is {whole / block_tokens:.10g}"
+        )
+    return whole
+
+
+def scaled_lengths(items: Iterable[_Item], factor: float) -> Iterator[_Item]:
+    """Prompts and answers `factor` times as long, rounded, and of one token at least.
+
+    Hash blocks are scaled too, so that two prompts which shared leading blocks share the same ones: what is shared and
+    what is not stays exactly as it was. A scaled chat has lengths only: words are made up. Raises ValueError for a
+    factor that is not above 0 and at most 1, and as `scaled_block_tokens`.
+    """
+    if not 0 < factor <= 1:
+        raise ValueError(f"the factor must be above 0 and at most 1, got {factor:g}")
+    return (_scaled(item, factor) for item in items)
+
+
+def _scaled(item: _Item, factor: float) -> _Item:
+    if isinstance(item, Chat):
+        turns = tuple(
+            ChatTurn(_tokens(turn.new_tokens, factor), _tokens(turn.output_tokens, factor), turn.think_s)
+            for turn in item.turns
+        )
+        system_prompt_tokens = item.system_prompt_tokens and _tokens(item.system_prompt_tokens, factor)
+        return item._replace(turns=turns, system_prompt_tokens=system_prompt_tokens)
+    output_tokens = _tokens(item.output_tokens, factor)
+    if not item.hash_ids:
+        return item._replace(prompt_tokens=_tokens(item.prompt_tokens, factor), output_tokens=output_tokens)
+    block_tokens = scaled_block_tokens(item.hash_block_tokens, factor)
+    full = len(item.hash_ids) - 1
+    tail = _tokens(item.prompt_tokens - full * item.hash_block_tokens, factor)
+    return item._replace(
+        prompt_tokens=full * block_tokens + tail, output_tokens=output_tokens, hash_block_tokens=block_tokens
+    )
+
+
+def _tokens(tokens: int, factor: float) -> int:
+    return max(1, round(tokens * factor))
+
+
 class ContextClip:
-    """Makes requests fit a context limit, and counts what it did.
+    """Makes requests and chats fit a context limit, and counts what it did.
 
     The answer keeps its length where it can (it is cut to the limit less one token), and the prompt gives way: its end
-    is cut off, so that shared prefixes stay shared.
+    is cut off, so that shared prefixes stay shared. A chat ends before the first turn that would not fit; its first
+    turn is cut as a request is, with words made up where it had some. System prompts are never cut.
     """
 
     def __init__(self, max_context_tokens: int) -> None:
@@ -91,21 +144,49 @@ class ContextClip:
             raise ValueError(f"max_context_tokens must be >= 2, got {max_context_tokens}")
         self._limit = max_context_tokens
         self.num_clipped = 0
+        #: Of chats: those that did not fit, and all turns after them.
+        self.num_dropped_turns = 0
         self.clipped_prompt_tokens = 0
         self.clipped_output_tokens = 0
 
-    def apply(self, requests: Iterable[WorkloadRequest]) -> Iterator[WorkloadRequest]:
-        """The counts grow as the stream is read."""
-        return map(self._clip, requests)
+    def apply(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """The counts grow as the stream is read. Raises ValueError for a system prompt that leaves room for nothing."""
+        fitting = (self._chat(item) if isinstance(item, Chat) else self._request(item) for item in items)
+        return cast("Iterator[_Item]", fitting)
 
-    def _clip(self, request: WorkloadRequest) -> WorkloadRequest:
+    def _chat(self, chat: Chat) -> Chat:
+        room = self._limit - chat.system_prompt_tokens
+        if room < 2:
+            raise ValueError(
+                f"a system prompt of {chat.system_prompt_tokens} tokens leaves no room in a context of {self._limit}"
+            )
+        fitting = 0
+        for turn, prompt_tokens in zip(chat.turns, chat.prompt_tokens(), strict=True):
+            if prompt_tokens + turn.output_tokens > self._limit:
+                break
+            fitting += 1
+        if fitting == len(chat.turns):
+            return chat
+        self.num_dropped_turns += len(chat.turns) - max(fitting, 1)
+        if fitting:
+            return chat._replace(turns=chat.turns[:fitting])
+        first = chat.turns[0]
+        new_tokens, output_tokens = self._fit(first.new_tokens, first.output_tokens, room)
+        return chat._replace(turns=(ChatTurn(new_tokens, output_tokens),))
+
+    def _fit(self, prompt_tokens: int, output_tokens: int, room: int) -> tuple[int, int]:
+        """What is left of both, where they are longer than `room`; counted."""
+        kept_output_tokens = min(output_tokens, room - 1)
+        kept_prompt_tokens = min(prompt_tokens, room - kept_output_tokens)
+        self.num_clipped += 1
+        self.clipped_prompt_tokens += prompt_tokens - kept_prompt_tokens
+        self.clipped_output_tokens += output_tokens - kept_output_tokens
+        return kept_prompt_tokens, kept_output_tokens
+
+    def _request(self, request: WorkloadRequest) -> WorkloadRequest:
         if request.prompt_tokens + request.output_tokens <= self._limit:
             return request
-        output_tokens = min(request.output_tokens, self._limit - 1)
-        prompt_tokens = min(request.prompt_tokens, self._limit - output_tokens)
-        self.num_clipped += 1
-        self.clipped_prompt_tokens += request.prompt_tokens - prompt_tokens
-        self.clipped_output_tokens += request.output_tokens - output_tokens
+        prompt_tokens, output_tokens = self._fit(request.prompt_tokens, request.output_tokens, self._limit)
         blocks = -(-prompt_tokens // request.hash_block_tokens) if request.hash_ids else 0
         return request._replace(
             prompt_tokens=prompt_tokens, output_tokens=output_tokens, hash_ids=request.hash_ids[:blocks]

@@ -1,4 +1,4 @@
-"""The flags of `tandem simulate`, by what they are about. None says: not given."""
+"""The flags of `tandem simulate` beside those of the workload, by what they are about. None says: not given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from cyclopts import Group, Parameter
 
 CLUSTER_GROUP = Group("Cluster", sort_key=1)
 LATENCY_GROUP = Group("Latency (one of --profile, --model, --latency)", sort_key=2)
-WORKLOAD_GROUP = Group("Workload (--trace, or drawn from distributions)", sort_key=3)
 REPORT_GROUP = Group("Report", sort_key=4)
 
 
@@ -131,93 +130,6 @@ class LatencyFlags:
         str | None,
         Parameter(name="--latency", group=LATENCY_GROUP, help="A published fit, such as distserve:opt-13b-tp1."),
     ] = None
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkloadFlags:
-    """Who asks what, when, and how fast the answer must be."""
-
-    trace: Annotated[
-        Path | None,
-        Parameter(
-            name="--trace",
-            group=WORKLOAD_GROUP,
-            help="Mooncake JSONL, Azure CSV or BurstGPT CSV; recognised by its content.",
-        ),
-    ] = None
-
-    arrivals: Annotated[
-        str | None,
-        Parameter(
-            name="--arrivals",
-            group=WORKLOAD_GROUP,
-            help="poisson:4, gamma:4,cv=2, ramp:1-8,60 ... in requests per second. Default: poisson:1.",
-        ),
-    ] = None
-
-    prompts: Annotated[
-        str | None,
-        Parameter(
-            name="--prompts",
-            group=WORKLOAD_GROUP,
-            help="Prompt lengths: fixed:512, lognormal:mean=755,p95=2000, sharegpt. Default: sharegpt.",
-        ),
-    ] = None
-
-    outputs: Annotated[
-        str | None,
-        Parameter(name="--outputs", group=WORKLOAD_GROUP, help="Answer lengths, likewise. Default: sharegpt."),
-    ] = None
-
-    requests: Annotated[
-        int | None,
-        Parameter(
-            name="--requests",
-            group=WORKLOAD_GROUP,
-            help="So many requests at most. Default: the whole trace; 1000 drawn ones where no --duration is given.",
-        ),
-    ] = None
-
-    start: Annotated[
-        str | None,
-        Parameter(name="--start", group=WORKLOAD_GROUP, help="Skip what comes before, such as 10min; before --speed."),
-    ] = None
-
-    duration: Annotated[
-        str | None,
-        Parameter(
-            name="--duration", group=WORKLOAD_GROUP, help="Requests of so long only, such as 1h; before --speed."
-        ),
-    ] = None
-
-    speed: Annotated[
-        float | None,
-        Parameter(name="--speed", group=WORKLOAD_GROUP, help="Let time run so many times faster: 2 doubles the rate."),
-    ] = None
-
-    rate: Annotated[
-        float | None,
-        Parameter(
-            name="--rate",
-            group=WORKLOAD_GROUP,
-            help="Scale time so that this many requests come per second on average.",
-        ),
-    ] = None
-
-    seed: Annotated[int, Parameter(name="--seed", group=WORKLOAD_GROUP, help="Of everything that is drawn.")] = 0
-
-    slo: Annotated[
-        tuple[str, ...],
-        Parameter(
-            name="--slo",
-            group=WORKLOAD_GROUP,
-            negative="",
-            show_default=False,
-            help="NAME:TTFT_MS,TPOT_MS, or a published class. Several: each request draws one. "
-            "Default: interactive:1000,50.",
-        ),
-    ] = ()
 
 
 @Parameter(name="*")

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from workload.tables import attainment_rows, facts, latency_rows, table
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from simulator.study.metrics import StudyMetrics
-    from workload.figures import Attainment, LatencySummary
+    from workload.figures import LatencySummary
     from workload.goodput import GoodputSearch
 
 FORMAT = "tandem-study-1"
-
-#: Of the table for people, in characters.
-_WIDTH = 118
-_INDENT = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,21 +67,21 @@ def report_text(report: Report) -> str:
     """Sections of aligned columns, about 118 characters wide; ends with a line break."""
     metrics = report.metrics
     sections = [
-        _facts(
+        facts(
             ("workload", report.workload),
             ("cluster", report.cluster),
             ("latency", report.latency),
             ("outcome", _outcome(metrics)),
         ),
-        _table(_attainment_rows(metrics)),
-        _facts(
+        table(attainment_rows(metrics.classes, metrics.attainment)),
+        facts(
             ("goodput", _goodput(metrics)),
             *(() if report.goodput_search is None else (("highest", _searched(report.goodput_search, metrics)),)),
         ),
-        "" if report.goodput_search is None else _table(_search_rows(report.goodput_search)),
-        _table(_latency_rows(metrics)),
-        _table(_pool_rows(metrics)),
-        _facts(
+        "" if report.goodput_search is None else table(_search_rows(report.goodput_search)),
+        table(latency_rows(_latencies(metrics))),
+        table(_pool_rows(metrics)),
+        facts(
             (
                 "tokens",
                 f"{metrics.prompt_tokens_per_s:,.0f} prompt tokens/s read, "
@@ -93,33 +90,9 @@ def report_text(report: Report) -> str:
             ("transfer", _transfer(metrics)),
             ("run", _run(report.run, metrics)),
         ),
-        "".join(_wrapped("warning", warning) for warning in report.warnings),
+        facts(*(("warning", warning) for warning in report.warnings)),
     ]
     return "\n".join(section for section in sections if section)
-
-
-def _facts(*facts: tuple[str, str]) -> str:
-    return "".join(_wrapped(name, text) for name, text in facts)
-
-
-def _wrapped(name: str, text: str) -> str:
-    """Lines of `text`, each wrapped, behind the name."""
-    lines = [part for line in text.splitlines() for part in wrap(line, _WIDTH - _INDENT)]
-    return "".join(f"{name if index == 0 else '':<{_INDENT}}{line}\n" for index, line in enumerate(lines))
-
-
-def _table(rows: Iterator[tuple[str, ...]]) -> str:
-    """The first row is the heading, the first column is text; numbers stand to the right."""
-    cells = list(rows)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    )
-    return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 def _outcome(metrics: StudyMetrics) -> str:
@@ -132,23 +105,6 @@ def _outcome(metrics: StudyMetrics) -> str:
         if count:
             parts.append(f"{count:,} {what}")
     return f"{', '.join(parts)}; all over after {metrics.duration_s:,.1f} s"
-
-
-def _attainment_rows(metrics: StudyMetrics) -> Iterator[tuple[str, ...]]:
-    yield ("SLO attainment", "TTFT target ms", "TPOT target ms", "requests", "both met %", "TTFT met %", "TPOT met %")
-    shown: Sequence[Attainment] = metrics.classes
-    if len(shown) > 1:
-        shown = (*shown, metrics.attainment)
-    for each in shown:
-        yield (
-            each.name,
-            "" if each.ttft_target_ms is None else f"{each.ttft_target_ms:g}",
-            "" if each.tpot_target_ms is None else f"{each.tpot_target_ms:g}",
-            f"{each.num_requests:,}",
-            f"{100 * each.joint:.2f}",
-            f"{100 * each.ttft_only:.2f}",
-            f"{100 * each.tpot_only:.2f}",
-        )
 
 
 def _goodput(metrics: StudyMetrics) -> str:
@@ -175,27 +131,13 @@ def _search_rows(search: GoodputSearch) -> Iterator[tuple[str, ...]]:
         yield (f"{point.rate_rps:,.3f}", f"{100 * point.attainment:.2f}")
 
 
-def _latency_rows(metrics: StudyMetrics) -> Iterator[tuple[str, ...]]:
-    yield ("latency ms", "mean", "p50", "p90", "p95", "p99", "max", "values")
-    named: tuple[tuple[str, LatencySummary], ...] = (
-        ("TTFT", metrics.ttft),
-        ("TPOT", metrics.tpot),
-        ("ITL", metrics.itl),
-        ("end to end", metrics.e2e),
-        ("queue", metrics.queue),
-        ("2nd token", metrics.second_token),
-    )
-    for name, summary in named:
-        figures = (
-            summary.mean_ms,
-            summary.p50_ms,
-            summary.p90_ms,
-            summary.p95_ms,
-            summary.p99_ms,
-            summary.max_ms,
-        )
-        known = ("-" if figure != figure else f"{figure:,.1f}" for figure in figures)
-        yield (name, *known, f"{summary.count:,}")
+def _latencies(metrics: StudyMetrics) -> Iterator[tuple[str, LatencySummary]]:
+    yield "TTFT", metrics.ttft
+    yield "TPOT", metrics.tpot
+    yield "ITL", metrics.itl
+    yield "end to end", metrics.e2e
+    yield "queue", metrics.queue
+    yield "2nd token", metrics.second_token
 
 
 def _pool_rows(metrics: StudyMetrics) -> Iterator[tuple[str, ...]]:

@@ -18,15 +18,17 @@ from simulator.study.metrics import StudyMetrics, measure
 from simulator.study.progress import StudyProgress
 from simulator.study.report import Report, RunFigures, report_json, report_text, unserved_warnings
 from simulator.study.setup import build_setup
-from simulator.study.traffic import build_traffic
 from workload.goodput import search
+from workload.reuse import prefix_reuse
+from workload.traffic import build_traffic
 
 if TYPE_CHECKING:
     from simulator.heap.results import StudyResult
-    from simulator.study.flags import ClusterFlags, LatencyFlags, ReportFlags, WorkloadFlags
+    from simulator.study.flags import ClusterFlags, LatencyFlags, ReportFlags
     from simulator.study.setup import ClusterSetup
-    from simulator.study.traffic import Traffic
+    from workload.flags import WorkloadFlags
     from workload.goodput import GoodputSearch
+    from workload.traffic import Traffic
 
 REPORT_FILE = "report.json"
 PLOT_FILES = ("latency_cdf.png", "timeline.png", "attainment.png", "ttft_by_prompt.png")
@@ -66,6 +68,7 @@ def run_study(
         warnings=(
             *setup.warnings,
             *traffic.warnings,
+            *_unmodelled(traffic),
             *unserved_warnings(metrics),
             *_too_long(result),
             *_search_warnings(searched, traffic),
@@ -154,6 +157,28 @@ def _search(setup: ClusterSetup, traffic: Traffic, metrics: StudyMetrics, target
         high_rps=base_rps * _SEARCH_FACTOR,
         target=target,
     )
+
+
+def _unmodelled(traffic: Traffic) -> tuple[str, ...]:
+    """What the workload asks for, and the study leaves out or assumes."""
+    warnings: list[str] = []
+    if traffic.cancel is not None:
+        warnings.append("cancellations are not simulated: every answer is written whole")
+    if traffic.totals.num_chats:
+        warnings.append("a chat's next turn comes when its SLO class allows: answers are taken to last just so long")
+    share = _repeated_share(traffic)
+    if share > 0:
+        warnings.append(
+            f"no prefix cache is modelled: every prompt is computed whole, though {share:.1%} of the prompt tokens "
+            f"repeat an earlier request's"
+        )
+    return tuple(warnings)
+
+
+def _repeated_share(traffic: Traffic) -> float:
+    """Of the prompt tokens. Requests have hash ids all or none."""
+    first = next(iter(traffic.requests()))
+    return prefix_reuse(traffic.requests()).token_hit_rate if first.hash_ids else 0.0
 
 
 def _too_long(result: StudyResult) -> tuple[str, ...]:

@@ -21,9 +21,9 @@ BELOW_CLUSTER = sorted(name for name, floor in FLOORS.items() if floor < FLOORS[
 #: Folders with code that runs from a checkout only.
 UNPACKAGED = {"benchmarks", "tests"}
 
-#: Who reads the machine's clock below `cluster/`: the live clock, and the kernels, which are timed against
-#: each other once, when weights are packed.
-CLOCK_FILES = (ROOT / "rpc" / "clock.py", ROOT / "engine" / "ops" / "cpu_ops.py")
+#: Who reads the machine's clock below `cluster/`: the live clocks of servers and of the load test, and the kernels,
+#: which are timed against each other once, when weights are packed.
+CLOCK_FILES = (ROOT / "rpc" / "clock.py", ROOT / "loadtest" / "machine.py", ROOT / "engine" / "ops" / "cpu_ops.py")
 
 #: Offline tools inside a room, not part of a serving process.
 TOOLS = (ROOT / "engine" / "demo",)

@@ -41,6 +41,25 @@ def test_times_ascend_and_repeat_with_the_seed(arrivals: Arrivals, seed: int) ->
     assert times == list(islice(arrivals.times(random.Random(seed)), 60))
 
 
+@given(PROCESSES, st.integers(), st.floats(min_value=0.1, max_value=10))
+def test_scaled_rates_last_as_long_and_bring_so_many_times_as_many(
+    arrivals: Arrivals, seed: int, factor: float
+) -> None:
+    """Undone by its inverse; and of a process without phases only the gaps change."""
+    back = arrivals.scaled(factor).scaled(1 / factor)
+    times, again = (list(islice(each.times(random.Random(seed)), 20)) for each in (arrivals, back))
+    assert again == pytest.approx(times)
+    if isinstance(arrivals, Poisson | Gamma | Constant):
+        faster = list(islice(arrivals.scaled(factor).times(random.Random(seed)), 20))
+        assert faster == pytest.approx([time_s / factor for time_s in times])
+
+
+def test_scaled_phases_keep_their_times() -> None:
+    assert Ramp(1, 8, 60).scaled(0.5) == Ramp(0.5, 4, 60)
+    assert Step(((0.0, 2.0), (30.0, 8.0))).scaled(0.5) == Step(((0.0, 1.0), (30.0, 4.0)))
+    assert Diurnal(2, 0.5, 100).scaled(3) == Diurnal(6, 0.5, 100)
+
+
 def arrived(arrivals: Arrivals, until_s: float) -> list[float]:
     return list(takewhile(lambda time_s: time_s < until_s, arrivals.times(random.Random(7))))
 

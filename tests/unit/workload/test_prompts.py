@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workload import PromptMaker, WorkloadRequest
+from workload import WorkloadRequest
+from workload.prompts import PromptMaker
 
 MAKER = PromptMaker(seed=7, low=100, high=100 + 2**31)
 

@@ -8,7 +8,21 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from workload import ContextClip, WorkloadRequest, at_rate, at_speed, mean_rate_rps, prefix_reuse, repeat, window
+from tests.support.traces import trace_path
+from workload import (
+    ContextClip,
+    WorkloadRequest,
+    at_rate,
+    at_speed,
+    mean_rate_rps,
+    prefix_reuse,
+    read_trace,
+    repeat,
+    window,
+)
+from workload.chats import Chat, ChatTurn
+from workload.prompts import PromptMaker
+from workload.transform import scaled_block_tokens, scaled_lengths
 
 
 @st.composite
@@ -105,6 +119,117 @@ def test_the_prompt_gives_way_before_the_answer() -> None:
         WorkloadRequest(0, 70, 30),
         WorkloadRequest(1, 1, 99),
     ]
+
+
+CHATS = st.builds(
+    Chat,
+    st.floats(min_value=0, max_value=1e5),
+    st.lists(
+        st.builds(
+            ChatTurn,
+            st.integers(min_value=1, max_value=300),
+            st.integers(min_value=1, max_value=300),
+            st.floats(min_value=0, max_value=60),
+            st.sampled_from([None, "words"]),
+        ),
+        min_size=1,
+        max_size=6,
+    ).map(tuple),
+    st.integers(min_value=0, max_value=3),
+    st.integers(min_value=0, max_value=50),
+)
+
+
+@given(CHATS, st.integers(min_value=60, max_value=2000))
+def test_a_chat_ends_before_the_first_turn_that_does_not_fit(chat: Chat, limit: int) -> None:
+    clip = ContextClip(limit)
+    (clipped,) = clip.apply([chat])
+    needed = [tokens + turn.output_tokens for tokens, turn in zip(chat.prompt_tokens(), chat.turns, strict=True)]
+    fitting = next((number for number, tokens in enumerate(needed) if tokens > limit), len(needed))
+    assert clip.num_dropped_turns == len(chat.turns) - len(clipped.turns) == len(chat.turns) - max(fitting, 1)
+    assert clip.num_clipped == (fitting == 0)
+    if fitting:
+        assert clipped == chat._replace(turns=chat.turns[:fitting])
+        return
+    (turn,) = clipped.turns
+    assert min(turn.new_tokens, turn.output_tokens) >= 1
+    assert chat.system_prompt_tokens + turn.new_tokens + turn.output_tokens == limit
+    assert turn.text is None
+    assert clip.clipped_prompt_tokens == chat.turns[0].new_tokens - turn.new_tokens
+    assert clip.clipped_output_tokens == chat.turns[0].output_tokens - turn.output_tokens
+
+
+#: Of blocks of 16 tokens.
+GOOD_FACTORS = st.integers(min_value=1, max_value=16).map(lambda tokens: tokens / 16)
+
+
+def common(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    """How many leading elements agree."""
+    differing = (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differing, min(len(first), len(second)))
+
+
+@given(workloads(), GOOD_FACTORS)
+def test_scaled_prompts_share_the_same_blocks(requests: list[WorkloadRequest], factor: float) -> None:
+    scaled = list(scaled_lengths(requests, factor))
+    block_tokens = round(16 * factor)
+    for request, original in zip(scaled, requests, strict=True):
+        assert (request.arrival_s, request.hash_ids) == (original.arrival_s, original.hash_ids)
+        assert request.hash_block_tokens == block_tokens
+        assert 0 < request.prompt_tokens - (len(request.hash_ids) - 1) * block_tokens <= block_tokens
+        assert abs(request.prompt_tokens - original.prompt_tokens * factor) <= 1
+        assert abs(request.output_tokens - original.output_tokens * factor) <= 1
+    maker = PromptMaker(seed=1, low=0, high=2**31)
+    prompts = [maker.token_ids(request, number) for number, request in enumerate(scaled)]
+    for first, request in zip(prompts, scaled, strict=True):
+        for second, other in zip(prompts, scaled, strict=True):
+            shared = common(request.hash_ids, other.hash_ids) * block_tokens
+            assert common(first, second) == min(shared, len(first), len(second))
+
+
+def test_a_scaled_public_trace_is_reused_as_the_whole_one() -> None:
+    requests = read_trace(trace_path("mooncake_conversation.jsonl")).requests[:3000]
+    scaled = list(scaled_lengths(requests, 0.0625))
+    whole, shorter = prefix_reuse(requests), prefix_reuse(scaled)
+    assert shorter.stored_blocks == whole.stored_blocks
+    assert shorter.prompt_tokens == pytest.approx(whole.prompt_tokens / 16, rel=1e-3)
+    assert shorter.token_hit_rate == pytest.approx(whole.token_hit_rate, abs=1e-3)
+
+
+@given(workloads(), CHATS, st.floats(min_value=1e-3, max_value=1))
+def test_lengths_are_scaled_and_never_nothing(requests: list[WorkloadRequest], chat: Chat, factor: float) -> None:
+    plain = [request._replace(hash_ids=(), hash_block_tokens=0) for request in requests]
+    for scaled, original in zip(scaled_lengths(plain, factor), plain, strict=True):
+        assert scaled[1:3] == tuple(max(1, round(tokens * factor)) for tokens in original[1:3])
+    (shorter,) = scaled_lengths([chat], factor)
+    assert shorter._replace(turns=(), system_prompt_tokens=0) == chat._replace(turns=(), system_prompt_tokens=0)
+    assert (shorter.system_prompt_tokens == 0) == (chat.system_prompt_tokens == 0)
+    for turn, before in zip(shorter.turns, chat.turns, strict=True):
+        assert (turn.think_s, turn.text) == (before.think_s, None)
+        assert turn[:2] == tuple(max(1, round(tokens * factor)) for tokens in before[:2])
+
+
+@given(st.integers(min_value=1, max_value=4096), st.floats(min_value=1e-4, max_value=1))
+def test_the_factor_that_is_named_works(block_tokens: int, factor: float) -> None:
+    try:
+        assert scaled_block_tokens(block_tokens, factor) == pytest.approx(block_tokens * factor, abs=2e-6)
+    except ValueError as error:
+        nearest = float(str(error).rsplit(" ", 1)[1])
+        assert scaled_block_tokens(block_tokens, nearest) == max(1, round(block_tokens * factor))
+
+
+def test_what_cannot_be_scaled_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"0.3 of a block of 512 tokens is 153.6 tokens.* works is 0.30078125$"):
+        list(scaled_lengths([WorkloadRequest(0, 10, 1, (1,), 512)], 0.3))
+    with pytest.raises(ValueError, match="the factor must be above 0 and at most 1, got 2"):
+        scaled_lengths([WorkloadRequest(0, 10, 1)], 2)
+    with pytest.raises(ValueError, match="a system prompt of 99 tokens leaves no room in a context of 100"):
+        list(ContextClip(100).apply([Chat(0, (ChatTurn(1, 1),), 0, 99)]))
+
+
+def test_faster_chats_think_as_long() -> None:
+    chat = Chat(8.0, (ChatTurn(1, 1), ChatTurn(1, 1, 30.0)))
+    assert list(at_speed([chat], 4)) == [chat._replace(arrival_s=2.0)]
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -66,6 +66,36 @@ def test_a_trace_is_simulated_told_and_written(run_tandem: Tandem, trace: Path, 
         assert imread(folder / name).size > 100_000
 
 
+def test_prompts_that_repeat_each_other_warn_that_no_cache_is_modelled(run_tandem: Tandem, tmp_path: Path) -> None:
+    rows = (
+        {"timestamp": 1000 * number, "input_length": 600, "output_length": 10, "hash_ids": [0, 1 + number]}
+        for number in range(10)
+    )
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    arguments = ("simulate", "--trace", str(trace), *COSTS, "--no-plots", "--force", "--output", str(tmp_path))
+    assert run_tandem(*arguments).status == 0
+    (warning,) = read_report(tmp_path)["warnings"]
+    assert warning.startswith("no prefix cache is modelled")
+    assert f"{9 * 512 / 6000:.1%}" in warning
+    assert run_tandem(*arguments, "--requests", "1").status == 0
+    assert read_report(tmp_path)["warnings"] == []
+
+
+def test_a_named_workload_of_chats_warns_of_what_is_assumed(run_tandem: Tandem, tmp_path: Path) -> None:
+    arguments = ("--workload", "chat", "--requests", "60", "--rate", "4", "--cancel", "0.1")
+    done = run_tandem("simulate", *arguments, *COSTS, "--no-plots", "--output", str(tmp_path))
+    assert done.status == 0
+    report = read_report(tmp_path)
+    assert report["metrics"]["num_requests"] == 60
+    assert [each["name"] for each in report["study"]["workload"]["slos"]] == ["chat"]
+    assert report["workload"].startswith("chat: drawn chats: 60 requests of ")
+    cancelled, assumed, uncached = report["warnings"]
+    assert cancelled.startswith("cancellations are not simulated")
+    assert assumed.startswith("a chat's next turn comes when its SLO class allows")
+    assert uncached.startswith("no prefix cache is modelled")
+
+
 def test_equal_commands_find_equal_figures(run_tandem: Tandem, tmp_path: Path) -> None:
     drawn = ("--no-plots", "--arrivals", "gamma:8,cv=2", "--requests", "200", *COSTS, "--seed", "3")
     reports: list[dict[str, Any]] = []
@@ -166,7 +196,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(run_tandem
 
 
 def test_help_lists_it_without_loading_what_simulates(run_tandem: Tandem) -> None:
-    assert [entry.name for entry in entry_points(group="tandem.commands")] == ["simulate"]
+    assert [entry.name for entry in entry_points(group="tandem.commands")] == ["loadtest", "simulate"]
     assert "Predict how a cluster would serve a workload" in run_tandem("--help").stdout
     assert "--find-goodput" in run_tandem("simulate", "--help").stdout
     heavy = "{'torch', 'numpy', 'matplotlib', 'simulator.heap'}"

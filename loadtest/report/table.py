@@ -1,0 +1,204 @@
+"""A load test's report for a terminal: figures, then what must be known of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loadtest.report.notes import notes_on, search_result
+from workload.tables import attainment_rows, facts, latency_rows, table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from loadtest.metrics import LoadMetrics
+    from loadtest.report.compare import Comparison
+    from loadtest.report.document import Beside, LoadReport, RateResult, ServerRun
+    from workload.figures import LatencySummary
+
+#: Of what a server said, in a line of the table.
+_MAX_EXAMPLE = 60
+
+
+def report_text(report: LoadReport) -> str:
+    """Sections of aligned columns, about 118 characters wide; ends with a line break."""
+    sections = [
+        facts(("workload", report.workload)),
+        *(section for run in report.runs for section in _run_sections(run)),
+        table(_beside_rows(report.beside)) if report.beside else "",
+        *(comparison_text(each) for each in report.comparisons),
+        facts(*(("warning", warning) for warning in report.warnings)),
+    ]
+    return _printable("\n".join(section for section in sections if section))
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """Ends with a line break."""
+    sections = [
+        facts(("compare", f"A = {comparison.name_a}, B = {comparison.name_b}; ratios are B / A, below 1 B is faster")),
+        table(_paired_rows(comparison)) if comparison.paired else "",
+        table(_aggregate_rows(comparison)),
+        facts(("verdict", "\n".join(comparison.verdict))),
+    ]
+    return _printable("\n".join(section for section in sections if section))
+
+
+def _run_sections(run: ServerRun) -> Iterator[str]:
+    metrics = run.metrics
+    yield facts(
+        ("server", f"{run.name}: {run.model} at {run.base_url}, {run.endpoint}"),
+        *(("INVALID", reason) for reason in run.validity.reasons),
+        ("outcome", _outcome(metrics)),
+    )
+    yield table(attainment_rows(metrics.classes, metrics.attainment))
+    yield facts(
+        ("goodput", _goodput(metrics)), *(() if run.search is None else (("highest", search_result(run.search)),))
+    )
+    if run.rates:
+        yield table(_rate_rows(run.rates))
+    yield table(latency_rows(_latencies(metrics)))
+    yield table(_phase_rows(metrics))
+    if metrics.errors:
+        yield table(_error_rows(metrics))
+    yield facts(
+        ("tokens", _tokens(metrics)),
+        ("client", _client(run)),
+        *(("note", note) for note in (*run.notes, *notes_on(metrics))),
+    )
+
+
+def _outcome(metrics: LoadMetrics) -> str:
+    counts = (
+        (metrics.num_cancelled, "cancelled by plan"),
+        (metrics.num_rejected, "refused (429)"),
+        (metrics.num_timed_out, "timed out"),
+        (metrics.num_failed, "failed"),
+        (metrics.num_interrupted, "interrupted"),
+        (metrics.num_unsent, "not sent"),
+        (metrics.num_warmup, "before them as warm-up"),
+    )
+    parts = [f"{metrics.num_finished:,} of {metrics.num_requests:,} requests finished"]
+    parts.extend(f"{count:,} {what}" for count, what in counts if count)
+    return f"{', '.join(parts)}; {metrics.duration_s:,.1f} s, of which {metrics.tail_s:,.1f} s after the last was due"
+
+
+def _goodput(metrics: LoadMetrics) -> str:
+    interval = metrics.attainment_interval
+    return (
+        f"{metrics.goodput_rps:,.3f} requests/s met both targets, of {metrics.offered_rps:,.3f} offered: "
+        f"{100 * metrics.attainment.joint:.2f} % (95 %: {100 * interval.low:.2f} to {100 * interval.high:.2f})"
+    )
+
+
+def _rate_rows(rates: tuple[RateResult, ...]) -> Iterator[tuple[str, ...]]:
+    yield ("requests/s tried", "both met %", "95 % from", "to", "TTFT p99 ms", "TPOT p99 ms", "output tokens/s", "")
+    for each in sorted(rates, key=lambda each: each.rate_rps):
+        yield (
+            f"{each.rate_rps:,.3f}",
+            f"{100 * each.attainment:.2f}",
+            f"{100 * each.interval.low:.2f}",
+            f"{100 * each.interval.high:.2f}",
+            _number(each.ttft_p99_ms),
+            _number(each.tpot_p99_ms),
+            f"{each.output_tokens_per_s:,.0f}",
+            "" if each.valid else "invalid",
+        )
+
+
+def _latencies(metrics: LoadMetrics) -> Iterator[tuple[str, LatencySummary]]:
+    yield "TTFT", metrics.ttft
+    yield "TPOT", metrics.tpot
+    yield "ITL", metrics.itl
+    yield "end to end", metrics.e2e
+    yield "2nd chunk", metrics.second_token
+    yield "TTFT from sending", metrics.ttft_from_sending
+
+
+def _phase_rows(metrics: LoadMetrics) -> Iterator[tuple[str, ...]]:
+    phases = metrics.phases
+    named: list[tuple[str, LatencySummary]] = [
+        ("due -> taken up", phases.send_lag),
+        ("connecting", phases.connect),
+        ("sent -> headers", phases.headers),
+        ("headers -> token", phases.first_token),
+        ("1st -> last token", phases.decode),
+        *((f"server: {name}", summary) for name, summary in metrics.server_phases.items()),
+    ]
+    heading, *rows = latency_rows(named)
+    yield ("phase ms", *heading[1:])
+    yield from rows
+
+
+def _error_rows(metrics: LoadMetrics) -> Iterator[tuple[str, ...]]:
+    yield ("errors, with an example", "requests")
+    for error in metrics.errors:
+        example = f": {' '.join(error.examples[0].split())[:_MAX_EXAMPLE]}" if error.examples else ""
+        yield (f"{error.kind}{example}", f"{error.count:,}")
+
+
+def _tokens(metrics: LoadMetrics) -> str:
+    cached = metrics.cached_prompt_share
+    known = "" if cached != cached else f" ({cached:.0%} of them cached)"
+    return (
+        f"{metrics.prompt_tokens_per_s:,.0f} prompt tokens/s{known} and {metrics.output_tokens_per_s:,.0f} output "
+        f"tokens/s in finished requests ({metrics.finished_rps:,.3f}/s); {metrics.chunks_per_s:,.0f} chunks/s"
+    )
+
+
+def _client(run: ServerRun) -> str:
+    connected = run.metrics.answers.num_connected
+    return (
+        f"{run.client.cpu_share:.0%} of a core; send lag p99 {run.metrics.send_lag.p99_ms:.2f} ms, event loop's delay "
+        f"p99 {run.client.loop_delay.p99_ms:.2f} ms; {connected:,} connections opened"
+    )
+
+
+def _beside_rows(beside: tuple[Beside, ...]) -> Iterator[tuple[str, ...]]:
+    yield ("beside", "requests/s", "both met %", "TTFT p50", "p99 ms", "TPOT p50", "p99 ms", "output tokens/s")
+    for each in beside:
+        yield (
+            f"{each.name}{', simulated' if each.is_simulated else ''}",
+            f"{each.offered_rps:,.3f}",
+            f"{100 * each.attainment:.2f}",
+            _number(each.ttft.p50_ms),
+            _number(each.ttft.p99_ms),
+            _number(each.tpot.p50_ms),
+            _number(each.tpot.p99_ms),
+            f"{each.output_tokens_per_s:,.0f}",
+        )
+
+
+def _paired_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    yield ("of each request", "median B/A", "95 % from", "to", "pairs", "")
+    for each in comparison.paired:
+        low, high = each.interval.low, each.interval.high
+        yield (
+            each.name,
+            f"{each.ratio:.4f}",
+            f"{low:.4f}",
+            f"{high:.4f}",
+            f"{each.num_pairs:,}",
+            "differs" if each.differs else "",
+        )
+    change = comparison.attainment
+    points = (100 * change.difference, 100 * change.interval.low, 100 * change.interval.high)
+    yield (
+        "attainment B - A, points",
+        *(f"{each:+.2f}" for each in points),
+        f"{change.num_pairs:,}",
+        "differs" if change.differs else "",
+    )
+
+
+def _aggregate_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    yield ("of the whole run", "A", "B", "B/A")
+    for each in comparison.aggregates:
+        yield (each.name, f"{each.a:,.3f}", f"{each.b:,.3f}", f"{each.ratio:.4f}")
+
+
+def _printable(text: str) -> str:
+    """What servers say must not move the cursor, or worse."""
+    return "".join(each if each.isprintable() or each == "\n" else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
+def _number(value: float) -> str:
+    return "-" if value != value else f"{value:,.1f}"

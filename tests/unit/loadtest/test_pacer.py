@@ -1,0 +1,88 @@
+"""The pacer on a real event loop: never early, in order, and it knows its own delay."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from loadtest import machine
+from loadtest.pacer import DELAY_INTERVAL_S, MAX_ACTIONS_AT_ONCE, Pacer
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+
+@contextmanager
+def pacer() -> Generator[Pacer]:
+    timer = machine.TimerFd()
+    made = Pacer(timer, machine.now_s)
+    try:
+        yield made
+    finally:
+        made.close()
+        timer.close()
+
+
+async def test_actions_come_in_order_and_never_early() -> None:
+    done: list[tuple[float, float]] = []
+    ended = asyncio.Event()
+    with pacer() as paced:
+        start_s = machine.now_s()
+
+        def act(due_s: float) -> None:
+            done.append((due_s, machine.now_s()))
+            if len(done) == 4:
+                ended.set()
+
+        for delay_s in (0.03, 0.001, 0.02, 0.0105):
+            due_s = start_s + delay_s
+            paced.at(due_s, partial(act, due_s))
+        await ended.wait()
+    assert [due_s for due_s, _ in done] == sorted(due_s for due_s, _ in done)
+    assert all(at_s >= due_s for due_s, at_s in done)
+
+
+async def test_what_is_long_due_does_not_keep_the_loop_from_its_other_work() -> None:
+    done: list[int] = []
+    reads: list[int] = []
+    ended = asyncio.Event()
+    total = 3 * MAX_ACTIONS_AT_ONCE
+    with pacer() as paced:
+
+        def act(number: int) -> None:
+            done.append(number)
+            if number == 0:
+                asyncio.get_running_loop().call_soon(lambda: reads.append(len(done)))
+            if number == total - 1:
+                ended.set()
+
+        for number in range(total):
+            paced.at(0.0, partial(act, number))
+        await ended.wait()
+    assert done == list(range(total))
+    assert reads[0] <= 2 * MAX_ACTIONS_AT_ONCE
+
+
+async def test_an_action_may_ask_for_another() -> None:
+    ended = asyncio.Event()
+    with pacer() as paced:
+        paced.at(machine.now_s(), lambda: paced.at(machine.now_s() + 0.002, ended.set))
+        await ended.wait()
+
+
+async def test_a_loop_that_was_blocked_is_seen_in_the_delays() -> None:
+    with pacer() as paced:
+        paced.watch_delay()
+        await asyncio.sleep(3 * DELAY_INTERVAL_S)
+        time.sleep(0.08)  # noqa: ASYNC251 - the very thing that is to be noticed
+        await asyncio.sleep(3 * DELAY_INTERVAL_S)
+        paced.stop_watching()
+        await asyncio.sleep(2 * DELAY_INTERVAL_S)
+        num_looks = len(paced.delays_s)
+        await asyncio.sleep(2 * DELAY_INTERVAL_S)
+    assert max(paced.delays_s) >= 0.08 - DELAY_INTERVAL_S
+    assert min(paced.delays_s) >= 0
+    assert len(paced.delays_s) == num_looks
