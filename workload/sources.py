@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from contracts.errors import ConfigError
+from workload.arrivals import Constant, Gamma, Poisson
 from workload.chats import Chat, ChatTurn
 from workload.drawn_chats import DEFAULT_THINK_S, ChatShape, bounded_chats, draw_chats, think_times
 from workload.named import MAX_REQUESTS
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
+    from workload.arrivals import Arrivals
     from workload.asked import Asked
     from workload.request import WorkloadRequest
     from workload.sharegpt import Message
@@ -101,7 +103,7 @@ def _requests(asked: Asked) -> Callable[[], Iterable[WorkloadRequest]]:
         outputs=outputs,
         seed=asked.seed,
         num_requests=_most_drawn(asked),
-        duration_s=asked.duration_s,
+        duration_s=_drawn_duration_s(asked, arrivals),
         prefixes=prefixes,
         slo_mix=asked.slo_mix,
     )
@@ -117,10 +119,22 @@ def _chats(asked: Asked, shape: ChatShape) -> Callable[[], Iterable[Chat]]:
         shape=shape,
         seed=asked.seed,
         num_requests=_most_drawn(asked),
-        duration_s=asked.duration_s,
+        duration_s=_drawn_duration_s(asked, arrivals),
         system_prompts=asked.system_prompts,
         slo_mix=asked.slo_mix,
     )
+
+
+def _drawn_duration_s(asked: Asked, arrivals: Arrivals) -> float | None:
+    """Of what is drawn, so that it lasts as long as was asked once its time has been scaled.
+
+    Ramps, steps and waves have no one rate that `--rate` could be compared with: they are drawn for as long as asked.
+    """
+    if asked.duration_s is None:
+        return None
+    if asked.rate_rps is not None and isinstance(arrivals, Poisson | Gamma | Constant):
+        return asked.duration_s * asked.rate_rps / arrivals.rate_rps
+    return asked.duration_s * (asked.speed or 1.0)
 
 
 def _most_drawn(asked: Asked) -> int:

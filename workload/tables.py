@@ -43,9 +43,9 @@ def attainment_rows(classes: Sequence[Attainment], everything: Attainment) -> It
             "" if each.ttft_target_ms is None else f"{each.ttft_target_ms:g}",
             "" if each.tpot_target_ms is None else f"{each.tpot_target_ms:g}",
             f"{each.num_requests:,}",
-            f"{100 * each.joint:.2f}",
-            f"{100 * each.ttft_only:.2f}",
-            f"{100 * each.tpot_only:.2f}",
+            number(100 * each.joint, 2),
+            number(100 * each.ttft_only, 2),
+            number(100 * each.tpot_only, 2),
         )
 
 
@@ -61,8 +61,12 @@ def latency_rows(named: Iterable[tuple[str, LatencySummary]]) -> Iterator[tuple[
             summary.p99_ms,
             summary.max_ms,
         )
-        known = ("-" if figure != figure else f"{figure:,.1f}" for figure in figures)
-        yield (name, *known, f"{summary.count:,}")
+        yield (name, *map(number, figures), f"{summary.count:,}")
+
+
+def number(value: float, decimals: int = 1) -> str:
+    """A dash where it is not known."""
+    return "-" if value != value else f"{value:,.{decimals}f}"
 
 
 def _wrapped(name: str, text: str) -> str:

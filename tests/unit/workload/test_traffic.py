@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from dataclasses import replace
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -361,3 +361,16 @@ def test_what_does_not_go_together(trace: Path, conversations: Path, tmp_path: P
     ):
         with pytest.raises(ConfigError, match=what):
             build_traffic(WorkloadFlags(workload=written(tmp_path, text)))
+
+
+@pytest.mark.parametrize("flags", [{"rate": 8.0}, {"speed": 8.0}, {"arrivals": "constant:8"}])
+def test_what_is_drawn_lasts_as_long_as_asked_however_its_rate_is_said(flags: dict[str, Any]) -> None:
+    traffic = build_traffic(WorkloadFlags(prompts="fixed:5", outputs="fixed:5", duration="50s", **flags))
+    assert traffic.totals.span_s == pytest.approx(50, rel=0.15)
+    assert traffic.totals.rate_rps == pytest.approx(8, rel=0.15)
+
+
+def test_chats_last_as_long_as_asked_at_another_rate() -> None:
+    traffic = build_traffic(WorkloadFlags(workload="chat", duration="200s", rate=8.0, scale_lengths=0.125))
+    assert traffic.totals.span_s == pytest.approx(200, rel=0.2)
+    assert traffic.totals.rate_rps == pytest.approx(8)
