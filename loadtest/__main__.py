@@ -11,14 +11,18 @@ from loadtest.commands import loadtest
 
 
 def main() -> None:
-    app = App(name="loadtest", help_format="plaintext", result_action="return_value")
+    """Errors are one line each, without a traceback."""
+    app = App(name="loadtest", help_format="plaintext")
     app.default(loadtest)
     try:
-        status = app()
+        status = app(sys.argv[1:], result_action="return_value")
     except ConfigError as error:
-        print(f"loadtest: {error}", file=sys.stderr)
+        for line in error.message.splitlines():
+            print(f"loadtest: {line}", file=sys.stderr)
         status = 2
-    sys.exit(status)
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status or 0)
 
 
 if __name__ == "__main__":

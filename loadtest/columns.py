@@ -109,7 +109,9 @@ class RequestColumns(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def tpot_s(self) -> Floats:
-        """As `RequestRecord.tpot_s`, also of answers that ended early."""
+        """(last token - first token) / (tokens - 1), also of answers that ended early; NaN with fewer than two tokens,
+        or where all came in one chunk.
+        """
         several = (self.num_chunks > 1) & (self.answered_tokens > 1)
         span_s = _span(self.first_token_s, self.last_token_s)
         return np.where(several, span_s / np.maximum(self.answered_tokens - 1, 1), np.nan)

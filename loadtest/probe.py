@@ -32,6 +32,17 @@ _NUMBER = -1
 
 _PROMPT_TOKENS, _LONGER_PROMPT_TOKENS, _OUTPUT_TOKENS = 32, 96, 16
 
+#: How often one question is asked.
+_MAX_TRIES = 4
+
+#: Answers, and failures that another try would only repeat.
+_LASTING = frozenset(
+    {
+        Outcome.FINISHED, Outcome.NO_OUTPUT, Outcome.HTTP_4XX, Outcome.HTTP_OTHER, Outcome.REFUSED,
+        Outcome.CONNECT_FAILED, Outcome.CONNECT_TIMEOUT, Outcome.TIMEOUT,
+    }
+)  # fmt: skip
+
 #: Statuses that say nothing about the fields of the body.
 _NOT_ABOUT_FIELDS = frozenset({401, 403, 404, 408, 413, 429, 502, 503, 504})
 
@@ -282,6 +293,14 @@ class _Asker:
         return await self._ask(self._maker(way).single(request, _NUMBER))
 
     async def _ask(self, body: bytes) -> RequestRecord:
+        """A server that fails now and then is to be measured, too: what may be chance is asked again."""
+        for _ in range(_MAX_TRIES - 1):
+            record = await self._ask_once(body)
+            if record.outcome in _LASTING:
+                return record
+        return await self._ask_once(body)
+
+    async def _ask_once(self, body: bytes) -> RequestRecord:
         record = RequestRecord(
             index=0, item=0, turn=0, slo_class="", prompt_tokens=_PROMPT_TOKENS, output_tokens=_OUTPUT_TOKENS
         )

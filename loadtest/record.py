@@ -126,24 +126,3 @@ class RequestRecord:
             if known is not None:
                 return known
         return len(self.chunk_s)
-
-    @property
-    def ttft_s(self) -> float:
-        """From when it was due; NaN without a token."""
-        return self.chunk_s[0] - self.due_s if self.chunk_s else math.nan
-
-    @property
-    def tpot_s(self) -> float:
-        """(last token - first token) / (tokens - 1); NaN with fewer than two."""
-        tokens = self.answered_tokens
-        return (self.chunk_s[-1] - self.chunk_s[0]) / (tokens - 1) if len(self.chunk_s) > 1 and tokens > 1 else math.nan
-
-    @property
-    def e2e_s(self) -> float:
-        """From when it was due to the last token; NaN without one."""
-        return self.chunk_s[-1] - self.due_s if self.chunk_s else math.nan
-
-    @property
-    def lag_s(self) -> float:
-        """How late the client sent it."""
-        return self.sent_s - self.due_s

@@ -94,7 +94,8 @@ def run_loadtest(
                     "rounds": points.num_rounds(len(urls)),
                     "prompts_as": {each.known.target.name: each.known.found.form for each in ready},
                     "vocabulary": {each.known.target.name: each.known.vocabulary.source for each in ready},
-                    "extra_body": wanted.extra_body,
+                    # Names alone: values may be keys.
+                    "extra_body": sorted(wanted.extra_body),
                 },
                 "machine": machine.describe(),
                 "versions": machine.versions(),

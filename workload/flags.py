@@ -74,9 +74,7 @@ class WorkloadFlags:
 
     duration: Annotated[
         str | None,
-        Parameter(
-            name="--duration", group=WORKLOAD_GROUP, help="Requests of so long only, such as 1h; of a trace before --speed."
-        ),
+        Parameter(name="--duration", group=WORKLOAD_GROUP, help="So long only, such as 1h; of a trace before --speed."),
     ] = None
 
     speed: Annotated[

@@ -26,8 +26,8 @@ def _notes(metrics: LoadMetrics) -> Iterator[str]:
     answers = metrics.answers
     if metrics.num_interrupted or metrics.num_unsent:
         yield (
-            f"the run was cut short: {metrics.num_interrupted:,} requests were interrupted and {metrics.num_unsent:,} "
-            "never sent; they are in no figure"
+            f"{metrics.num_interrupted:,} requests were interrupted and {metrics.num_unsent:,} never sent, because the "
+            "run was cut short or the turn of the chat before them failed; they are in no figure"
         )
     if failed := sum(error.count for error in metrics.errors):
         yield (

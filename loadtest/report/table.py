@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loadtest.report.notes import notes_on, search_result
-from workload.tables import attainment_rows, facts, latency_rows, table
+from workload.tables import attainment_rows, facts, latency_rows, number, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,8 +84,9 @@ def _outcome(metrics: LoadMetrics) -> str:
 def _goodput(metrics: LoadMetrics) -> str:
     interval = metrics.attainment_interval
     return (
-        f"{metrics.goodput_rps:,.3f} requests/s met both targets, of {metrics.offered_rps:,.3f} offered: "
-        f"{100 * metrics.attainment.joint:.2f} % (95 %: {100 * interval.low:.2f} to {100 * interval.high:.2f})"
+        f"{number(metrics.goodput_rps, 3)} requests/s met both targets, of {number(metrics.offered_rps, 3)} offered: "
+        f"{number(100 * metrics.attainment.joint, 2)} % "
+        f"(95 %: {number(100 * interval.low, 2)} to {number(100 * interval.high, 2)})"
     )
 
 
@@ -94,12 +95,12 @@ def _rate_rows(rates: tuple[RateResult, ...]) -> Iterator[tuple[str, ...]]:
     for each in sorted(rates, key=lambda each: each.rate_rps):
         yield (
             f"{each.rate_rps:,.3f}",
-            f"{100 * each.attainment:.2f}",
-            f"{100 * each.interval.low:.2f}",
-            f"{100 * each.interval.high:.2f}",
-            _number(each.ttft_p99_ms),
-            _number(each.tpot_p99_ms),
-            f"{each.output_tokens_per_s:,.0f}",
+            number(100 * each.attainment, 2),
+            number(100 * each.interval.low, 2),
+            number(100 * each.interval.high, 2),
+            number(each.ttft_p99_ms),
+            number(each.tpot_p99_ms),
+            number(each.output_tokens_per_s, 0),
             "" if each.valid else "invalid",
         )
 
@@ -139,16 +140,17 @@ def _tokens(metrics: LoadMetrics) -> str:
     cached = metrics.cached_prompt_share
     known = "" if cached != cached else f" ({cached:.0%} of them cached)"
     return (
-        f"{metrics.prompt_tokens_per_s:,.0f} prompt tokens/s{known} and {metrics.output_tokens_per_s:,.0f} output "
-        f"tokens/s in finished requests ({metrics.finished_rps:,.3f}/s); {metrics.chunks_per_s:,.0f} chunks/s"
+        f"{number(metrics.prompt_tokens_per_s, 0)} prompt tokens/s{known} and "
+        f"{number(metrics.output_tokens_per_s, 0)} output tokens/s in finished requests "
+        f"({number(metrics.finished_rps, 3)}/s); {number(metrics.chunks_per_s, 0)} chunks/s"
     )
 
 
 def _client(run: ServerRun) -> str:
     connected = run.metrics.answers.num_connected
     return (
-        f"{run.client.cpu_share:.0%} of a core; send lag p99 {run.metrics.send_lag.p99_ms:.2f} ms, event loop's delay "
-        f"p99 {run.client.loop_delay.p99_ms:.2f} ms; {connected:,} connections opened"
+        f"{run.client.cpu_share:.0%} of a core; send lag p99 {number(run.metrics.send_lag.p99_ms, 2)} ms, event "
+        f"loop's delay p99 {number(run.client.loop_delay.p99_ms, 2)} ms; {connected:,} connections opened"
     )
 
 
@@ -157,25 +159,24 @@ def _beside_rows(beside: tuple[Beside, ...]) -> Iterator[tuple[str, ...]]:
     for each in beside:
         yield (
             f"{each.name}{', simulated' if each.is_simulated else ''}",
-            f"{each.offered_rps:,.3f}",
-            f"{100 * each.attainment:.2f}",
-            _number(each.ttft.p50_ms),
-            _number(each.ttft.p99_ms),
-            _number(each.tpot.p50_ms),
-            _number(each.tpot.p99_ms),
-            f"{each.output_tokens_per_s:,.0f}",
+            number(each.offered_rps, 3),
+            number(100 * each.attainment, 2),
+            number(each.ttft.p50_ms),
+            number(each.ttft.p99_ms),
+            number(each.tpot.p50_ms),
+            number(each.tpot.p99_ms),
+            number(each.output_tokens_per_s, 0),
         )
 
 
 def _paired_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
     yield ("of each request", "median B/A", "95 % from", "to", "pairs", "")
     for each in comparison.paired:
-        low, high = each.interval.low, each.interval.high
         yield (
             each.name,
-            f"{each.ratio:.4f}",
-            f"{low:.4f}",
-            f"{high:.4f}",
+            number(each.ratio, 4),
+            number(each.interval.low, 4),
+            number(each.interval.high, 4),
             f"{each.num_pairs:,}",
             "differs" if each.differs else "",
         )
@@ -183,7 +184,7 @@ def _paired_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
     points = (100 * change.difference, 100 * change.interval.low, 100 * change.interval.high)
     yield (
         "attainment B - A, points",
-        *(f"{each:+.2f}" for each in points),
+        *(number(each, 2) for each in points),
         f"{change.num_pairs:,}",
         "differs" if change.differs else "",
     )
@@ -192,13 +193,9 @@ def _paired_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
 def _aggregate_rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
     yield ("of the whole run", "A", "B", "B/A")
     for each in comparison.aggregates:
-        yield (each.name, f"{each.a:,.3f}", f"{each.b:,.3f}", f"{each.ratio:.4f}")
+        yield (each.name, number(each.a, 3), number(each.b, 3), number(each.ratio, 4))
 
 
 def _printable(text: str) -> str:
     """What servers say must not move the cursor, or worse."""
     return "".join(each if each.isprintable() or each == "\n" else "\N{REPLACEMENT CHARACTER}" for each in text)
-
-
-def _number(value: float) -> str:
-    return "-" if value != value else f"{value:,.1f}"
