@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.cluster import running
 from benchmarks.handoff import cluster, mixed
-from benchmarks.loadtest_clients import Seen, Server, Shape, aiperf, tandem, vllm_bench, write_prompts
+from benchmarks.loadtest_clients import ClientError, Seen, Server, Shape, aiperf, tandem, vllm_bench, write_prompts
 from benchmarks.report import print_table, spread
 from loadtest.prompts.tokens import Vocabulary
 from tests.support.scripted_server import serving_process
@@ -140,6 +140,8 @@ async def _take_turns(
             place = folder / f"{server.name}-{number}-{client}"
             seed = 1 + number * len(names) + names.index(client)
             seen = await asyncio.to_thread(_measure, client, server, shape, vocabulary, peers, core, place, seed)
+            if seen.num_finished != shape.num_requests:
+                raise ClientError(f"{client} finished {seen.num_finished} of {shape.num_requests} on {server.name}")
             rounds.seen[client].append(seen)
     return rounds
 

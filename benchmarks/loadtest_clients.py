@@ -3,7 +3,8 @@
 Definitions, as the three have them. TTFT: from sending (ours: from when it was due) to the first chunk with a token.
 TPOT: (last chunk - first chunk) / (tokens - 1) of a request; aiperf calls it inter-token latency. vLLM's last chunk is
 the one with the finish_reason, which most servers send with the last token. Throughput: output tokens over the time
-from the first request to the last answer.
+from the first request to the last answer; the clocks of the other two start one gap before the first request, which is
+taken off here.
 """
 
 from __future__ import annotations
@@ -56,19 +57,16 @@ class Server:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What a client says of one run."""
+    """What a client says of one run: medians, and throughput."""
 
     num_finished: int
     ttft_ms: float
     tpot_ms: float
     output_tokens_per_s: float
 
-    def row(self) -> list[object]:
-        return [self.num_finished, self.ttft_ms, self.tpot_ms, self.output_tokens_per_s]
-
 
 class ClientError(RuntimeError):
-    """A load generator failed, or finished fewer requests than asked."""
+    """A load generator failed, or finished other than all requests: then its figures are of something else."""
 
 
 def write_prompts(vocabulary: Vocabulary, shape: Shape, path: Path, *, seed: int) -> None:
@@ -134,7 +132,7 @@ def aiperf(program: Path, server: Server, shape: Shape, prompts: Path, folder: P
         num_finished=int(figures["request_count"]["avg"]),
         ttft_ms=figures["time_to_first_token"]["p50"],
         tpot_ms=figures["inter_token_latency"]["p50"],
-        output_tokens_per_s=figures["output_token_throughput"]["avg"],
+        output_tokens_per_s=_from_first_request(figures["output_token_throughput"]["avg"], shape),
     )
 
 
@@ -155,8 +153,14 @@ def vllm_bench(program: Path, server: Server, shape: Shape, prompts: Path, folde
         num_finished=figures["completed"],
         ttft_ms=figures["median_ttft_ms"],
         tpot_ms=figures["median_tpot_ms"],
-        output_tokens_per_s=figures["output_throughput"],
+        output_tokens_per_s=_from_first_request(figures["output_throughput"], shape),
     )
+
+
+def _from_first_request(output_tokens_per_s: float, shape: Shape) -> float:
+    """The throughput of a clock that started with the first request, from that of one that started a gap before."""
+    tokens = shape.num_requests * shape.output_tokens
+    return tokens / (tokens / output_tokens_per_s - 1 / shape.rate_rps)
 
 
 @contextlib.contextmanager
