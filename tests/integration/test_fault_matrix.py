@@ -32,7 +32,6 @@ from tests.support.chaos_asking import (
     Streams,
     asking,
     clean,
-    is_gone,
     question,
     stopped,
     until,
@@ -46,6 +45,7 @@ from tests.support.cluster import started_cluster
 from tests.support.layout import ROOT
 from tests.support.long_tests import LONG, only_long
 from tests.support.pools import register_pool
+from tests.support.processes import is_gone, wait_gone
 from tests.unit.kvtransfer.shm_holder import pattern
 
 if TYPE_CHECKING:
@@ -515,15 +515,14 @@ async def test_a_killed_node_agent_takes_its_workers_along_and_can_be_started_ag
         await asyncio.to_thread(doomed.wait_ready)
         async with asking(doomed.base_url, auditor) as asker:
             await asker.learn(asked)
-            children = psutil.Process(doomed.pid).children(recursive=True)
+            children = [child.pid for child in psutil.Process(doomed.pid).children(recursive=True)]
             assert len(children) >= 2
             stream = asyncio.create_task(_until_broken(asker, endless))
             await until_audit(
                 doomed.audit, lambda audits: any(audit.open_requests for audit in audits.values()), "an open request"
             )
             doomed.send_signal(signal.SIGKILL)
-            _, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=10)
-            assert alive == []
+            await asyncio.to_thread(wait_gone, children, 10.0)
             assert await stream is End.BROKEN
     with started_cluster(config="configs/local.yaml", overrides=overrides) as again:
         await asyncio.to_thread(again.wait_ready)

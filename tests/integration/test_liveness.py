@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import httpx
-import psutil
 import pytest
 
 from cluster.local import allowed_cores, first_incarnation, worker_plans
@@ -33,6 +32,7 @@ from rpc import GrpcNetwork, LiveClock
 from tests.support.cluster import ClusterProcess, started_cluster
 from tests.support.commands import Command, tandem
 from tests.support.layout import ROOT
+from tests.support.processes import wait_gone
 from tests.support.stuck_worker import STUCK_FILE
 
 if TYPE_CHECKING:
@@ -104,12 +104,6 @@ def holds_nothing(audit: AuditReply) -> bool:
     ) == (0, 0, 0)
 
 
-def wait_dead(*pids: int, within_s: float = RECOVERY_S) -> None:
-    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    _, alive = psutil.wait_procs(processes, timeout=within_s)
-    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
-
-
 # --- embedded: `tandem serve` -------------------------------------------------------------------------
 
 
@@ -130,7 +124,7 @@ async def test_a_frozen_worker_is_killed_and_restarted_and_the_other_holds_nothi
     async with streaming(cluster.base_url):
         os.kill(before.pid, signal.SIGSTOP)
         frozen_s = time.monotonic()
-        await asyncio.to_thread(wait_dead, before.pid)
+        await asyncio.to_thread(wait_gone, [before.pid], RECOVERY_S)
         killed_s = time.monotonic() - frozen_s
         assert killed_s >= 2.0, "a worker may well be silent for a moment"
         assert killed_s < 20.0, "3 s where the machine is idle"
@@ -227,7 +221,7 @@ async def test_a_killed_agent_takes_its_workers_along_and_the_next_one_brings_th
                     agent.process.kill()
                     await asyncio.to_thread(agent.process.wait)
                     # At once: nobody has to miss a heartbeat for it.
-                    await asyncio.to_thread(wait_dead, *(member.info.pid for member in first.values()))
+                    await asyncio.to_thread(wait_gone, [member.info.pid for member in first.values()], RECOVERY_S)
 
             async def given_up() -> bool:
                 return await pieces.members() == {}
@@ -274,7 +268,7 @@ async def test_who_wakes_after_it_was_given_up_is_fenced_and_comes_back_as_anoth
 
         await eventually(given_up)
         os.kill(before.pid, signal.SIGCONT)
-        await asyncio.to_thread(wait_dead, before.pid)
+        await asyncio.to_thread(wait_gone, [before.pid], RECOVERY_S)
         await eventually(pieces.both_are_members)
         after = (await pieces.members())["decode-0"].info
         assert after.incarnation > before.incarnation
@@ -304,7 +298,7 @@ async def test_a_worker_with_a_stuck_engine_ends_itself_and_comes_back(coordinat
                     stuck_s = time.monotonic()
                     # One more prompt, for the victim that only reads them.
                     asking = asyncio.create_task(completes(base_url))
-                    await asyncio.to_thread(wait_dead, before.pid)
+                    await asyncio.to_thread(wait_gone, [before.pid], RECOVERY_S)
                     assert time.monotonic() - stuck_s < 30.0, "3 s and its last words where the machine is idle"
                 await eventually(pieces.both_are_members)
                 assert (await pieces.members())[victim].info.incarnation > before.incarnation

@@ -21,6 +21,7 @@ from rpc import LiveClock
 from tests.support.commands import tandem
 from tests.support.layout import ROOT
 from tests.support.long_tests import only_long
+from tests.support.processes import wait_gone
 
 RANGE = ("--max-context", "256", "--max-num-batched-tokens", "64", "--max-num-seqs", "8")
 
@@ -125,11 +126,10 @@ def test_a_killed_measurement_leaves_no_cluster() -> None:
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
-        family = psutil.Process(process.pid).children(recursive=True)
+        family = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         assert len(family) >= 3
         process.kill()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive
+    wait_gone(family, 10.0)
 
 
 def test_a_profile_needs_room_for_its_points() -> None:

@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import httpx
-import psutil
 
 from benchmarks.chaos_books import audit_faults
 from benchmarks.chaos_client import End, Outcome, Question, Try, ask, attempt
@@ -168,11 +167,3 @@ def stopped(*pids: int) -> Generator[None]:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-
-
-def is_gone(pid: int) -> bool:
-    """No such process, or one that only waits to be reaped."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True

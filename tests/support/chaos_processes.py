@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import subprocess
 import time
 from contextlib import contextmanager
@@ -171,14 +170,6 @@ def _after(start: str) -> Callable[[str], str | None]:
 def _ready_address(line: str) -> str | None:
     status = decode_status(line.encode())
     return status.address if isinstance(status, Ready) else None
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @contextmanager

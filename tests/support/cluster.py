@@ -27,6 +27,7 @@ from cluster.state_file import ClusterState, read_state
 from contracts.messages import AUDIT, Empty
 from rpc import GrpcNetwork
 from tests.support.layout import ROOT
+from tests.support.processes import wait_gone
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Container, Generator, Mapping, Sequence
@@ -159,7 +160,7 @@ class ClusterProcess:
         tree, state = self._tree(), self._known_state()
         for process in tree:
             _unless_gone(process.kill)
-        psutil.wait_procs(tree, timeout=STOP_TIMEOUT_S)
+        wait_gone([process.pid for process in tree], STOP_TIMEOUT_S)
         self._process.wait(STOP_TIMEOUT_S)
         self._reader.join(STOP_TIMEOUT_S)
         if self._process.stdout is not None:

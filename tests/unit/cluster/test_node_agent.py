@@ -21,6 +21,7 @@ from contracts.ids import Incarnation
 from rpc import LiveClock
 from tests.support.fake_agent import fake_plan
 from tests.support.layout import ROOT
+from tests.support.processes import is_gone, wait_gone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -67,20 +68,6 @@ def all_ready(workers: list[WorkerStatus]) -> bool:
     return all(worker.state is State.READY for worker in workers)
 
 
-def gone(pid: int) -> bool:
-    """Ended, or a zombie that only its parent can bury."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def wait_gone(*pids: int) -> None:
-    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    psutil.wait_procs(processes, timeout=PATIENCE_S)
-    assert all(gone(pid) for pid in pids)
-
-
 def pid_of(worker: WorkerStatus) -> int:
     assert worker.pid is not None
     return worker.pid
@@ -101,7 +88,7 @@ def test_workers_start_and_leave_when_the_agent_does(tmp_path: Path) -> None:
             assert [worker.address for worker in workers] == [f"fake:{pid}" for pid in pids]
             assert len(set(pids)) == 2
         assert [worker.state for worker in watched.agent.workers()] == [State.STOPPED, State.STOPPED]
-        assert all(gone(pid) for pid in pids)
+        assert all(is_gone(pid) for pid in pids)
 
     on_both_loops(run)
 
@@ -140,7 +127,7 @@ async def test_a_worker_that_dies_at_its_start_is_given_up_and_the_rest_serves(t
     async with watched.agent:
         lost, other = await watched.until(lambda workers: [w.state for w in workers] == [State.GIVEN_UP, State.READY])
         assert lost.problem == "it was ended by SIGSEGV"
-        assert not gone(pid_of(other))
+        assert not is_gone(pid_of(other))
     report = "\n".join(watched.said)
     assert "fake-0: given up after 3 failed starts: it was ended by SIGSEGV" in report
     assert "fake-0 | log line of " in report
@@ -168,7 +155,7 @@ async def test_a_worker_that_will_not_leave_is_killed(tmp_path: Path) -> None:
     watched = Watched(plans(tmp_path, "stubborn"), tmp_path, limits)
     async with watched.agent:
         (worker,) = await watched.until(all_ready)
-    assert gone(pid_of(worker))
+    assert is_gone(pid_of(worker))
 
 
 @pytest.mark.parametrize("behaviour", ["frozen", "mute"])
@@ -181,7 +168,7 @@ def test_a_ready_worker_that_falls_silent_is_killed_and_restarted(tmp_path: Path
         async with watched.agent:
             (first,) = await watched.until(all_ready)
             await watched.until(lambda workers: workers[0].incarnation >= 101)
-            assert gone(pid_of(first))
+            assert is_gone(pid_of(first))
         assert "fake-0: hangs: no sign of life for 0.5 s; killed" in watched.said
 
     on_both_loops(run)
@@ -230,7 +217,7 @@ async def test_a_cancelled_agent_waits_for_no_watcher_and_leaves_nobody(tmp_path
     serving.cancel()
     await asyncio.wait([serving], timeout=PATIENCE_S)
     assert serving.cancelled()
-    wait_gone(*pids)
+    wait_gone(pids, PATIENCE_S)
 
 
 async def test_a_bug_of_the_agent_ends_its_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +238,7 @@ async def test_a_bug_of_the_agent_ends_its_body(tmp_path: Path, monkeypatch: pyt
         async with asyncio.timeout(PATIENCE_S):
             await serve()
     assert caught.group_contains(ZeroDivisionError)
-    wait_gone(*(pid_of(worker) for worker in workers))
+    wait_gone([pid_of(worker) for worker in workers], PATIENCE_S)
 
 
 def test_what_a_crashed_worker_started_goes_with_it(tmp_path: Path) -> None:
@@ -262,7 +249,7 @@ def test_what_a_crashed_worker_started_goes_with_it(tmp_path: Path) -> None:
         log = (tmp_path / "fake-0.log").read_text()
         grandchildren = [int(line.split()[1]) for line in log.splitlines() if line.startswith("grandchild")]
         assert len(grandchildren) >= 2
-        wait_gone(*grandchildren)
+        wait_gone(grandchildren, PATIENCE_S)
 
     on_both_loops(run)
 
@@ -309,10 +296,10 @@ def test_nobody_outlives_a_killed_agent(tmp_path: Path, number: signal.Signals, 
         log = (tmp_path / "fake-0.log").read_text()
         pids += [int(line.split()[1]) for line in log.splitlines() if line.startswith("grandchild")]
         assert len(pids) == 2 + (behaviour == "parent")
-        assert not any(gone(pid) for pid in pids)
+        assert not any(is_gone(pid) for pid in pids)
         parent.send_signal(number)
         parent.wait(PATIENCE_S)
-    wait_gone(*pids, *children)
+    wait_gone([*pids, *children], PATIENCE_S)
 
 
 def test_the_guard_forgets_what_is_gone() -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
-import psutil
 import pytest
 
 from tests.support.cluster import started_cluster
 from tests.support.commands import PATIENCE_S, tandem
 from tests.support.layout import ROOT
+from tests.support.processes import is_gone
 
 if TYPE_CHECKING:
     from tests.support.commands import Tandem
@@ -39,10 +39,6 @@ asyncio.run(main())
 """
 
 
-def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
 def test_serve_tells_where_it_is_and_leaves_nothing_behind(run_tandem: Tandem) -> None:
     with started_cluster(overrides={"engine.max_sequences": "8"}) as cluster:
         cluster.wait_ready()
@@ -55,7 +51,7 @@ def test_serve_tells_where_it_is_and_leaves_nothing_behind(run_tandem: Tandem) -
         assert re.search(r"^ok +decode-0 \(decode, pid \d+\) +0 requests open", audit.stdout, re.MULTILINE)
         pids = cluster.worker_pids()
         assert cluster.stop() == 0
-        assert all(gone(pid) for pid in pids)
+        assert all(is_gone(pid) for pid in pids)
         assert not Path(state.runtime_dir).exists()
         assert f"curl -N {state.base_url}/v1/chat/completions" in cluster.output
 
