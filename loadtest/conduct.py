@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+from array import array
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loadtest import machine
 from loadtest.gauges import GaugeWatch
-from loadtest.pacer import Pacer
+from loadtest.pacer import DelayWatch, Pacer
 from loadtest.player import Player, RunClock
 from loadtest.progress import BAR_INTERVAL_S, RunProgress
-from loadtest.record import Outcome
 
 if TYPE_CHECKING:
-    from array import array
     from collections.abc import Generator, Sequence
 
     from loadtest.gauges import GaugePoint
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
 START_DELAY_S = 0.05
 #: How often a search looks whether anything is left to be decided.
 DECIDE_INTERVAL_S = 0.1
+#: Between two runs: at least, and as long as the server says that it is busy.
+SETTLE_S = 0.3
+MAX_SETTLE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +53,14 @@ class Played:
     target: Target
     #: In the order in which they became due; those that never did are not here.
     records: list[RequestRecord]
-    #: On the server's own clock, which stands still while others have their turn; until the last request had ended.
-    duration_s: float
     #: How late the event loop came to what was due, in seconds, every 10 ms.
     loop_delays_s: array[float]
     #: Of one core.
     client_cpu_share: float
     #: The server's own count of its requests, where it tells.
     gauges: tuple[GaugePoint, ...]
-    #: Ctrl-C.
-    was_stopped: bool
+    #: Why the server's own count ends early, or is missing; None: it does not.
+    no_gauges_because: str | None
 
 
 class _Turn:
@@ -68,6 +68,7 @@ class _Turn:
 
     def __init__(self, side: Side, plan: Plan, pacer: Pacer, concurrency: int | None) -> None:
         self.side = side
+        self.plan = plan
         self.clock = RunClock(machine.now_s)
         self.gauges = GaugeWatch(side.client, self.clock.now_s)
         self.player = Player(
@@ -81,7 +82,7 @@ class _Turn:
         )
         self.played_s = 0.0
         self.cpu_s = 0.0
-        self.loop_delays_s = pacer.delays_s[:0]
+        self.loop_delays_s: array[float] = array("d")
 
 
 class Conductor:
@@ -116,44 +117,50 @@ class Conductor:
             with self._interruptible(), _without_garbage_collection():
                 for number, items in enumerate(plan.rounds(num_rounds)):
                     for turn in turns if number % 2 == 0 else reversed(turns):
-                        await self._part(turn, items, pacer, what if len(sides) == 1 else turn.side.target.name, decide)
+                        told = (
+                            what if len(sides) == 1 else f"{turn.side.target.name}, part {number + 1} of {num_rounds}"
+                        )
+                        await self._part(turn, number, items, pacer, told, decide)
         finally:
             pacer.close()
             timer.close()
         return tuple(self._played(turn) for turn in turns)
 
     async def _part(
-        self, turn: _Turn, items: range, pacer: Pacer, what: str, decide: Sequence[SloClass] | None
+        self, turn: _Turn, number: int, items: range, pacer: Pacer, what: str, decide: Sequence[SloClass] | None
     ) -> None:
         if self.was_stopped:
             return
-        start_s, cpu_s, num_delays = turn.played_s, machine.cpu_s(), len(pacer.delays_s)
+        start_s, cpu_s = turn.played_s, machine.cpu_s()
         turn.clock.start_at(start_s, in_s=START_DELAY_S)
-        pacer.watch_delay()
-        watches = [asyncio.create_task(_show(turn.player, what, len(items)))]
+        delay = DelayWatch(pacer, machine.now_s, turn.loop_delays_s)
+        watches = [asyncio.create_task(_show(turn.player, what, turn.plan.num_requests_of(items)))]
         watches.append(asyncio.create_task(turn.gauges.run()))
         if decide is not None:
             watches.append(asyncio.create_task(_stop_when_decided(turn, decide)))
         try:
-            await turn.player.play(items, start_s=start_s)
+            await turn.player.play(items, start_s=start_s, part=number)
         finally:
-            pacer.stop_watching()
+            delay.stop()
             for watch in watches:
                 watch.cancel()
             await asyncio.gather(*watches, return_exceptions=True)
         turn.played_s = turn.clock.now_s()
         turn.cpu_s += machine.cpu_s() - cpu_s
-        turn.loop_delays_s.extend(pacer.delays_s[num_delays:])
+
+    async def settle(self, side: Side) -> None:
+        """Before another run: what the last one left at the server must not burden the next."""
+        await asyncio.sleep(SETTLE_S)
+        await GaugeWatch(side.client, machine.now_s).wait_until_idle(MAX_SETTLE_S)
 
     def _played(self, turn: _Turn) -> Played:
         return Played(
             target=turn.side.target,
             records=turn.player.records,
-            duration_s=turn.played_s,
             loop_delays_s=turn.loop_delays_s,
             client_cpu_share=turn.cpu_s / turn.played_s if turn.played_s > 0 else 0.0,
             gauges=tuple(turn.gauges.points),
-            was_stopped=self.was_stopped,
+            no_gauges_because=turn.gauges.stopped_because,
         )
 
     @contextmanager
@@ -185,8 +192,9 @@ def _without_garbage_collection() -> Generator[None]:
         gc.unfreeze()
 
 
-async def _show(player: Player, what: str, num_items: int) -> None:
-    with RunProgress(what, num_items, machine.now_s) as progress:
+async def _show(player: Player, what: str, num_requests: int) -> None:
+    already = player.num_ended
+    with RunProgress(what, num_requests, already, machine.now_s) as progress:
         while True:
             await asyncio.sleep(BAR_INTERVAL_S)
             progress.update(player)
@@ -201,5 +209,5 @@ async def _stop_when_decided(turn: _Turn, slos: Sequence[SloClass]) -> None:
             not record.chunk_s and now_s - record.due_s > ttft_s[record.slo_class]
             for record in turn.player.open_records()
         ):
-            turn.player.stop(Outcome.GIVEN_UP)
+            turn.player.give_up_open()
             return

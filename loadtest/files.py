@@ -48,22 +48,24 @@ class ReportFolder:
             self._folder.rmdir()
 
     def write(self, report: LoadReport) -> str:
-        """Replaces what was there; the JSON comes last, and whole. Returns what was written, for people."""
-        files = {CSV_FILE: requests_csv(report).encode()}
-        if self._flags.html:
-            # It loads matplotlib, half a second that a run without a page is spared.
-            from loadtest.report.html import report_html
-
-            files[PAGE_FILE] = report_html(report).encode()
-        files[REPORT_FILE] = report_json(report)
+        """Replaces what was there; the JSON comes first, whole, whatever becomes of the others. Returns what was
+        written, for people."""
         try:
             for name in (REPORT_FILE, CSV_FILE, PAGE_FILE):
                 (self._folder / name).unlink(missing_ok=True)
-            for name, content in files.items():
-                unfinished = self._folder / f"{name}.new"
-                unfinished.write_bytes(content)
-                unfinished.replace(self._folder / name)
+            self._put(REPORT_FILE, report_json(report))
+            self._put(CSV_FILE, requests_csv(report).encode())
+            if self._flags.html:
+                # It loads matplotlib, half a second that a run without a page is spared.
+                from loadtest.report.html import report_html
+
+                self._put(PAGE_FILE, report_html(report).encode())
         except OSError as error:
             raise ConfigError(f"--output {self._folder}: cannot be written: {error.strerror}") from error
-        first, *others = reversed(files)
-        return f"{self._folder / first}{''.join(f', {name}' for name in others)}"
+        page = f", {PAGE_FILE}" if self._flags.html else ""
+        return f"{self._folder / REPORT_FILE}, {CSV_FILE}{page}"
+
+    def _put(self, name: str, content: bytes) -> None:
+        unfinished = self._folder / f"{name}.new"
+        unfinished.write_bytes(content)
+        unfinished.replace(self._folder / name)

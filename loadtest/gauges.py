@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 PATH = "/metrics"
 INTERVAL_S = 1.0
+IDLE_INTERVAL_S = 0.2
 #: After so many in a row nobody asks any more.
 MAX_FAILURES = 3
 
@@ -52,6 +53,16 @@ class GaugeWatch:
         while self.stopped_because is None:
             await self._ask()
             await asyncio.sleep(INTERVAL_S)
+
+    async def wait_until_idle(self, limit_s: float) -> None:
+        """Until the server says that it has no request, at most so long; at once where it does not say."""
+        end_s = self._now_s() + limit_s
+        while self.stopped_because is None and self._now_s() < end_s:
+            self.points.clear()
+            await self._ask()
+            if not self.points or self.points[0].running + self.points[0].waiting == 0:
+                return
+            await asyncio.sleep(IDLE_INTERVAL_S)
 
     async def _ask(self) -> None:
         try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from array import array
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Callable
 
 #: Reads come to their turn after so many actions, also when the client has fallen behind.
@@ -28,11 +28,7 @@ class Timer(Protocol):
 
 
 class Pacer:
-    """Calls back at times of `now_s`, never early.
-
-    It also measures itself: every `DELAY_INTERVAL_S` it notes how late the event loop came to it. What arrives from a
-    server is timed when the loop comes to it, too, so this delay bounds the error of every latency that is reported.
-    """
+    """Calls back at times of `now_s`, never early."""
 
     def __init__(self, timer: Timer, now_s: Callable[[], float]) -> None:
         self._timer = timer
@@ -40,11 +36,8 @@ class Pacer:
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
         self._armed_s = float("inf")
-        #: Seconds, one for each look.
-        self.delays_s: array[float] = array("d")
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(timer.fd, self._fired)
-        self._watching = False
         self._firing = False
 
     def at(self, due_s: float, action: Callable[[], None]) -> None:
@@ -53,42 +46,60 @@ class Pacer:
         if due_s < self._armed_s and not self._firing:
             self._arm()
 
-    def watch_delay(self) -> None:
-        """Begins to measure the event loop's delay."""
-        self._watching = True
-        self._look_at(self._now_s() + DELAY_INTERVAL_S)
-
-    def stop_watching(self) -> None:
-        self._watching = False
-
     def close(self) -> None:
         """Forgets everything that is due."""
         self._due.clear()
         self._loop.remove_reader(self._timer.fd)
-
-    def _look_at(self, due_s: float) -> None:
-        def look() -> None:
-            now_s = self._now_s()
-            self.delays_s.append(now_s - due_s)
-            if self._watching:
-                # Looks that were missed altogether count once, with their whole delay.
-                self._look_at(max(due_s, now_s) + DELAY_INTERVAL_S)
-
-        self.at(due_s, look)
 
     def _fired(self) -> None:
         self._timer.clear()
         self._armed_s = float("inf")
         due = self._due
         self._firing = True
-        for _ in range(MAX_ACTIONS_AT_ONCE):
-            if not due or due[0][0] > self._now_s():
-                break
-            heapq.heappop(due)[2]()
-        self._firing = False
-        if due:
-            self._arm()
+        try:
+            for _ in range(MAX_ACTIONS_AT_ONCE):
+                if not due or due[0][0] > self._now_s():
+                    break
+                heapq.heappop(due)[2]()
+        finally:
+            # Also when an action raises: the others are still due.
+            self._firing = False
+            if due:
+                self._arm()
 
     def _arm(self) -> None:
         self._armed_s = self._due[0][0]
         self._timer.arm(self._armed_s)
+
+
+class DelayWatch:
+    """Notes how late the event loop comes to what is due, every `DELAY_INTERVAL_S`, from when it is made until `stop`.
+
+    What arrives from a server is timed when the loop comes to it, too, so this delay bounds the error of every latency.
+    A loop that was away for long missed looks, each of which would have been late: they are noted as well, as by
+    HdrHistogram's correction, so that the share of late looks is the share of time in which arrivals were timed late.
+    """
+
+    def __init__(self, pacer: Pacer, now_s: Callable[[], float], delays_s: array[float]) -> None:
+        """Appends to `delays_s`, in seconds."""
+        self._pacer = pacer
+        self._now_s = now_s
+        self._delays_s = delays_s
+        self._is_stopped = False
+        self._look_at(now_s() + DELAY_INTERVAL_S)
+
+    def stop(self) -> None:
+        self._is_stopped = True
+
+    def _look_at(self, due_s: float) -> None:
+        def look() -> None:
+            if self._is_stopped:
+                return
+            now_s = self._now_s()
+            delay_s = now_s - due_s
+            self._delays_s.append(delay_s)
+            while (delay_s := delay_s - DELAY_INTERVAL_S) > 0:
+                self._delays_s.append(delay_s)
+            self._look_at(now_s + DELAY_INTERVAL_S)
+
+        self._pacer.at(due_s, look)

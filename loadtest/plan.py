@@ -78,6 +78,9 @@ class Plan:
             raise ValueError(f"{len(self.items)} items do not make {num_rounds} rounds")
         return tuple(range(low, high) for low, high in pairwise(bounds))
 
+    def num_requests_of(self, items: range) -> int:
+        return sum(num_turns(self.items[item]) for item in items)
+
     def with_cancels(self, cancel_after: CancelAfter) -> Plan:
         return replace(self, cancel_after=cancel_after)
 

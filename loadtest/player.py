@@ -42,6 +42,11 @@ class Bodies(Protocol):
 
     path: str
 
+    @property
+    def num_lengthened(self) -> int:
+        """Prompts that could not be as short as planned."""
+        ...
+
     def lone(self, item: int) -> bytes:
         """Of a request without others before it; made before the run, so that this costs nothing."""
         ...
@@ -101,6 +106,9 @@ class Player:
         self._all_begun = False
         self.is_stopped = False
         self._ended = asyncio.Event()
+        #: A bug, or a machine without memory: what made the run impossible.
+        self._error: BaseException | None = None
+        self._part = 0
         self.records: list[RequestRecord] = []
         self.num_ended = 0
         self.num_failed = 0
@@ -118,11 +126,12 @@ class Player:
         """Whether nothing is left to become due."""
         return self._all_begun and self._num_begun_items == len(self.exchanges)
 
-    async def play(self, items: range, *, start_s: float) -> None:
+    async def play(self, items: range, *, start_s: float, part: int = 0) -> None:
         """Sends these items of the plan, the first of them at `start_s` of the clock, and waits until all have ended.
-        They end: every request has a deadline."""
+        They end: every request has a deadline. Raises what went wrong in making or sending a request."""
         if self.is_stopped:
             return
+        self._part = part
         self._ended.clear()
         self._all_begun = False
         self._waiting = iter(items)
@@ -133,6 +142,8 @@ class Player:
         else:
             self.pacer.at(self.clock.origin_s + start_s, self._begin_clients)
         await self._ended.wait()
+        if self._error is not None:
+            raise self._error
 
     def stop(self, outcome: Outcome = Outcome.INTERRUPTED) -> None:
         """Sends no more; what is on the wire ends with `outcome`. `play` returns."""
@@ -142,6 +153,11 @@ class Player:
         for exchange in list(self.exchanges.values()):
             exchange.give_up(outcome)
         self.check_ended()
+
+    def give_up_open(self) -> None:
+        """Ends what is on the wire: a search knows enough. What comes later is sent all the same."""
+        for exchange in list(self.exchanges.values()):
+            exchange.give_up(Outcome.GIVEN_UP)
 
     # --- which item comes next ---------------------------------------------------------------------
 
@@ -194,9 +210,17 @@ class Player:
     def _send_turn(self, item: int, turn: int, due_s: float, answers: list[Answer]) -> None:
         if self.is_stopped:
             return
-        record = self._plan.record(item, turn)
-        record.due_s = due_s
-        self.records.append(record)
+        try:
+            self._try_to_send(item, turn, due_s, answers)
+        except BaseException as error:
+            # In a callback of the event loop it would be logged, and the run would wait for ever.
+            self._error = error
+            self.stop()
+            self._ended.set()
+
+    def _try_to_send(self, item: int, turn: int, due_s: float, answers: list[Answer]) -> None:
+        record = self._record(item, turn, due_s)
+        record.taken_s = self.clock.now_s()
         asked = self._plan.items[item]
         if isinstance(asked, Chat):
             record.prompt_tokens = self.bodies.prompt_tokens(item, turn, answers)
@@ -208,7 +232,10 @@ class Player:
 
         def ended(answer: Answer | None) -> None:
             self._count(record)
-            if last or self.is_stopped or record.outcome not in (Outcome.FINISHED, Outcome.CANCELLED):
+            went_well = record.outcome in (Outcome.FINISHED, Outcome.CANCELLED)
+            if not (last or went_well or self.is_stopped):
+                self._lose_turns(item, turn + 1, record.end_s)
+            if last or not went_well or self.is_stopped:
                 self._end_item()
                 return
             assert isinstance(asked, Chat)
@@ -218,6 +245,23 @@ class Player:
             self.pacer.at(self.clock.origin_s + next_due_s, lambda: self._send_turn(item, turn + 1, next_due_s, so_far))
 
         _Exchange(self, record, body, keep_text=not last, ended=ended).send()
+
+    def _record(self, item: int, turn: int, due_s: float) -> RequestRecord:
+        record = self._plan.record(item, turn)
+        record.due_s = due_s
+        record.part = self._part
+        self.records.append(record)
+        return record
+
+    def _lose_turns(self, item: int, first: int, at_s: float) -> None:
+        """A user whose answer failed does not get to ask the rest: a server that breaks chats early is no better."""
+        chat = self._plan.items[item]
+        assert isinstance(chat, Chat)
+        for turn in range(first, len(chat.turns)):
+            record = self._record(item, turn, at_s)
+            record.end_s, record.outcome = at_s, Outcome.TURN_LOST
+            record.detail = "an earlier turn of the chat failed"
+            self._count(record)
 
     def _count(self, record: RequestRecord) -> None:
         self.num_ended += 1

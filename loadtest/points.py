@@ -62,6 +62,14 @@ class Points:
         self._num_runs = 0
         #: What a reader must know before trusting a figure.
         self.warnings: list[str] = []
+        #: A search ended where the client failed, not the server.
+        self.client_was_limit = False
+        self._lengthened: set[str] = set()
+
+    @property
+    def can_be_paired(self) -> bool:
+        """Whether all servers were asked the same at the same rate."""
+        return not (self._flags.find_goodput or self._rates_rps)
 
     @property
     def was_stopped(self) -> bool:
@@ -100,6 +108,9 @@ class Points:
                 )
                 for server in servers
             ]
+            if self._num_runs > 1:
+                for side in sides:
+                    runner.run(self._conductor.settle(side))
             played = runner.run(
                 self._conductor.play(
                     sides,
@@ -109,6 +120,8 @@ class Points:
                     decide=self._traffic.slos if decide else None,
                 )
             )
+        for each in sides:
+            self._note_lengthened(each)
         return tuple(self._measured(each, server, plan) for each, server in zip(played, servers, strict=True))
 
     def _measured(self, played: Played, server: Server, plan: Plan) -> ServerRun:
@@ -122,7 +135,7 @@ class Points:
             max_lag_ms=self._flags.max_send_lag_ms,
             num_planned=plan.num_requests,
             gauges=_gauges(played),
-            notes=server.known.notes,
+            notes=(*server.known.notes, *_without_gauges(played)),
         )
 
     def _at_rate(self, plan: Plan, rate_rps: float) -> Plan:
@@ -136,9 +149,7 @@ class Points:
     def _sweep(self, runner: asyncio.Runner, servers: Sequence[Server], plan: Plan) -> tuple[ServerRun, ...]:
         tried = [_Tried(rates=[]) for _ in servers]
         for rate_rps in self._rates_rps:
-            runs = self._play(
-                runner, servers, self._at_rate(plan, rate_rps), what=f"{rate_rps:,.3g} requests/s", decide=True
-            )
+            runs = self._play(runner, servers, self._at_rate(plan, rate_rps), what=f"{rate_rps:,.3g} requests/s")
             for each, run in zip(tried, runs, strict=True):
                 self._note(each, rate_rps, run)
             if self.was_stopped:
@@ -170,10 +181,26 @@ class Points:
             )
         except Stopped:
             self.warnings.append(f"{server.known.target.name}: the search for goodput was stopped before it had ended")
+        if any(point.rate_rps == found.missed_rps and not point.valid for point in tried.rates if found):
+            self.client_was_limit = True
+            self.warnings.append(
+                f"{server.known.target.name}: above the goodput that was found the client was the limit, not the server"
+            )
         return _in_full(tried, found)
+
+    def _note_lengthened(self, side: Side) -> None:
+        if side.bodies.num_lengthened and side.target.name not in self._lengthened:
+            self._lengthened.add(side.target.name)
+            self.warnings.append(
+                f"{side.target.name}: {side.bodies.num_lengthened:,} prompts could not be as short as planned: what "
+                f"the server adds to them is as long"
+            )
 
     def _note(self, tried: _Tried, rate_rps: float, run: ServerRun) -> None:
         """Keeps the run of the highest rate with enough attainment; before there is one, of the lowest rate."""
+        if self.was_stopped and tried.best is not None:
+            # The first seconds of a rate that is too high look good.
+            return
         tried.rates.append(RateResult.of(rate_rps, run.metrics, run.validity))
         if not run.validity.valid:
             self.warnings.append(
@@ -194,6 +221,12 @@ class Points:
 def _in_full(tried: _Tried, found: GoodputSearch | None) -> ServerRun:
     assert tried.best is not None
     return msgspec.structs.replace(tried.best, search=found, rates=tuple(tried.rates))
+
+
+def _without_gauges(played: Played) -> tuple[str, ...]:
+    if played.no_gauges_because is None:
+        return ()
+    return (f"the server's own count of its requests ends early, or is missing: {played.no_gauges_because}",)
 
 
 def _gauges(played: Played) -> ServerGauges | None:

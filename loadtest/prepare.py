@@ -124,6 +124,8 @@ class Wanted:
     #: From `--tokenizer`; None: each server is asked.
     vocabulary: Vocabulary | None
     has_chats: bool
+    #: Chats bring what their users say.
+    has_text: bool
     #: Longest prompt and answer of the workload, together.
     longest_tokens: int
 

@@ -27,12 +27,19 @@ class Counts(Protocol):
 
 
 class RunProgress:
-    """A context; call `update` every `BAR_INTERVAL_S`. Nothing remains of a bar when it is left."""
+    """Of a part of a run. A context; call `update` every `BAR_INTERVAL_S`. Nothing remains of a bar when it is left."""
 
     def __init__(
-        self, what: str, num_requests: int, now_s: Callable[[], float], *, console: Console | None = None
+        self,
+        what: str,
+        num_requests: int,
+        num_ended_before: int,
+        now_s: Callable[[], float],
+        *,
+        console: Console | None = None,
     ) -> None:
         self._what = what
+        self._num_ended_before = num_ended_before
         self._num_requests = num_requests
         self._now_s = now_s
         self._console = console or Console(stderr=True)
@@ -64,15 +71,16 @@ class RunProgress:
             self._bar.stop()
 
     def update(self, counts: Counts) -> None:
+        num_ended = counts.num_ended - self._num_ended_before
         failed = f", {counts.num_failed:,} failed" if counts.num_failed else ""
         told = f"ended, {counts.num_open:,} open{failed}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=counts.num_ended, told=told)
+            self._bar.update(self._task, completed=num_ended, told=told)
             self._bar.refresh()
         elif self._now_s() >= self._next_line_s:
             self._next_line_s = self._now_s() + LINE_INTERVAL_S
             self._console.print(
-                f"{self._what}: {counts.num_ended:,} of {self._num_requests:,} requests {told}",
+                f"{self._what}: {num_ended:,} of {self._num_requests:,} requests {told}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -49,6 +49,8 @@ class Outcome(StrEnum):
     ERROR_EVENT = "error_event"
     #: Ended well, with no token.
     NO_OUTPUT = "no_output"
+    #: A turn of a chat that could not be: the one before it had failed.
+    TURN_LOST = "turn_lost"
     #: A search for goodput did not wait for it: it had missed its target already.
     GIVEN_UP = "given_up"
     #: This machine has no file descriptor, port or memory left: the client is the bottleneck.
@@ -87,7 +89,12 @@ class RequestRecord:
     #: Before the measured part: left out of every figure.
     is_warmup: bool = False
 
+    #: Which part of a run it belongs to, where several servers have their turns; between parts nothing is offered.
+    part: int = 0
+
     due_s: float = math.nan
+    #: The client turned to it, for the first time.
+    taken_s: float = math.nan
     #: The request's bytes were handed to the socket; of a retry, the last time.
     sent_s: float = math.nan
     #: Whether a new connection was opened for it, and how long that took.

@@ -69,10 +69,11 @@ def run_loadtest(
         limits=servers.limits(run),
         vocabulary=vocabulary,
         has_chats=traffic.totals.num_chats > 0,
+        has_text=any(isinstance(item, Chat) and item.turns[0].text is not None for item in items),
         longest_tokens=max(map(_longest_tokens, items)),
     )
     with ReportFolder(report) as folder:
-        started_at = machine.started_at()
+        started_at, hardware, versions = machine.started_at(), machine.describe(), machine.versions()
         machine.raise_file_limit()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             ready = runner.run(_prepare_all(urls, wanted))
@@ -97,16 +98,16 @@ def run_loadtest(
                     # Names alone: values may be keys.
                     "extra_body": sorted(wanted.extra_body),
                 },
-                "machine": machine.describe(),
-                "versions": machine.versions(),
+                "machine": hardware,
+                "versions": versions,
             },
             workload=traffic.text,
             workload_digest=_digest(items, plan, workload.seed),
             slos=traffic.slos,
             runs=runs,
-            comparisons=compare_runs(runs, traffic.slos) if len(runs) > 1 else (),
+            comparisons=compare_runs(runs, traffic.slos) if len(runs) > 1 and points.can_be_paired else (),
             beside=beside,
-            warnings=(*traffic.warnings, *points.warnings),
+            warnings=(*traffic.warnings, *_same_url(urls), *points.warnings),
         )
         print(report_text(document), end="")
         print(f"wrote {folder.write(document)}")
@@ -116,11 +117,11 @@ def run_loadtest(
 def _status(runs: tuple[ServerRun, ...], points: Points) -> int:
     if points.was_stopped:
         return INTERRUPTED
-    return MEASURED if all(run.validity.valid for run in runs) else INVALID
+    return MEASURED if all(run.validity.valid for run in runs) and not points.client_was_limit else INVALID
 
 
 def _compare(a: Path, b: Path) -> int:
-    """Exit status 1 when the two have nothing to compare."""
+    """Raises ConfigError when the two have nothing to compare."""
     comparisons = compare_reports(read_report(a), read_report(b))
     if not comparisons:
         raise ConfigError(f"--compare: {a} and {b} have no server of the same name")
@@ -194,6 +195,12 @@ def _tell(ready: tuple[Server, ...], traffic: Traffic) -> None:
         )
         for note in known.notes:
             print(f"{target.name}: {note}", file=sys.stderr)
+
+
+def _same_url(urls: dict[str, str]) -> tuple[str, ...]:
+    if len(set(urls.values())) == len(urls):
+        return ()
+    return ("servers of one address are asked the same prompts: the later one may find them in the cache",)
 
 
 def _longest_tokens(item: WorkloadRequest | Chat) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 from loadtest import machine
-from loadtest.pacer import DELAY_INTERVAL_S, MAX_ACTIONS_AT_ONCE, Pacer
+from loadtest.pacer import DELAY_INTERVAL_S, MAX_ACTIONS_AT_ONCE, DelayWatch, Pacer
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -73,16 +74,45 @@ async def test_an_action_may_ask_for_another() -> None:
         await ended.wait()
 
 
-async def test_a_loop_that_was_blocked_is_seen_in_the_delays() -> None:
+async def test_a_loop_that_was_blocked_is_seen_in_the_delays_for_all_of_that_time() -> None:
+    delays_s = array("d")
     with pacer() as paced:
-        paced.watch_delay()
+        watch = DelayWatch(paced, machine.now_s, delays_s)
         await asyncio.sleep(3 * DELAY_INTERVAL_S)
         time.sleep(0.08)  # noqa: ASYNC251 - the very thing that is to be noticed
         await asyncio.sleep(3 * DELAY_INTERVAL_S)
-        paced.stop_watching()
+        watch.stop()
+        num_looks = len(delays_s)
         await asyncio.sleep(2 * DELAY_INTERVAL_S)
-        num_looks = len(paced.delays_s)
-        await asyncio.sleep(2 * DELAY_INTERVAL_S)
-    assert max(paced.delays_s) >= 0.08 - DELAY_INTERVAL_S
-    assert min(paced.delays_s) >= 0
-    assert len(paced.delays_s) == num_looks
+    assert max(delays_s) >= 0.08 - DELAY_INTERVAL_S
+    assert min(delays_s) >= 0
+    # The looks that it missed would have been late, too.
+    assert sum(delay_s > 0.08 / 2 for delay_s in delays_s) >= 3
+    assert len(delays_s) == num_looks
+
+
+async def test_watches_one_after_another_do_not_add_up() -> None:
+    delays_s = array("d")
+    start_s = machine.now_s()
+    with pacer() as paced:
+        for _ in range(8):
+            watch = DelayWatch(paced, machine.now_s, delays_s)
+            await asyncio.sleep(2.5 * DELAY_INTERVAL_S)
+            watch.stop()
+    assert len(delays_s) <= (machine.now_s() - start_s) / DELAY_INTERVAL_S + 1
+
+
+async def test_an_action_that_raises_does_not_keep_the_others_from_their_time() -> None:
+    loop, told = asyncio.get_running_loop(), list[object]()
+    loop.set_exception_handler(lambda _, context: told.append(context.get("exception")))
+    ended = asyncio.Event()
+
+    def fail() -> None:
+        raise RuntimeError("by itself")
+
+    with pacer() as paced:
+        paced.at(machine.now_s(), fail)
+        paced.at(machine.now_s() + 0.001, ended.set)
+        async with asyncio.timeout(10):
+            await ended.wait()
+    assert [str(error) for error in told] == ["by itself"]

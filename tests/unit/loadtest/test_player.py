@@ -77,6 +77,7 @@ class FakeServer:
 @dataclass
 class FakeBodies:
     path: str = "/v1/completions"
+    num_lengthened: int = 0
 
     def lone(self, item: int) -> bytes:
         return b"lone %d" % item
@@ -203,11 +204,46 @@ async def test_a_chat_goes_on_after_an_answer_that_was_given_up_with_what_came_o
     assert server.asked[1].body == b"chat 0 turn 1 after a"
 
 
-async def test_a_chat_ends_with_a_turn_that_fails() -> None:
-    plan = Plan.of([Chat(0.0, (ChatTurn(4, 2), ChatTurn(3, 2)))])
+async def test_a_chat_ends_with_a_turn_that_fails_and_its_later_turns_are_lost() -> None:
+    plan = Plan.of([Chat(0.0, (ChatTurn(4, 2), ChatTurn(3, 2), ChatTurn(3, 2, 60.0)))])
     with player(plan, FakeServer(lambda asked: asked.refuse(500, {}))) as playing:
         await play(playing, plan)
-    assert [record.outcome for record in playing.records] == [Outcome.HTTP_5XX]
+    assert [record.outcome for record in playing.records] == [Outcome.HTTP_5XX, Outcome.TURN_LOST, Outcome.TURN_LOST]
+    assert [record.index for record in playing.records] == [0, 1, 2]
+    assert playing.records[2].due_s == playing.records[0].end_s
+    assert (playing.num_ended, playing.num_failed) == (3, 3)
+
+
+async def test_what_cannot_be_made_ends_the_run_and_is_told() -> None:
+    plan = Plan.of(lone(0.0, 0.0, 60.0))
+
+    def send_nothing(asked: Asked) -> None:
+        """The first waits for ever; the second cannot be made."""
+
+    class BrokenBodies(FakeBodies):
+        def lone(self, item: int) -> bytes:
+            if item:
+                raise ValueError("no body")
+            return b""
+
+    with player(plan, FakeServer(send_nothing)) as playing:
+        playing.bodies = BrokenBodies()
+        with pytest.raises(ValueError, match="no body"):
+            await play(playing, plan)
+
+
+async def test_giving_up_what_is_open_ends_it_and_nothing_else() -> None:
+    plan = Plan.of(lone(0.0, 0.02))
+
+    def serve(asked: Asked) -> None:
+        if asked.num == 0:
+            asyncio.get_running_loop().call_soon(playing.give_up_open)
+        else:
+            asked.answer("a")
+
+    with player(plan, FakeServer(serve)) as playing:
+        await play(playing, plan)
+    assert [record.outcome for record in playing.records] == [Outcome.GIVEN_UP, Outcome.FINISHED]
 
 
 async def test_retry_after_is_honoured_as_often_as_allowed_and_counts_from_the_first_time() -> None:
@@ -264,7 +300,8 @@ async def test_parts_go_on_where_the_last_one_ended() -> None:
     with player(plan, FakeServer(lambda asked: asked.answer("a"))) as playing:
         async with asyncio.timeout(WAIT_S):
             await playing.play(range(0, 1), start_s=0.0)
-            await playing.play(range(2, 4), start_s=0.02)
+            await playing.play(range(2, 4), start_s=0.02, part=1)
+    assert [record.part for record in playing.records] == [0, 1, 1]
     assert [record.due_s for record in playing.records] == pytest.approx([0.0, 0.02, 0.03])
 
 
