@@ -60,6 +60,7 @@ class RequestColumns(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     index: Ints
     item: Ints
     turn: Ints
+    part: Ints
     slo_class: TextColumn
     is_warmup: Bools
     outcome: TextColumn
@@ -69,6 +70,7 @@ class RequestColumns(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     output_tokens: Ints
     cancel_after_tokens: Ints
     due_s: Floats
+    taken_s: Floats
     sent_s: Floats
     connect_s: Floats
     headers_s: Floats
@@ -123,11 +125,8 @@ class RequestColumns(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def lag_s(self) -> Floats:
-        """How late the client took it up: sent - due, less the time to connect. NaN where it was sent more than once,
-        because the server asked for that.
-        """
-        once = (self.num_retries == 0) & (self.num_stale_connections == 0)
-        return np.where(once, _span(self.due_s, self.sent_s) - np.nan_to_num(self.connect_s), np.nan)
+        """How late the client took it up, for the first time; NaN where it never did."""
+        return _span(self.due_s, self.taken_s)
 
 
 def columns_of(records: Sequence[RequestRecord]) -> RequestColumns:
@@ -136,6 +135,7 @@ def columns_of(records: Sequence[RequestRecord]) -> RequestColumns:
         index=_ints(record.index for record in records),
         item=_ints(record.item for record in records),
         turn=_ints(record.turn for record in records),
+        part=_ints(record.part for record in records),
         slo_class=_texts(record.slo_class for record in records),
         is_warmup=np.array([record.is_warmup for record in records], np.bool_),
         outcome=_texts(record.outcome.value for record in records),
@@ -145,6 +145,7 @@ def columns_of(records: Sequence[RequestRecord]) -> RequestColumns:
         output_tokens=_ints(record.output_tokens for record in records),
         cancel_after_tokens=_ints(record.cancel_after_tokens for record in records),
         due_s=_times(record.due_s for record in records),
+        taken_s=_times(record.taken_s for record in records),
         sent_s=_times(record.sent_s for record in records),
         connect_s=_times(record.connect_s for record in records),
         headers_s=_times(record.headers_s for record in records),

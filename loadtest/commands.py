@@ -14,8 +14,8 @@ from workload.flags import WorkloadFlags
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-#: Flags whose values may be keys: reports are passed on.
-_SECRET_FLAGS = ("--header", "--extra-body")
+#: Flags whose values may be keys: reports are passed on. Of the last, by mistake.
+_SECRET_FLAGS = ("--header", "--extra-body", "--api-key-env")
 
 
 def loadtest(
@@ -46,12 +46,14 @@ def _arguments() -> list[str]:
 
 
 def without_secrets(arguments: Sequence[str]) -> Iterator[str]:
-    """The arguments as a report may show them: of headers and extra fields that they were given, and no more."""
-    is_secret = False
+    """The arguments as a report may show them: of what may hold a key that it was given, and no more."""
+    is_value = False
     for argument in arguments:
         flag, equals, _ = argument.partition("=")
-        if is_secret:
+        # The command line takes both spellings.
+        is_secret = not is_value and flag.replace("_", "-") in _SECRET_FLAGS
+        if is_value:
             yield "..."
         else:
-            yield f"{flag}=..." if equals and flag in _SECRET_FLAGS else argument
-        is_secret = not is_secret and argument in _SECRET_FLAGS
+            yield f"{flag}=..." if equals and is_secret else argument
+        is_value = is_secret and not equals

@@ -3,8 +3,10 @@
 Latencies count from when a request was due, not from when it was sent (no coordinated omission). A request attains its
 SLO when it finished and both its TTFT and its TPOT are within the targets; whatever the server or the client failed at
 counts as missed. A request that the plan cancels attains it when what came of the answer did; cancelled before its
-first token it counts as missed once it had waited longer than its TTFT target, and says nothing before. Requests that
-the end of the run cut off, or that were never sent, are counted and left out of every other figure, like warm-up.
+first token it counts as missed once it had waited longer than its TTFT target, and says nothing before. A request that
+a search gave up waiting for counts as missed, and in TTFT with how long it had waited: a lower bound. Turns of a chat
+that could not be asked, since an earlier turn had failed, are failures. Requests that the end of the run cut off, or
+that were never sent, are counted and left out of every other figure, like warm-up.
 
 TPOT is (last token - first token) / (tokens - 1); an answer of one token has none and meets any target. ITL is the wait
 between two chunks that carry tokens, over all answers together.
@@ -20,6 +22,7 @@ import numpy as np
 
 from contracts.errors import ConfigError
 from loadtest.columns import LEFT_OUT, UNKNOWN, Bools, columns_of, token_gaps_s
+from loadtest.parts import offered
 from loadtest.record import Outcome
 from workload.figures import Attainment, LatencySummary, summarise
 
@@ -33,13 +36,13 @@ if TYPE_CHECKING:
 #: Texts of one kind of failure that a report shows.
 _MAX_EXAMPLES = 3
 
+#: What a server, or the client's machine, failed at; that the client gave up waiting is its own decision.
+_ERRORS = tuple(kind for kind in Outcome if kind.is_failure and kind is not Outcome.GIVEN_UP)
+
 _TIMEOUTS = (Outcome.CONNECT_TIMEOUT, Outcome.FIRST_TOKEN_TIMEOUT, Outcome.TIMEOUT)
 
 #: Standard normal quantile of a two-sided 95 %.
 _Z95 = 1.959963984540054
-
-#: Over less than this a single request that is late moves the rate.
-_MIN_RATE_SPAN_S = 1.0
 
 
 class Interval(msgspec.Struct, frozen=True):
@@ -84,7 +87,7 @@ class Phases(msgspec.Struct, frozen=True, kw_only=True):
 
     #: From when it was due to when the client took it up.
     send_lag: LatencySummary
-    #: 0 on a kept connection.
+    #: From there to the hand-over to a connection; next to nothing on a kept one.
     connect: LatencySummary
     #: From sending to the status line and headers.
     headers: LatencySummary
@@ -106,14 +109,18 @@ class LoadMetrics(msgspec.Struct, frozen=True, kw_only=True):
     #: Status 429.
     num_rejected: int
     num_timed_out: int
+    #: By a search for goodput, that did not wait for them: missed, and no error of the server.
+    num_given_up: int
     #: Of all other kinds.
     num_failed: int
     #: Cut off by the end of the run, and never sent: in no other figure.
     num_interrupted: int
     num_unsent: int
-    #: All failures, the most frequent first.
+    #: All failures but those given up, the most frequent first.
     errors: tuple[ErrorKind, ...]
     answers: AnswerCounts
+    #: Between which nothing was offered; the times that follow are sums over them.
+    num_parts: int
     #: From the first due time to the last; the duration where all were due at once.
     offered_s: float
     #: From the first due time to the end of the last request.
@@ -121,8 +128,8 @@ class LoadMetrics(msgspec.Struct, frozen=True, kw_only=True):
     #: How long requests went on after the last one was due.
     tail_s: float
     offered_rps: float
-    #: Rate at which requests were sent, of that at which they were due: below 1 the client fell behind. NaN where the
-    #: time was too short to tell.
+    #: Rate at which requests were taken up, of that at which they were due: below 1 the client fell behind. NaN where
+    #: the time was too short to tell.
     sending_rate_ratio: float
     finished_rps: float
     #: Requests a second, of those offered, that met both targets.
@@ -132,6 +139,7 @@ class LoadMetrics(msgspec.Struct, frozen=True, kw_only=True):
     #: Of the joint attainment, Wilson (1927), as if requests were independent.
     attainment_interval: Interval
     classes: tuple[Attainment, ...]
+    #: With requests given up, as long as they had waited: then all its figures are lower bounds.
     ttft: LatencySummary
     #: Of finished requests, as `e2e`.
     tpot: LatencySummary
@@ -178,8 +186,8 @@ def measure_columns(
     finished = rows & columns.is_finished
     met = attained(columns, slos)
     attainment = _attainment("all", slos[0] if len(slos) == 1 else None, met, rows)
-    offered_s, duration_s, tail_s = _durations(columns, rows)
-    offered_rps = _offered_rps(columns, rows, duration_s)
+    load = offered(columns, rows)
+    duration_s = load.duration_s
     counts = columns.outcome.counts(measured)
     num_timed_out = sum(counts.get(kind, 0) for kind in _TIMEOUTS)
     num_rejected = counts.get(Outcome.REJECTED, 0)
@@ -193,18 +201,15 @@ def measure_columns(
         num_cancelled=counts.get(Outcome.CANCELLED, 0),
         num_rejected=num_rejected,
         num_timed_out=num_timed_out,
+        num_given_up=counts.get(Outcome.GIVEN_UP, 0),
         num_failed=sum(error.count for error in errors) - num_rejected - num_timed_out,
         num_interrupted=counts.get(Outcome.INTERRUPTED, 0),
         num_unsent=counts.get(Outcome.UNSENT, 0) + (num_planned or len(columns)) - len(columns),
         errors=errors,
         answers=_answers(columns, rows, finished),
-        offered_s=offered_s,
-        duration_s=duration_s,
-        tail_s=tail_s,
-        offered_rps=offered_rps,
-        sending_rate_ratio=_sending_rate_ratio(columns, rows),
+        **load._asdict(),
         finished_rps=_ratio(int(finished.sum()), duration_s),
-        goodput_rps=offered_rps * attainment.joint,
+        goodput_rps=load.offered_rps * attainment.joint,
         attainment=attainment,
         attainment_interval=wilson(attainment.joint, attainment.num_requests),
         classes=tuple(
@@ -212,7 +217,7 @@ def measure_columns(
             for slo in slos
             if slo.name in columns.slo_class.values
         ),
-        ttft=summarise(columns.ttft_s[rows]),
+        ttft=summarise(_ttft_s(columns)[rows]),
         tpot=summarise(columns.tpot_s[finished]),
         itl=summarise(gaps_s),
         second_token=summarise((columns.second_token_s - columns.first_token_s)[rows]),
@@ -256,8 +261,8 @@ def attained(columns: RequestColumns, slos: Sequence[SloClass]) -> Attained:
 
 
 def is_failed(columns: RequestColumns) -> Bools:
-    """By kind of end, warm-up included."""
-    return columns.outcome.equals(*(kind for kind in Outcome if kind.is_failure))
+    """By kind of end, warm-up included; those given up are not."""
+    return columns.outcome.equals(*_ERRORS)
 
 
 def wilson(share: float, count: int) -> Interval:
@@ -272,11 +277,11 @@ def wilson(share: float, count: int) -> Interval:
 
 def phase_spans_s(columns: RequestColumns) -> dict[str, Floats]:
     """Names of `Phases` -> seconds, of the requests that finished and were sent once."""
-    connect_s = np.nan_to_num(columns.connect_s)
-    chosen = ~columns.is_warmup & columns.is_finished & ~np.isnan(columns.lag_s)
+    once = (columns.num_retries == 0) & (columns.num_stale_connections == 0)
+    chosen = ~columns.is_warmup & columns.is_finished & once
     spans_s = {
         "send_lag": columns.lag_s,
-        "connect": connect_s,
+        "connect": columns.sent_s - columns.taken_s,
         "headers": columns.headers_s - columns.sent_s,
         "first_token": columns.first_token_s - columns.headers_s,
         "decode": columns.last_token_s - columns.first_token_s,
@@ -323,7 +328,7 @@ def _errors(columns: RequestColumns, rows: Bools) -> tuple[ErrorKind, ...]:
             examples=tuple(columns.detail.counts(rows & columns.outcome.equals(kind)))[:_MAX_EXAMPLES],
         )
         for kind, count in columns.outcome.counts(rows).items()
-        if Outcome(kind).is_failure
+        if kind in _ERRORS
     ]
     return tuple(sorted(kinds, key=lambda each: (-each.count, each.kind)))
 
@@ -348,30 +353,10 @@ def _answers(columns: RequestColumns, rows: Bools, finished: Bools) -> AnswerCou
     )
 
 
-def _durations(columns: RequestColumns, rows: Bools) -> tuple[float, float, float]:
-    """(first due to last due, first due to last end, last due to last end); the first as long as the second where all
-    were due at once.
-    """
-    if not rows.any():
-        return 0.0, 0.0, 0.0
-    first_s, last_s = float(columns.due_s[rows].min()), float(columns.due_s[rows].max())
-    end_s = max(last_s, float(np.nanmax(np.append(columns.end_s[rows], -np.inf))))
-    return last_s - first_s or end_s - first_s, end_s - first_s, end_s - last_s
-
-
-def _offered_rps(columns: RequestColumns, rows: Bools, duration_s: float) -> float:
-    """Gaps over the time from first to last; all at once are those of the whole duration."""
-    count = int(rows.sum())
-    span_s = float(np.ptp(columns.due_s[rows])) if count else 0.0
-    return (count - 1) / span_s if span_s > 0 else _ratio(count, duration_s)
-
-
-def _sending_rate_ratio(columns: RequestColumns, rows: Bools) -> float:
-    sent = rows & ~np.isnan(columns.lag_s)
-    due_s = columns.due_s[sent]
-    if not len(due_s) or np.ptp(due_s) < _MIN_RATE_SPAN_S:
-        return math.nan
-    return float(np.ptp(due_s) / np.ptp(due_s + columns.lag_s[sent]))
+def _ttft_s(columns: RequestColumns) -> Floats:
+    """Of a request that was given up before its first token, how long it had waited."""
+    waits = columns.outcome.equals(Outcome.GIVEN_UP) & np.isnan(columns.first_token_s)
+    return np.where(waits, columns.end_s - columns.due_s, columns.ttft_s)
 
 
 def _prompt_tokens(columns: RequestColumns) -> Ints:

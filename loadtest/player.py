@@ -234,7 +234,7 @@ class Player:
             self._count(record)
             went_well = record.outcome in (Outcome.FINISHED, Outcome.CANCELLED)
             if not (last or went_well or self.is_stopped):
-                self._lose_turns(item, turn + 1, record.end_s)
+                self._lose_turns(item, turn + 1, record)
             if last or not went_well or self.is_stopped:
                 self._end_item()
                 return
@@ -253,13 +253,14 @@ class Player:
         self.records.append(record)
         return record
 
-    def _lose_turns(self, item: int, first: int, at_s: float) -> None:
+    def _lose_turns(self, item: int, first: int, failed: RequestRecord) -> None:
         """A user whose answer failed does not get to ask the rest: a server that breaks chats early is no better."""
         chat = self._plan.items[item]
         assert isinstance(chat, Chat)
+        outcome = Outcome.GIVEN_UP if failed.outcome is Outcome.GIVEN_UP else Outcome.TURN_LOST
         for turn in range(first, len(chat.turns)):
-            record = self._record(item, turn, at_s)
-            record.end_s, record.outcome = at_s, Outcome.TURN_LOST
+            record = self._record(item, turn, failed.end_s)
+            record.end_s, record.outcome = failed.end_s, outcome
             record.detail = "an earlier turn of the chat failed"
             self._count(record)
 

@@ -36,7 +36,7 @@ _SEED_STEP = 1_000_003
 
 
 class Stopped(Exception):
-    """Ctrl-C ended the run that was under way."""
+    """A search cannot go on; says why."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -165,7 +165,10 @@ class Points:
             (run,) = self._play(runner, [server], self._at_rate(plan, rate_rps), what=what, decide=True)
             self._note(tried, rate_rps, run)
             if self.was_stopped:
-                raise Stopped
+                raise Stopped("it was interrupted")
+            if run.metrics.num_finished == 0:
+                # Lower rates would take ever longer to tell the same.
+                raise Stopped("no request finished")
             return run.metrics.attainment.joint
 
         found: GoodputSearch | None = None
@@ -179,8 +182,8 @@ class Points:
                 tolerance=self._flags.tolerance,
                 max_runs=SEARCH_RUNS,
             )
-        except Stopped:
-            self.warnings.append(f"{server.known.target.name}: the search for goodput was stopped before it had ended")
+        except Stopped as why:
+            self.warnings.append(f"{server.known.target.name}: the search for goodput ended early: {why}")
         if any(point.rate_rps == found.missed_rps and not point.valid for point in tried.rates if found):
             self.client_was_limit = True
             self.warnings.append(

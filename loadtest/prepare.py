@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from contracts.errors import ConfigError
 from loadtest.http.client import HttpClient
-from loadtest.probe import find_model, probe
+from loadtest.probe import DEADLINE_S, find_model, probe
 from loadtest.prompts.bodies import BodyFields, BodyMaker
 from loadtest.prompts.server_words import from_server
 from loadtest.prompts.spool import Spool
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 #: Making fewer prompts takes no time worth telling.
 _MANY = 20_000
-_PROBE_LIMITS = Limits(total_s=120.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +132,9 @@ class Wanted:
 async def prepare(name: str, base_url: str, wanted: Wanted, now_s: Callable[[], float]) -> Server:
     """Raises ConfigError for a server that does not answer, or that lacks what was asked for by name."""
     verify = not wanted.flags.insecure
-    # A cold server's first tokens may take longer than those of the run are given.
-    asking = HttpClient(base_url, headers=wanted.headers, limits=_PROBE_LIMITS, now_s=now_s, verify=verify)
+    # A cold server's first token may take longer than those of the run are given.
+    patience = Limits(connect_s=wanted.limits.connect_s, total_s=min(DEADLINE_S, wanted.limits.total_s))
+    asking = HttpClient(base_url, headers=wanted.headers, limits=patience, now_s=now_s, verify=verify)
     try:
         found = await _look(asking, name, base_url, wanted, now_s)
     finally:
@@ -162,6 +162,7 @@ async def _look(client: HttpClient, name: str, base_url: str, wanted: Wanted, no
         form=flags.prompts_as,
         fields=BodyFields(ignore_eos=flags.ignore_eos, return_token_ids=wanted.has_chats),
         has_chats=wanted.has_chats,
+        has_text=wanted.has_text,
         now_s=now_s,
     )
     return Known(

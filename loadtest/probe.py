@@ -34,6 +34,8 @@ _PROMPT_TOKENS, _LONGER_PROMPT_TOKENS, _OUTPUT_TOKENS = 32, 96, 16
 
 #: How often one question is asked.
 _MAX_TRIES = 4
+#: The longest `Retry-After` that is waited for in between.
+_MAX_RETRY_AFTER_S = 5.0
 
 #: Answers, and failures that another try would only repeat.
 _LASTING = frozenset(
@@ -72,10 +74,6 @@ class ProbeResult:
     #: What of the wanted fields the server takes.
     fields: BodyFields
     overhead: Overhead
-    reports_usage: bool
-    #: Of the answers, when asked for them.
-    returns_token_ids: bool
-    tokens_per_chunk: float
     #: Sentences for the user: what could not be had, and what is only about right.
     notes: tuple[str, ...]
 
@@ -145,13 +143,19 @@ async def probe(
     form: PromptForm | None,
     fields: BodyFields,
     has_chats: bool,
+    has_text: bool,
     now_s: Callable[[], float],
     deadline_s: float = DEADLINE_S,
 ) -> ProbeResult:
     """`form` None: token ids where that is possible, else text. `fields`: those wanted; each that the server refuses
-    is left out and noted. Raises ConfigError when it does not answer even the plainest request."""
+    is left out and noted. `has_text`: chats of the workload bring their own text, which is ids to a tokenizer alone.
+    Raises ConfigError when the form cannot be had, and when it does not answer even the plainest request."""
+    can_encode = not has_text or vocabulary.tokenizer is not None
+    if form == "ids" and not can_encode:
+        raise ConfigError("the workload's own text as token ids needs the model's tokenizer: name it, or send text")
+    takes_ids = form is None and target.endpoint == "completions" and bool(vocabulary.ids) and can_encode
     asker = _Asker(client, target, vocabulary, now_s, deadline_s)
-    way, record = await asker.find_way(_plain_way(form), _wishes(target, vocabulary, form, fields))
+    way, record = await asker.find_way(_plain_way(form), _wishes(fields, ids=takes_ids))
     asker.note_answer(record, way)
     overhead = await asker.overhead(way, record, has_chats=has_chats)
     returns_token_ids = way.fields.return_token_ids and record.counted_output_tokens is not None
@@ -159,9 +163,6 @@ async def probe(
         form=way.form,
         fields=replace(way.fields, return_token_ids=returns_token_ids),
         overhead=overhead,
-        reports_usage=record.usage_output_tokens is not None,
-        returns_token_ids=returns_token_ids,
-        tokens_per_chunk=record.answered_tokens / max(1, len(record.chunk_s)),
         notes=tuple(asker.notes),
     )
 
@@ -171,9 +172,9 @@ def _plain_way(form: PromptForm | None) -> _Way:
     return _Way(form or "text", fields)
 
 
-def _wishes(target: Target, vocabulary: Vocabulary, form: PromptForm | None, fields: BodyFields) -> list[_Wish]:
+def _wishes(fields: BodyFields, *, ids: bool) -> list[_Wish]:
     wishes: list[_Wish] = []
-    if form is None and target.endpoint == "completions" and vocabulary.ids:
+    if ids:
         wishes.append(_Wish("prompts as token ids", lambda way: replace(way, form="ids")))
     if fields.include_usage:
         wishes.append(_field_wish("stream_options", lambda fields: replace(fields, include_usage=True)))
@@ -298,6 +299,14 @@ class _Asker:
             record = await self._ask_once(body)
             if record.outcome in _LASTING:
                 return record
+            wait_s = record.retry_after_s
+            # A 429 that names no time would only come again.
+            if wait_s is None and record.outcome is Outcome.REJECTED:
+                return record
+            if wait_s is not None:
+                if wait_s > _MAX_RETRY_AFTER_S:
+                    return record
+                await asyncio.sleep(wait_s)
         return await self._ask_once(body)
 
     async def _ask_once(self, body: bytes) -> RequestRecord:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 #: Exit statuses.
 MEASURED = 0
+#: Of no server did a single request finish.
+FAILED = 1
 #: The client was the bottleneck, or nothing was measured.
 INVALID = 3
 INTERRUPTED = 130
@@ -117,6 +119,8 @@ def run_loadtest(
 def _status(runs: tuple[ServerRun, ...], points: Points) -> int:
     if points.was_stopped:
         return INTERRUPTED
+    if not any(run.metrics.num_finished for run in runs):
+        return FAILED
     return MEASURED if all(run.validity.valid for run in runs) and not points.client_was_limit else INVALID
 
 

@@ -24,6 +24,7 @@ MAX_TIMEOUT_S = 24 * 3600.0
 MAX_RETRIES = 100
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,40}")
+_VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 #: Written by the client itself: two of them would contradict each other.
 _OWN_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "connection"})
@@ -54,6 +55,8 @@ def base_url(flag: str, text: str) -> str:
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
         port = parts.port
+        # As it is looked up: no label may be empty or too long.
+        (parts.hostname or "").encode("idna")
     except ValueError as error:
         raise ConfigError(f"{flag} {text!r}: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -75,6 +78,9 @@ def request_headers(flags: ServerFlags, environ: Mapping[str, str]) -> tuple[tup
         if name.lower() in _OWN_HEADERS:
             raise ConfigError(f"--header {name}: the client writes it itself")
         headers.append((name, value))
+    if not _VARIABLE_NAME.fullmatch(flags.api_key_env):
+        # It may be the key itself.
+        raise ConfigError("--api-key-env: write the name of a variable (letters, digits, _), not the key")
     key = environ.get(flags.api_key_env, "").strip()
     if key and not any(name.lower() == "authorization" for name, _ in headers):
         if not key.isascii() or not key.isprintable():
@@ -93,7 +99,7 @@ def extra_body(flags: ServerFlags) -> dict[str, object]:
     except orjson.JSONDecodeError as error:
         raise ConfigError(f"--extra-body: no JSON: {error}") from error
     if not isinstance(given, dict):
-        raise ConfigError(f"--extra-body {flags.extra_body}: must be a JSON object")
+        raise ConfigError("--extra-body: must be a JSON object")
     return {**extra, **given}
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+
+#: Numbers of tokens, and tokens: others are an answer that cannot be.
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+#: More than the phases of any request.
+_MAX_PHASE_MS = 1e12
 
 
 class Delta(msgspec.Struct, gc=False):
@@ -27,17 +32,17 @@ class Choice(msgspec.Struct, gc=False):
     delta: Delta | None = None
     finish_reason: str | None = None
     #: Where the server was asked for them.
-    token_ids: list[int] | None = None
+    token_ids: list[_Count] | None = None
     prompt_token_ids: Any = None
 
 
 class PromptDetails(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
+    cached_tokens: _Count | None = None
 
 
 class Usage(msgspec.Struct, gc=False):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
     prompt_tokens_details: PromptDetails | None = None
 
 
@@ -50,7 +55,7 @@ class Event(msgspec.Struct, gc=False):
     timings: dict[str, Any] | None = None
 
 
-#: Raises msgspec.DecodeError or RecursionError of what is no JSON, and of fields of other types than these.
+#: Raises msgspec.DecodeError or RecursionError of what is no JSON, and of fields that are none of these.
 decode_event = msgspec.json.Decoder(Event).decode
 
 
@@ -60,6 +65,10 @@ def phases_ms(event: Event) -> dict[str, float] | None:
     phases = {
         name.removesuffix("_ms"): float(value)
         for name, value in told.items()
-        if name.endswith("_ms") and isinstance(value, int | float) and not isinstance(value, bool)
+        if name.endswith("_ms") and _is_phase(value)
     }
     return phases or None
+
+
+def _is_phase(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MAX_PHASE_MS

@@ -112,14 +112,18 @@ class HttpClient:
         whole = _WholeReader()
         sending = self._start(request, whole, ended.set)
         try:
-            async with asyncio.timeout(WHOLE_TIMEOUT_S):
+            async with asyncio.timeout(min(WHOLE_TIMEOUT_S, self.limits.total_s)):
                 await ended.wait()
         except TimeoutError:
             sending.cancel(Outcome.TIMEOUT)
         finally:
             sending.cancel(Outcome.INTERRUPTED)
         if whole.failure is not None:
-            raise whole.failure
+            try:
+                raise whole.failure
+            finally:
+                # Its traceback refers to this frame, and nobody collects circles during a run.
+                del whole
         return whole.status, whole.headers, bytes(whole.body)
 
     # --- connections -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -12,7 +13,7 @@ from loadtest.http.refusals import printable
 from loadtest.record import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 #: Of a response's head, and of anything else that is no body between two pieces of body.
 MAX_HEAD_BYTES = 64 * 1024
@@ -37,6 +38,8 @@ class Exchange(Protocol):
 class Owner(Protocol):
     """Keeps connections."""
 
+    now_s: Callable[[], float]
+
     def on_opened(self, connection: Connection) -> None: ...
 
     def on_idle(self, connection: Connection) -> None:
@@ -47,16 +50,17 @@ class Owner(Protocol):
 
 
 class Connection(asyncio.Protocol):
-    """Of plain TCP or TLS. After its first exchange `is_kept` says that the server may close it at any time."""
+    """Of plain TCP or TLS. The server may close a kept one at any time."""
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._transport: asyncio.Transport | None = None
-        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self._parser: httptools.HttpResponseParser | None = None
         self._exchange: Exchange | None = None
         self._drain: asyncio.TimerHandle | None = None
         self._failure: tuple[Outcome, str] | None = None
-        self.is_kept = False
+        #: When its last exchange ended, on the owner's clock; inf: there was none.
+        self.idle_since_s = math.inf
         self._reset()
 
     def _reset(self) -> None:
@@ -99,6 +103,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        # Not before: it refers back to this object, and a connection that is never made is never lost.
+        self._parser = httptools.HttpResponseParser(self)
         # Some versions of uvloop keep what is written until all other callbacks have had their turn, and the time of
         # sending would be wrong.
         self._transport.set_write_buffer_limits(high=0)
@@ -196,7 +202,7 @@ class Connection(asyncio.Protocol):
             self.abort()
             return
         self._reset()
-        self.is_kept = True
+        self.idle_since_s = self._owner.now_s()
         self._owner.on_idle(self)
 
     def _lose(self, outcome: Outcome, detail: str) -> None:

@@ -52,7 +52,11 @@ class Dialer:
                 self._addresses.insert(0, address)
             return connection
         assert failure is not None
-        raise failure
+        try:
+            raise failure
+        finally:
+            # Its traceback refers to this frame, and nobody collects circles during a run.
+            del failure
 
     async def _look_up(self) -> list[str]:
         """All who wait for the name share one question; after a failure the next one asks anew."""
@@ -65,10 +69,15 @@ class Dialer:
         finally:
             if lookup.done() and self._lookup is lookup:
                 self._lookup = None
+            # As in `open`: its exception refers to this frame.
+            del lookup
         return self._addresses
 
     async def _ask(self) -> list[str]:
-        found = await asyncio.get_running_loop().getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        except UnicodeError as error:
+            raise socket.gaierror(socket.EAI_NONAME, f"{self._host!r} is no name of a host: {error}") from None
         return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 

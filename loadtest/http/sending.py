@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from loadtest.http.connection import Connection
     from loadtest.settings import Limits
 
-#: A kept connection that breaks so soon after it was written to had been closed by the server before. One that
-#: breaks later takes a request with it that the server had.
-STALE_WITHIN_S = 1.0
+#: A kept connection that had been idle for so long, and breaks so soon after it was written to, had been closed by the
+#: server before. Any other that breaks takes a request with it that the server had.
+STALE_AFTER_IDLE_S = 0.5
+STALE_WITHIN_S = 0.05
 
 
 class Reader(Protocol):
@@ -161,7 +162,8 @@ class Sending:
     def on_lost(self, outcome: Outcome, detail: str, *, untouched: bool) -> None:
         connection = self._connection
         assert connection is not None
-        if untouched and connection.is_kept and self._connections.now_s() - self._sent_s < STALE_WITHIN_S:
+        was_idle = self._sent_s - connection.idle_since_s >= STALE_AFTER_IDLE_S
+        if untouched and was_idle and self._connections.now_s() - self._sent_s <= STALE_WITHIN_S:
             assert self._timer is not None
             self._timer.cancel()
             self._connection = None
@@ -180,6 +182,8 @@ class Sending:
             self._connection.abort()
         if self._connecting is not None:
             self._connecting.cancel()
+            # Its exception refers to its frames, and they to this object.
+            self._connecting = None
         self._end()
 
     def _end(self) -> None:

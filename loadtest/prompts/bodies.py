@@ -24,7 +24,9 @@ CACHE_BYTES = 256 * 1024**2
 NUM_TEXTS_CACHED = 4096
 
 #: Fields of a body that the plan decides.
-_PLANNED_FIELDS = frozenset({"model", "prompt", "messages", "stream", "max_tokens", "max_completion_tokens"})
+_PLANNED_FIELDS = frozenset(
+    {"model", "prompt", "messages", "stream", "max_tokens", "max_completion_tokens", "n", "best_of", "echo"}
+)
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 

@@ -37,8 +37,6 @@ class Vocabulary:
     words: tuple[str, ...]
     #: Of `words`, those that are one token without a space before them, too. Empty: begin with a space.
     openers: tuple[str, ...]
-    #: False: the words are guessed, and so are the lengths of prompts made of them.
-    is_exact: bool = True
     tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -60,7 +58,7 @@ class Vocabulary:
     @classmethod
     def assumed(cls) -> Vocabulary:
         """Common words, for a server of which nothing is known."""
-        return cls(source="common words", ids=(), words=COMMON_WORDS, openers=COMMON_WORDS, is_exact=False)
+        return cls(source="common words", ids=(), words=COMMON_WORDS, openers=COMMON_WORDS)
 
     def encode(self, text: str) -> list[int]:
         """Without special tokens. Raises ConfigError where no tokenizer is at hand."""

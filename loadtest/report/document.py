@@ -34,6 +34,9 @@ FORMAT = "tandem-loadtest-1"
 #: Of a file that is read: some five million requests.
 MAX_REPORT_BYTES = 1 << 30
 
+#: A rate that is further from the planned one, relative, is another.
+_SAME_RATE = 0.05
+
 #: Points of a distribution that is kept as a curve.
 _QUANTILES = 401
 
@@ -53,8 +56,13 @@ class ServerGauges(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 class RateResult(msgspec.Struct, frozen=True, kw_only=True):
     """The same workload at one rate."""
 
+    #: That the workload was scaled to.
     rate_rps: float
+    #: As measured; NaN: not told. Chats that wait for answers offer less than was planned.
+    offered_rps: float
     num_requests: int
+    #: Where there are some, the TTFT is a lower bound.
+    num_given_up: int
     #: Joint, with its 95 % interval.
     attainment: float
     interval: Interval
@@ -64,11 +72,22 @@ class RateResult(msgspec.Struct, frozen=True, kw_only=True):
     #: False: the client was the bottleneck.
     valid: bool
 
+    @property
+    def is_as_planned(self) -> bool:
+        """Whether that rate was offered, as far as that is known."""
+        return not abs(self.offered_rps / self.rate_rps - 1) > _SAME_RATE
+
+    @property
+    def goodput_rps(self) -> float:
+        return self.attainment * (self.rate_rps if math.isnan(self.offered_rps) else self.offered_rps)
+
     @classmethod
     def of(cls, rate_rps: float, metrics: LoadMetrics, validity: Validity) -> RateResult:
         return cls(
             rate_rps=rate_rps,
+            offered_rps=metrics.offered_rps,
             num_requests=metrics.attainment.num_requests,
+            num_given_up=metrics.num_given_up,
             attainment=metrics.attainment.joint,
             interval=metrics.attainment_interval,
             ttft_p99_ms=metrics.ttft.p99_ms,
@@ -81,7 +100,9 @@ class RateResult(msgspec.Struct, frozen=True, kw_only=True):
     def simulated(cls, rate_rps: float, attainment: float, num_requests: int) -> RateResult:
         return cls(
             rate_rps=rate_rps,
+            offered_rps=math.nan,
             num_requests=num_requests,
+            num_given_up=0,
             attainment=attainment,
             interval=wilson(attainment, num_requests),
             ttft_p99_ms=math.nan,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from loadtest.report.notes import notes_on, search_result
+from loadtest.report.notes import notes_on, notes_on_rates, search_result, ttft_mark
 from loadtest.report.page_style import STYLE
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def report_html(report: LoadReport) -> str:
     sections = [
         _section("Figures", _figures(report.runs, report.beside)),
         *(_section(name, _grid(plots)) for name, plots in report_plots(report).items()),
+        _section("Rates tried", _rates(report.runs)),
         _section("Service levels", _attainments(report.runs)),
         _section("Errors", _errors(report.runs)),
         *(_section(f"{each.name_b} against {each.name_a}", _comparison(each)) for each in report.comparisons),
@@ -88,10 +89,15 @@ def _card(run: ServerRun) -> str:
             f"{_percent(metrics.attainment.joint)}",
             f"95 %: {_percent(interval.low)} to {_percent(interval.high)}",
         ),
-        ("TTFT p50", f"{_figure(metrics.ttft.p50_ms)} ms", f"p99 {_figure(metrics.ttft.p99_ms)} ms"),
+        ("TTFT p50", f"{_figure(metrics.ttft.p50_ms)} ms", f"p99 {_ttft_p99(metrics)} ms"),
         ("TPOT p50", f"{_figure(metrics.tpot.p50_ms)} ms", f"p99 {_figure(metrics.tpot.p99_ms)} ms"),
         ("output", f"{_figure(metrics.output_tokens_per_s, 0)}", "tokens/s in finished requests"),
-        ("failed", f"{num_failed:,}", f"of {metrics.num_requests:,} requests"),
+        (
+            "failed",
+            f"{num_failed:,}",
+            f"of {metrics.num_requests:,} requests"
+            + (f", {metrics.num_given_up:,} given up" if metrics.num_given_up else ""),
+        ),
     )
     shown = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>"
@@ -132,7 +138,9 @@ def _figure_rows(runs: Sequence[ServerRun], beside: Sequence[Beside]) -> Iterato
     for latency in _LATENCIES:
         summaries: list[LatencySummary] = [getattr(each, latency) for each in sides]
         for statistic in ("mean", "p50", "p90", "p99"):
-            values = (_figure(getattr(summary, f"{statistic}_ms")) for summary in summaries)
+            values = [_figure(getattr(summary, f"{statistic}_ms")) for summary in summaries]
+            if (latency, statistic) == ("ttft", "p99"):
+                values[: len(measured)] = map(_ttft_p99, measured)
             yield (f"{_LATENCY_NAMES[latency]} {statistic}, ms", *values)
     yield ("Prompt tokens/s", *(_figure(each.prompt_tokens_per_s, 0) for each in sides))
     yield ("Output tokens/s", *(_figure(each.output_tokens_per_s, 0) for each in sides))
@@ -146,6 +154,32 @@ def _figure_rows(runs: Sequence[ServerRun], beside: Sequence[Beside]) -> Iterato
     yield ("Send lag p99, ms", *(_figure(each.send_lag.p99_ms, 2) for each in measured), *none)
     yield ("Client: event loop's delay p99, ms", *(_figure(run.client.loop_delay.p99_ms, 2) for run in runs), *none)
     yield ("Client: share of a core", *(_percent(run.client.cpu_share) for run in runs), *none)
+
+
+def _rates(runs: Sequence[ServerRun]) -> str:
+    """Of one rate, all servers below each other."""
+    rows = [
+        [
+            run.name,
+            f"{each.rate_rps:,.3f}",
+            _figure(each.offered_rps, 3),
+            _percent(each.attainment),
+            f"{_percent(each.interval.low)} to {_percent(each.interval.high)}",
+            _figure(each.goodput_rps, 3),
+            f"{ttft_mark(each.ttft_p99_ms, each.num_given_up)}{_figure(each.ttft_p99_ms)}",
+            _figure(each.tpot_p99_ms),
+            _figure(each.output_tokens_per_s, 0),
+            "" if each.valid else "invalid",
+        ]
+        for run, each in sorted(
+            ((run, each) for run in runs for each in run.rates), key=lambda run_and_rate: run_and_rate[1].rate_rps
+        )
+    ]
+    heading = [
+        "", "Requests/s tried", "Offered", "Both met", "95 %", "Goodput", "TTFT p99, ms", "TPOT p99, ms",
+        "Output tokens/s", "",
+    ]  # fmt: skip
+    return _table([heading, *rows], last_is_text=True) if rows else ""
 
 
 def _attainments(runs: Sequence[ServerRun]) -> str:
@@ -200,7 +234,8 @@ def _notes(report: LoadReport) -> str:
     for run in report.runs:
         prefix = f"{run.name}: " if len(report.runs) > 1 else ""
         searched = () if run.search is None else (f"highest goodput: {search_result(run.search)}",)
-        told.extend(f"{prefix}{note}" for note in (*searched, *run.notes, *notes_on(run.metrics)))
+        notes = (*searched, *run.notes, *notes_on_rates(run.rates), *notes_on(run.metrics))
+        told.extend(f"{prefix}{note}" for note in notes)
     for each in report.beside:
         told.append(f"{each.name}: {each.workload}")
         if each.search is not None:
@@ -243,6 +278,10 @@ def _table(rows: Iterable[Sequence[str]], *, num_text: int = 1, last_is_text: bo
     return (
         f'<div class="wide"><table><thead><tr>{cells(heading, "th")}</tr></thead>\n<tbody>{body}</tbody></table></div>'
     )
+
+
+def _ttft_p99(metrics: LoadMetrics) -> str:
+    return f"{ttft_mark(metrics.ttft.p99_ms, metrics.num_given_up)}{_figure(metrics.ttft.p99_ms)}"
 
 
 def _figure(value: float, decimals: int = 1) -> str:

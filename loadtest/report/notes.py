@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from loadtest.metrics import LoadMetrics
+    from loadtest.report.document import RateResult
     from workload.goodput import GoodputSearch
 
 #: Of fewer values the 99th percentile is little more than the largest.
@@ -15,6 +16,8 @@ _FEW_VALUES = 500
 #: Requests that go on for so long after the last arrival, relative to the time of arrivals, say that the server did
 #: not keep up.
 _LONG_TAIL = 0.2
+#: Beyond this share of cached prompt tokens it was mostly the cache that was measured.
+_MOSTLY_CACHED = 0.5
 
 
 def notes_on(metrics: LoadMetrics) -> tuple[str, ...]:
@@ -27,7 +30,13 @@ def _notes(metrics: LoadMetrics) -> Iterator[str]:
     if metrics.num_interrupted or metrics.num_unsent:
         yield (
             f"{metrics.num_interrupted:,} requests were interrupted and {metrics.num_unsent:,} never sent, because the "
-            "run was cut short or the turn of the chat before them failed; they are in no figure"
+            "run was cut short; they are in no figure"
+        )
+    if metrics.num_given_up:
+        yield (
+            f"{metrics.num_given_up:,} of {metrics.num_requests:,} requests were given up, since whether the rate is "
+            "good was decided: attainment counts them as missed, TTFT with how long they had waited, so that it is a "
+            "lower bound"
         )
     if failed := sum(error.count for error in metrics.errors):
         yield (
@@ -58,14 +67,52 @@ def _notes(metrics: LoadMetrics) -> Iterator[str]:
             f"{answers.num_retried:,} requests were sent again after Retry-After; their latencies count from when they "
             "were first due"
         )
+    if answers.num_stale:
+        yield (
+            f"{answers.num_stale:,} requests were sent again because the server had closed the kept connection; they "
+            "count as what became of them then"
+        )
+    if metrics.cached_prompt_share > _MOSTLY_CACHED:
+        yield (
+            f"the server had {metrics.cached_prompt_share:.0%} of the prompt tokens in its cache: where the workload "
+            "shares no prefixes, an earlier run of the same seed left them there; give another --seed"
+        )
     if metrics.tail_s > _LONG_TAIL * metrics.offered_s and metrics.tail_s > 1:
         yield (
             f"requests went on for {metrics.tail_s:,.1f} s after the last was due, {metrics.offered_s:,.1f} s after "
-            "the first: throughput is over both; in a longer run queues would have grown further, or there were long "
-            "answers"
+            f"the first{over_parts(metrics)}: throughput is over both; in a longer run queues would have grown "
+            "further, or there were long answers"
         )
     if 0 < metrics.ttft.count < _FEW_VALUES:
         yield f"p99 of {metrics.ttft.count:,} values is little more than the largest of them"
+
+
+def over_parts(metrics: LoadMetrics) -> str:
+    """Behind times that are sums over the parts of a run."""
+    return f" (sums over {metrics.num_parts} parts)" if metrics.num_parts > 1 else ""
+
+
+def notes_on_rates(rates: Sequence[RateResult]) -> tuple[str, ...]:
+    """Of the rates that one server was tried at."""
+    return tuple(_notes_on_rates(rates))
+
+
+def _notes_on_rates(rates: Sequence[RateResult]) -> Iterator[str]:
+    others = [each for each in rates if not each.is_as_planned]
+    if others:
+        shown = ", ".join(f"{each.offered_rps:,.3f} for {each.rate_rps:,.3f}" for each in (others[0], *others[1:][-1:]))
+        yield (
+            f"the rates tried, and a goodput found among them, are those that the workload was scaled to; "
+            f"requests/s that were really offered: {shown}. Turns of a chat wait for the answers before them, and few "
+            "requests keep no rate exactly"
+        )
+    if any(each.num_given_up for each in rates):
+        yield 'a TTFT p99 with ">" is a lower bound: requests were given up at that rate'
+
+
+def ttft_mark(p99_ms: float, num_given_up: int) -> str:
+    """To stand before a TTFT p99: whether it is a lower bound."""
+    return "> " if num_given_up and p99_ms == p99_ms else ""
 
 
 def search_result(search: GoodputSearch) -> str:

@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 
 from loadtest.metrics import attained, is_failed, phase_spans_s
+from loadtest.report.notes import ttft_mark
 from loadtest.report.timeline import ended, in_flight
 from workload.plots import CURVE_POINTS, PLAIN_NUMBERS, finish, panels, scale, shades, thinned
 
@@ -140,7 +141,10 @@ def _by_rate(report: LoadReport) -> Iterator[Plot]:
     axis.set_ylim(-2, 104)
     caption = "Bars: 95 % intervals (Wilson). Hollow: the client was the bottleneck."
     yield _rate_plot("Attainment", caption, figure, axis, [each.rate_rps for line in lines for each in line[2]])
-    for name, figure_of in (("TTFT p99", "ttft_p99_ms"), ("TPOT p99", "tpot_p99_ms")):
+    for name, figure_of, caption in (
+        ("TTFT p99", "ttft_p99_ms", "Triangles are lower bounds: at that rate requests were given up."),
+        ("TPOT p99", "tpot_p99_ms", "Of the requests that finished."),
+    ):  # fmt: skip
         figure, (axis,) = panels(1, 1, width=_WIDTH, height=_HEIGHT)
         rates_rps: list[float] = []
         values_ms: list[float] = []
@@ -151,6 +155,10 @@ def _by_rate(report: LoadReport) -> Iterator[Plot]:
             values_ms.extend(value for _, value in known)
             if known:
                 axis.plot(*zip(*known, strict=True), f"o{style}", color=colour, markersize=4, label=_name(label))
+            bounds = [each for each in rates if name == "TTFT p99" and ttft_mark(each.ttft_p99_ms, each.num_given_up)]
+            if bounds:
+                bounds_ms = [each.ttft_p99_ms for each in bounds]
+                axis.scatter([each.rate_rps for each in bounds], bounds_ms, s=70, marker="^", color=colour, zorder=3)
         if not rates_rps:
             continue
         if 0 < 10 * min(values_ms) < max(values_ms):
@@ -159,7 +167,7 @@ def _by_rate(report: LoadReport) -> Iterator[Plot]:
             axis.set_ylim(0, 1.1 * max(values_ms))
         axis.yaxis.set_major_formatter(PLAIN_NUMBERS)
         axis.set_ylabel(f"{name} (ms)")
-        yield _rate_plot(name, f"{name} of the requests that have it, at each rate.", figure, axis, rates_rps)
+        yield _rate_plot(name, caption, figure, axis, rates_rps)
 
 
 def _attainment_line(axis: Axes, name: str, colour: str, rates: Sequence[RateResult], style: str) -> None:
@@ -177,7 +185,7 @@ def _attainment_line(axis: Axes, name: str, colour: str, rates: Sequence[RateRes
 
 def _rate_plot(title: str, caption: str, figure: Figure, axis: Axes, rates_rps: Sequence[float]) -> Plot:
     scale(axis, np.sort(np.array(rates_rps)))
-    axis.set_xlabel("requests/s offered")
+    axis.set_xlabel("requests/s tried")
     return _plot(title, caption, figure, axis)
 
 

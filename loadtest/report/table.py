@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loadtest.report.notes import notes_on, search_result
+from loadtest.report.notes import notes_on, notes_on_rates, over_parts, search_result, ttft_mark
 from workload.tables import attainment_rows, facts, latency_rows, number, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from loadtest.metrics import LoadMetrics
     from loadtest.report.compare import Comparison
@@ -24,6 +24,7 @@ def report_text(report: LoadReport) -> str:
     sections = [
         facts(("workload", report.workload)),
         *(section for run in report.runs for section in _run_sections(run)),
+        table(_goodput_rows(report.runs)) if len(report.runs) > 1 and any(run.rates for run in report.runs) else "",
         table(_beside_rows(report.beside)) if report.beside else "",
         *(comparison_text(each) for each in report.comparisons),
         facts(*(("warning", warning) for warning in report.warnings)),
@@ -62,7 +63,7 @@ def _run_sections(run: ServerRun) -> Iterator[str]:
     yield facts(
         ("tokens", _tokens(metrics)),
         ("client", _client(run)),
-        *(("note", note) for note in (*run.notes, *notes_on(metrics))),
+        *(("note", note) for note in (*run.notes, *notes_on_rates(run.rates), *notes_on(metrics))),
     )
 
 
@@ -72,13 +73,17 @@ def _outcome(metrics: LoadMetrics) -> str:
         (metrics.num_rejected, "refused (429)"),
         (metrics.num_timed_out, "timed out"),
         (metrics.num_failed, "failed"),
+        (metrics.num_given_up, "given up"),
         (metrics.num_interrupted, "interrupted"),
         (metrics.num_unsent, "not sent"),
         (metrics.num_warmup, "before them as warm-up"),
     )
     parts = [f"{metrics.num_finished:,} of {metrics.num_requests:,} requests finished"]
     parts.extend(f"{count:,} {what}" for count, what in counts if count)
-    return f"{', '.join(parts)}; {metrics.duration_s:,.1f} s, of which {metrics.tail_s:,.1f} s after the last was due"
+    return (
+        f"{', '.join(parts)}; {metrics.duration_s:,.1f} s, of which {metrics.tail_s:,.1f} s after the last was due"
+        f"{over_parts(metrics)}"
+    )
 
 
 def _goodput(metrics: LoadMetrics) -> str:
@@ -91,18 +96,34 @@ def _goodput(metrics: LoadMetrics) -> str:
 
 
 def _rate_rows(rates: tuple[RateResult, ...]) -> Iterator[tuple[str, ...]]:
-    yield ("requests/s tried", "both met %", "95 % from", "to", "TTFT p99 ms", "TPOT p99 ms", "output tokens/s", "")
+    """What was offered has a column where it is not what was planned."""
+    with_offered = not all(each.is_as_planned for each in rates)
+    offered = ("offered",) if with_offered else ()
+    latencies = ("TTFT p99 ms", "TPOT p99 ms", "output tokens/s", "")
+    yield ("requests/s tried", *offered, "both met %", "95 % from", "to", *latencies)
     for each in sorted(rates, key=lambda each: each.rate_rps):
         yield (
             f"{each.rate_rps:,.3f}",
+            *((number(each.offered_rps, 3),) if with_offered else ()),
             number(100 * each.attainment, 2),
             number(100 * each.interval.low, 2),
             number(100 * each.interval.high, 2),
-            number(each.ttft_p99_ms),
+            f"{ttft_mark(each.ttft_p99_ms, each.num_given_up)}{number(each.ttft_p99_ms)}",
             number(each.tpot_p99_ms),
             number(each.output_tokens_per_s, 0),
             "" if each.valid else "invalid",
         )
+
+
+def _goodput_rows(runs: Sequence[ServerRun]) -> Iterator[tuple[str, ...]]:
+    """Of servers that were tried at several rates: the highest found, and those at rates that all were tried at."""
+    yield ("goodput, requests/s", *(run.name for run in runs))
+    if any(run.search is not None for run in runs):
+        yield ("highest found", *("-" if run.search is None else number(run.search.goodput_rps, 3) for run in runs))
+    by_rate = [{each.rate_rps: each.goodput_rps for each in run.rates} for run in runs]
+    for rate_rps in sorted(by_rate[0]):
+        if all(rate_rps in goodputs for goodputs in by_rate):
+            yield (f"at {rate_rps:,.3f} tried", *(number(goodputs[rate_rps], 3) for goodputs in by_rate))
 
 
 def _latencies(metrics: LoadMetrics) -> Iterator[tuple[str, LatencySummary]]:

@@ -44,7 +44,8 @@ def record(
     index: int = 0,
     outcome: Outcome = Outcome.FINISHED,
     end_s: float | None = None,
-    sent_s: float | None = None,
+    taken_s: float | None = None,
+    part: int = 0,
     slo_class: str = "interactive",
     prompt_tokens: int = 100,
     output_tokens: int | None = None,
@@ -52,7 +53,9 @@ def record(
     is_warmup: bool = False,
     detail: str = "",
 ) -> RequestRecord:
-    """One by hand: it ends with its last chunk, and is as long as planned, unless told otherwise."""
+    """One by hand: it ends with its last chunk, is as long as planned, and is sent as soon as it is taken up, when it
+    is due, unless told otherwise.
+    """
     return RequestRecord(
         index=index,
         item=index,
@@ -61,9 +64,11 @@ def record(
         prompt_tokens=prompt_tokens,
         output_tokens=len(chunk_s) if output_tokens is None else output_tokens,
         is_warmup=is_warmup,
+        part=part,
         due_s=due_s,
-        sent_s=due_s if sent_s is None else sent_s,
-        headers_s=due_s if sent_s is None else sent_s,
+        taken_s=due_s if taken_s is None else taken_s,
+        sent_s=due_s if taken_s is None else taken_s,
+        headers_s=due_s if taken_s is None else taken_s,
         chunk_s=array("d", chunk_s),
         end_s=end_s if end_s is not None else chunk_s[-1] if chunk_s else math.nan,
         outcome=outcome,
@@ -116,7 +121,8 @@ def served(
 def _serve(record: RequestRecord, server: Server, free_s: list[float], noise: np.random.Generator) -> None:
     lag_s, connect_s = noise.exponential(2e-4), noise.exponential(4e-4)
     record.connect_s = connect_s if noise.random() < 0.1 else math.nan
-    record.sent_s = record.due_s + lag_s + (connect_s if record.connect_s == connect_s else 0.0)
+    record.taken_s = record.due_s + lag_s
+    record.sent_s = record.taken_s + (connect_s if record.connect_s == connect_s else 0.0)
     record.headers_s = record.sent_s + 0.001
     start_s = max(record.headers_s, heapq.heappop(free_s))
     first_s = start_s + 0.01 + record.prompt_tokens * server.prefill_s_per_token * noise.lognormal(0, 0.1)

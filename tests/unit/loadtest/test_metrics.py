@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -15,13 +16,12 @@ from hypothesis import strategies as st
 from contracts.errors import ConfigError
 from loadtest.columns import columns_of, token_gaps_s
 from loadtest.metrics import measure, wilson
-from loadtest.record import Outcome
+from loadtest.record import Outcome, RequestRecord
 from tests.support.load_records import SLOS, record, served
 from workload.slo import SloClass
 
 if TYPE_CHECKING:
     from loadtest.metrics import LoadMetrics
-    from loadtest.record import RequestRecord
 
 SLO = SloClass("interactive", 300.0, 50.0)
 
@@ -139,14 +139,13 @@ def test_answers_that_are_not_as_planned_are_counted() -> None:
     assert (answers.num_other_prompt, answers.prompt_tokens_ratio) == pytest.approx((1, 320 / 300))
     assert (answers.num_in_one_chunk, answers.num_retried) == (1, 1)
     assert metrics.tokens_per_chunk == pytest.approx(10 / 7)
-    # What was sent again because the server had asked for it says nothing about the client's lag.
-    assert metrics.send_lag.count == 3
+    # What was sent again because the server had asked for it says as much about the client's lag, but has no phases.
+    assert (metrics.send_lag.count, metrics.phases.send_lag.count) == (4, 3)
 
 
-def test_lag_is_the_clients_and_connecting_is_not() -> None:
-    late = record(0.0, (0.5,), sent_s=0.07)
-    late.connect_s = 0.05
-    late.headers_s = 0.1
+def test_lag_is_until_the_client_takes_it_up_and_connecting_is_not_in_it() -> None:
+    late = record(0.0, (0.5,), taken_s=0.02)
+    late.sent_s, late.connect_s, late.headers_s = 0.07, 0.05, 0.1
     metrics = measure([late], [SLO])
     assert metrics.send_lag.mean_ms == pytest.approx(20.0)
     assert metrics.ttft_from_sending.mean_ms == pytest.approx(430.0)
@@ -157,9 +156,86 @@ def test_lag_is_the_clients_and_connecting_is_not() -> None:
 
 
 def test_a_client_that_falls_behind_sends_at_a_lower_rate() -> None:
-    records = [record(float(second), (second + 1.0,), sent_s=1.25 * second) for second in range(5)]
+    records = [record(float(second), (second + 1.0,), taken_s=1.25 * second) for second in range(5)]
     assert measure(records, [SLO]).sending_rate_ratio == pytest.approx(4 / 5)
     assert math.isnan(measure(records[:1], [SLO]).sending_rate_ratio)
+
+
+def test_a_client_that_stood_still_while_it_connected_sent_late_all_the_same() -> None:
+    late = record(0.0, (0.5,), taken_s=0.3)
+    # Of the 300 ms, the client's loop ascribes all to connecting.
+    late.connect_s = 0.3
+    assert measure([late], [SLO]).send_lag.mean_ms == pytest.approx(300.0)
+
+
+def part_of_three(part: int, drain_s: float, start_s: float) -> list[RequestRecord]:
+    """Due one a second; the last ends `drain_s` after it was due."""
+    due_s = [start_s + second for second in range(3)]
+    return [record(at_s, (at_s + drain_s,), part=part, taken_s=at_s + 0.5 * (at_s - start_s)) for at_s in due_s]
+
+
+def test_a_slow_server_was_offered_as_much_in_its_parts_as_a_fast_one() -> None:
+    fast = measure([*part_of_three(0, 1.0, 0.0), *part_of_three(1, 1.0, 3.0)], [SLO])
+    slow = measure([*part_of_three(0, 10.0, 0.0), *part_of_three(1, 10.0, 12.0)], [SLO])
+    for each in (fast, slow):
+        assert (each.num_parts, each.offered_s, each.offered_rps) == (2, 4.0, 1.0)
+        assert each.sending_rate_ratio == pytest.approx(4 / 6)
+    # What each took to answer is in its duration.
+    assert (fast.duration_s, fast.tail_s, fast.finished_rps) == pytest.approx((6.0, 2.0, 1.0))
+    assert (slow.duration_s, slow.tail_s, slow.finished_rps) == pytest.approx((24.0, 20.0, 0.25))
+
+
+@given(st.integers(0, 2**16), st.floats(0.0, 1e4))
+def test_how_long_passes_between_parts_changes_no_figure(seed: int, pause_s: float) -> None:
+    first, second = served(20, 20.0, seed=seed), served(20, 20.0, seed=seed + 1)
+    times = ("due_s", "taken_s", "sent_s", "headers_s", "end_s")
+    later = [
+        replace(
+            each,
+            part=1,
+            chunk_s=array("d", [at_s + pause_s for at_s in each.chunk_s]),
+            **{name: getattr(each, name) + pause_s for name in times},
+        )
+        for each in second
+    ]
+    before = plain(measure([*first, *(replace(each, part=1) for each in second)], SLOS))
+    after = plain(measure([*first, *later], SLOS))
+    for name, value in before.items():
+        close = pytest.approx(value, rel=1e-4, abs=5e-3) if isinstance(value, float) else value
+        assert after[name] == close, name
+
+
+def test_parts_of_a_single_request_are_offered_over_the_whole_duration() -> None:
+    metrics = measure([record(0.0, (2.0,), part=0), record(5.0, (7.0,), part=1)], [SLO])
+    assert (metrics.offered_s, metrics.offered_rps, metrics.duration_s) == (4.0, 0.5, 4.0)
+
+
+def test_what_a_search_gave_up_is_missed_and_no_error() -> None:
+    metrics = measure(
+        [
+            record(0.0, (0.1,)),
+            record(0.0, outcome=Outcome.GIVEN_UP, end_s=5.0),
+            record(0.0, outcome=Outcome.REFUSED, end_s=0.1),
+        ],
+        [SLO],
+    )
+    assert (metrics.num_requests, metrics.num_given_up, metrics.num_failed) == (3, 1, 1)
+    assert [each.kind for each in metrics.errors] == ["refused"]
+    assert metrics.attainment.joint == pytest.approx(1 / 3)
+    # How long it had waited is less than its TTFT would have been.
+    assert (metrics.ttft.count, metrics.ttft.max_ms) == pytest.approx((2, 5000.0))
+
+
+def test_turns_of_a_broken_chat_are_failures() -> None:
+    lost = RequestRecord(
+        index=1, item=0, turn=1, slo_class="interactive", prompt_tokens=100, output_tokens=5, due_s=1.0, end_s=1.0,
+        outcome=Outcome.TURN_LOST, detail="an earlier turn of the chat failed",
+    )  # fmt: skip
+    metrics = measure([record(0.0, outcome=Outcome.HTTP_5XX, end_s=1.0), lost, record(2.0, (2.1,))], [SLO])
+    assert (metrics.num_requests, metrics.num_failed) == (3, 2)
+    assert {each.kind: each.count for each in metrics.errors} == {"http_5xx": 1, "turn_lost": 1}
+    assert (metrics.attainment.num_requests, metrics.attainment.joint) == pytest.approx((3, 1 / 3))
+    assert (metrics.offered_rps, metrics.send_lag.count) == (1.0, 2)
 
 
 def test_all_at_once_are_offered_over_the_whole_duration() -> None:
@@ -230,7 +306,7 @@ def test_shares_are_shares_and_counts_add_up(records: list[RequestRecord]) -> No
         interval = metrics.attainment_interval
         assert 0 <= interval.low <= metrics.attainment.joint <= interval.high <= 1
     ends = (metrics.num_finished, metrics.num_cancelled, metrics.num_rejected, metrics.num_timed_out)
-    assert sum(ends) + metrics.num_failed == metrics.num_requests
+    assert sum(ends) + metrics.num_given_up + metrics.num_failed == metrics.num_requests
     assert metrics.num_requests + metrics.num_interrupted + metrics.num_unsent + metrics.num_warmup == len(records)
 
 

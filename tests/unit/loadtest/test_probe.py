@@ -7,6 +7,7 @@ import json
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,10 +19,14 @@ from loadtest.prompts.bodies import BodyFields, Overhead
 from loadtest.prompts.server_words import from_server
 from loadtest.prompts.tokens import Vocabulary
 from loadtest.settings import Endpoint, Limits, PromptForm, Target
+from tests.support.layout import ROOT
+from tests.support.raw_server import raw_server
 from tests.support.scripted_server import Behaviour, Fault, FaultRule, serving
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
+
+    from tests.support.raw_server import Peer
 
 QUICK = Behaviour(ttft_ms=0.5, itl_ms=0.1, natural_tokens=5)
 ALL = BodyFields(return_token_ids=True)
@@ -45,6 +50,7 @@ async def probed(
     form: PromptForm | None = None,
     fields: BodyFields = ALL,
     vocabulary: Vocabulary | None = None,
+    has_text: bool = False,
     deadline_s: float = 5.0,
 ) -> ProbeResult:
     async with client_of(behaviour) as (client, base_url):
@@ -57,6 +63,7 @@ async def probed(
             form=form,
             fields=fields,
             has_chats=True,
+            has_text=has_text,
             now_s=time.perf_counter,
             deadline_s=deadline_s,
         )
@@ -71,9 +78,6 @@ async def test_a_server_that_takes_everything() -> None:
         form="ids",
         fields=ALL,
         overhead=Overhead(),
-        reports_usage=True,
-        returns_token_ids=True,
-        tokens_per_chunk=1.0,
         notes=(),
     )
 
@@ -88,12 +92,11 @@ async def test_what_is_refused_is_left_out_and_nothing_else(refused: str) -> Non
     )
     assert result.form == ("text" if refused == "prompt_ids" else "ids")
     assert "the server refuses " in result.notes[0]
-    assert result.reports_usage == (refused != "stream_options")
 
 
 async def test_a_server_that_takes_nothing_is_asked_plainly() -> None:
     result = await probed(replace(QUICK, refused_fields=frozenset(REFUSED)))
-    assert (result.form, result.reports_usage, result.returns_token_ids) == ("text", False, False)
+    assert result.form == "text"
     assert result.fields == BodyFields(ignore_eos=False, include_usage=False, return_token_ids=False)
     assert [note.partition(":")[0] for note in result.notes] == [
         "the server refuses prompts as token ids",
@@ -115,15 +118,19 @@ async def test_a_form_that_the_user_wants_is_not_given_up() -> None:
         await probed(replace(QUICK, refused_fields=frozenset({"prompt_ids"})), form="ids")
 
 
+async def test_text_of_the_workload_is_ids_only_to_a_tokenizer() -> None:
+    """The server's words have ids, but what the chats say is of other words."""
+    assert (await probed(QUICK, has_text=True)).form == "text"
+    knowing = Vocabulary.from_file(ROOT / "engine" / "demo")
+    assert (await probed(QUICK, has_text=True, vocabulary=knowing)).form == "ids"
+    with pytest.raises(ConfigError, match="text as token ids needs the model's tokenizer"):
+        await probed(QUICK, has_text=True, form="ids")
+
+
 async def test_usage_that_does_not_come_is_noted() -> None:
     result = await probed(replace(QUICK, faults=(FaultRule(Fault.NO_USAGE, share=1.0),)))
-    assert not result.reports_usage
     assert any("reports no usage" in note for note in result.notes)
     assert result.overhead == Overhead()
-
-
-async def test_several_tokens_in_a_chunk() -> None:
-    assert (await probed(replace(QUICK, tokens_per_chunk=4))).tokens_per_chunk == 4
 
 
 # --- lengths ------------------------------------------------------------------------------------------
@@ -148,7 +155,6 @@ async def test_words_that_are_several_tokens_are_noticed() -> None:
 async def test_words_of_the_server_are_its_tokens() -> None:
     async with client_of(QUICK) as (client, _):
         vocabulary = await from_server(client, "scripted")
-    assert vocabulary.is_exact
     assert len(vocabulary.words) > 1000
     assert set(vocabulary.openers) <= set(vocabulary.words)
     assert min(vocabulary.ids) >= 1000, "as this server numbers them"
@@ -190,7 +196,38 @@ async def test_nobody_listens() -> None:
 )
 async def test_a_server_that_does_not_answer_is_an_error_that_says_how(fault: Fault, said: str) -> None:
     with pytest.raises(ConfigError, match=rf"POST http://127.0.0.1:\d+/v1/completions: {said}"):
-        await probed(replace(QUICK, faults=(FaultRule(fault, share=1.0),)))
+        await probed(replace(QUICK, retry_after_s=3600, faults=(FaultRule(fault, share=1.0),)))
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "num_asked"),
+    [(b"", 1), (b"retry-after: 3600\r\n", 1), (b"retry-after: 0.1\r\n", 4)],
+)
+async def test_a_server_that_is_busy_is_asked_again_only_when_it_says_so(retry_after: bytes, num_asked: int) -> None:
+    asked_s: list[float] = []
+
+    async def serve(peer: Peer, number: int) -> None:
+        while True:
+            await peer.request()
+            asked_s.append(time.perf_counter())
+            await peer.write(b"HTTP/1.1 429 Too Many Requests\r\n%bcontent-length: 0\r\n\r\n" % retry_after)
+
+    async with raw_server(serve) as base_url:
+        client = HttpClient(base_url, limits=Limits(connect_s=2, total_s=5), now_s=time.perf_counter)
+        with pytest.raises(ConfigError, match="rejected"):
+            await probe(
+                client,
+                Target(name="busy", base_url=base_url, model="busy", endpoint="completions"),
+                Vocabulary.assumed(),
+                form=None,
+                fields=BodyFields(),
+                has_chats=False,
+                has_text=False,
+                now_s=time.perf_counter,
+            )
+        await client.close()
+    assert len(asked_s) == num_asked
+    assert all(later - earlier >= 0.1 for earlier, later in pairwise(asked_s))
 
 
 async def test_a_server_that_never_answers_is_not_waited_for() -> None:
@@ -247,6 +284,7 @@ async def test_an_odd_server_is_asked_as_it_wants_to_be() -> None:
             form=None,
             fields=BodyFields(),
             has_chats=True,
+            has_text=False,
             now_s=time.perf_counter,
         )
         await client.close()

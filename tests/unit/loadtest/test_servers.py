@@ -32,6 +32,8 @@ def test_base_urls(text: str, url: str) -> None:
         ("http://host:99999", "ort"),
         ("http://me:pw@host", "no user"),
         ("http://host/?a=1", "no user, query"),
+        ("http://a..b", "label empty or too long"),
+        (f"http://{'x' * 64}.org", "label empty or too long"),
     ],
 )
 def test_addresses_that_cannot_be(text: str, what: str) -> None:
@@ -83,6 +85,13 @@ def test_a_key_that_breaks_the_request_is_refused_without_being_told() -> None:
     assert "cret" not in refused.value.message
 
 
+@pytest.mark.parametrize("key", ["sk-SECRET", "", "9SECRET", "a=SECRET", "SECRET\n"])
+def test_a_key_in_the_place_of_its_variable_is_refused_without_being_told(key: str) -> None:
+    with pytest.raises(ConfigError, match="--api-key-env") as refused:
+        servers.request_headers(ServerFlags(api_key_env=key), {})
+    assert "SECRET" not in refused.value.message
+
+
 def test_extra_fields() -> None:
     flags = ServerFlags(extra_body='{"top_k": 1}', server_timeline=True)
     assert servers.extra_body(flags) == {"include_timeline": True, "top_k": 1}
@@ -107,9 +116,19 @@ def test_a_report_tells_no_keys() -> None:
         "--header=X: k",
         "--extra-body",
         '{"key":"k"}',
+        "--extra_body",
+        "k",
+        "--extra_body=k",
+        "--api-key-env",
+        "k",
+        "--api_key_env=k",
+        # The value of a flag is no flag.
+        "--extra-body",
+        "--header",
         "--seed",
         "1",
     ]
     assert list(without_secrets(arguments)) == [
-        "URL", "--header", "...", "--header=...", "--extra-body", "...", "--seed", "1",
+        "URL", "--header", "...", "--header=...", "--extra-body", "...", "--extra_body", "...", "--extra_body=...",
+        "--api-key-env", "...", "--api_key_env=...", "--extra-body", "...", "--seed", "1",
     ]  # fmt: skip

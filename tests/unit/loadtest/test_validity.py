@@ -27,7 +27,7 @@ def client(*, cpu_share: float = 0.5, delay_s: float = 0.001) -> ClientUsage:
 def measured(*, lag_s: float = 0.001, outcome: Outcome = Outcome.FINISHED, stretch: float = 1.0) -> LoadMetrics:
     """Of 100 requests, due one a second."""
     records = [
-        record(float(second), (second + 20.0,), sent_s=second * stretch + lag_s, outcome=outcome)
+        record(float(second), (second + 20.0,), taken_s=second * stretch + lag_s, outcome=outcome)
         for second in range(100)
     ]
     return measure(records, [SLO])

@@ -14,7 +14,7 @@ from loadtest.settings import Limits
 from tests.support.raw_server import raw_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
     from loadtest.http.sending import Sending
     from tests.support.raw_server import Serve
@@ -69,9 +69,11 @@ def ask(client: HttpClient, body: bytes = b"{}", *, cancel_after_tokens: int | N
 
 
 @asynccontextmanager
-async def http_client(url: str, limits: Limits = LIMITS, *, verify: bool = True) -> AsyncGenerator[HttpClient]:
+async def http_client(
+    url: str, limits: Limits = LIMITS, *, verify: bool = True, now_s: Callable[[], float] = time.perf_counter
+) -> AsyncGenerator[HttpClient]:
     """Closed at the end, with nothing left open."""
-    client = HttpClient(url, headers=[("x-extra", "yes")], limits=limits, now_s=time.perf_counter, verify=verify)
+    client = HttpClient(url, headers=[("x-extra", "yes")], limits=limits, now_s=now_s, verify=verify)
     try:
         yield client
     finally:

@@ -18,6 +18,7 @@ from contracts.errors import ConfigError
 from loadtest.http import client as client_module
 from loadtest.http.client import HttpClient
 from loadtest.http.failures import RequestFailed
+from loadtest.http.sending import STALE_AFTER_IDLE_S, STALE_WITHIN_S
 from loadtest.record import Outcome
 from tests.support.raw_server import raw_server
 from tests.unit.loadtest.http.asking import (
@@ -28,6 +29,7 @@ from tests.unit.loadtest.http.asking import (
     STREAM_HEAD,
     TOKEN,
     WHOLE,
+    Asked,
     answer_of,
     ask,
     chunk,
@@ -240,8 +242,8 @@ async def test_a_kept_connection_that_is_being_closed_is_not_used() -> None:
     assert (record.outcome, record.num_stale_connections) == (Outcome.FINISHED, 0)
 
 
-def closes_on_second_request(first_again: bytes) -> Serve:
-    """A server whose first connection breaks when it is used again, after these bytes."""
+def closes_on_second_request(first_again: bytes = b"", *, after_s: float = 0.0) -> Serve:
+    """A server whose first connection breaks when it is used again, after these bytes and this time."""
 
     async def serve(peer: Peer, number: int) -> None:
         await peer.request()
@@ -252,35 +254,54 @@ def closes_on_second_request(first_again: bytes) -> Serve:
             await peer.gone()
         if first_again:
             await peer.write(first_again)
-            await asyncio.sleep(0.02)
+        await asyncio.sleep(after_s)
         peer.reset()
 
     return serve
 
 
-async def test_a_kept_connection_that_breaks_is_replaced_once_and_counted() -> None:
-    async with raw_server(closes_on_second_request(b"")) as url, http_client(url) as client:
+class SkippingClock:
+    """Time may be skipped, so that a connection seems idle for long."""
+
+    def __init__(self) -> None:
+        self.skipped_s = 0.0
+
+    def __call__(self) -> float:
+        return time.perf_counter() + self.skipped_s
+
+
+async def asked_again(serve: Serve, *, idle_s: float) -> tuple[Asked, int]:
+    """A request on a connection that was idle for so long, and how many connections were opened in all."""
+    clock = SkippingClock()
+    async with raw_server(serve) as url, http_client(url, now_s=clock) as client:
         await ask(client).ended()
+        clock.skipped_s = idle_s
         again = ask(client)
-        record = await again.ended()
-        assert (record.outcome, record.num_stale_connections, again.num_ends) == (Outcome.FINISHED, 1, 1)
-        assert record.connect_s > 0
-        assert client.num_connections == 2
+        await again.ended()
+        return again, client.num_connections
 
 
-async def test_a_kept_connection_that_breaks_in_the_status_line_is_not_replaced() -> None:
-    async with raw_server(closes_on_second_request(b"HTTP/1.1 200")) as url, http_client(url) as client:
-        await ask(client).ended()
-        record = await ask(client).ended()
-    assert (record.outcome, record.num_stale_connections) == (Outcome.RESET_BEFORE_ANSWER, 0)
+async def test_a_kept_connection_that_breaks_is_replaced_once_and_counted() -> None:
+    again, num_connections = await asked_again(closes_on_second_request(), idle_s=STALE_AFTER_IDLE_S)
+    record = again.record
+    assert (record.outcome, record.num_stale_connections, again.num_ends) == (Outcome.FINISHED, 1, 1)
+    assert record.connect_s > 0
+    assert num_connections == 2
 
 
-async def test_a_kept_connection_that_breaks_late_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loadtest.http.sending.STALE_WITHIN_S", 0.0)
-    async with raw_server(closes_on_second_request(b"")) as url, http_client(url) as client:
-        await ask(client).ended()
-        record = await ask(client).ended()
-    assert (record.outcome, record.num_stale_connections) == (Outcome.RESET_BEFORE_ANSWER, 0)
+@pytest.mark.parametrize(
+    ("serve", "idle_s"),
+    [
+        # The server has had the request: it sent something, it was in the middle of others, or it took its time.
+        (closes_on_second_request(b"HTTP/1.1 200", after_s=0.02), 60.0),
+        (closes_on_second_request(), 0.0),
+        (closes_on_second_request(after_s=3 * STALE_WITHIN_S), 60.0),
+    ],
+)
+async def test_a_connection_that_takes_a_request_with_it_is_not_replaced(serve: Serve, idle_s: float) -> None:
+    again, num_connections = await asked_again(serve, idle_s=idle_s)
+    assert again.record.outcome is Outcome.RESET_BEFORE_ANSWER
+    assert (again.record.num_stale_connections, num_connections) == (0, 1)
 
 
 async def test_a_server_that_breaks_every_connection_is_asked_twice_at_most() -> None:
@@ -291,11 +312,10 @@ async def test_a_server_that_breaks_every_connection_is_asked_twice_at_most() ->
             await peer.request()
         peer.reset()
 
-    async with raw_server(serve) as url, http_client(url) as client:
-        await ask(client).ended()
-        record = await ask(client).ended()
-        assert (record.outcome, record.num_stale_connections) == (Outcome.RESET_BEFORE_ANSWER, 1)
-        assert client.num_connections == 2
+    again, num_connections = await asked_again(serve, idle_s=60.0)
+    record = again.record
+    assert (record.outcome, record.num_stale_connections) == (Outcome.RESET_BEFORE_ANSWER, 1)
+    assert num_connections == 2
 
 
 async def test_many_at_once() -> None:
@@ -360,7 +380,7 @@ async def test_a_name_with_several_addresses_is_tried_in_order_and_asked_once(mo
     monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(loop, "create_connection", create_connection)
     async with (
-        raw_server(answers(WHOLE, then="close")) as url,
+        raw_server(answers(WHOLE.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1))) as url,
         http_client(f"http://two.invalid:{url.rpartition(':')[2]}") as client,
     ):
         both = [ask(client), ask(client)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import resource
 import socket
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -74,6 +76,13 @@ async def test_a_name_that_nobody_has_is_asked_for_anew_by_each_request() -> Non
         assert (await ask(client).ended()).outcome is Outcome.CONNECT_FAILED
 
 
+async def test_a_name_that_none_can_have() -> None:
+    async with http_client("http://a..b") as client:
+        record = await ask(client).ended()
+    assert record.outcome is Outcome.CONNECT_FAILED
+    assert "'a..b' is no name of a host" in record.detail
+
+
 @contextmanager
 def full_listener() -> Generator[str]:
     """The system takes connections up to its backlog, and nobody accepts them: the next one waits."""
@@ -97,6 +106,48 @@ async def test_a_server_that_never_accepts() -> None:
             record = await ask(client).ended()
     assert record.outcome is Outcome.CONNECT_TIMEOUT
     assert "0.1 s" in record.detail
+
+
+@contextmanager
+def circles() -> Generator[list[object]]:
+    """What only the collector would free, of what came to be inside."""
+    found: list[object] = []
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        yield found
+        gc.collect()
+        found += gc.garbage
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.asyncio(loop_factories=["uvloop"])
+@pytest.mark.parametrize("what", ["refused", "no name", "timed out", "reset"])
+async def test_failures_leave_no_circles_behind(what: str) -> None:
+    """The collector is off during a run: they would pile up. Transports of asyncio's own loop are circles."""
+    with full_listener() as full:
+        async with raw_server(says(then="reset")) as resetting:
+            urls = {
+                "refused": f"http://127.0.0.1:{free_port()}",
+                "no name": "http://a..b",
+                "timed out": full,
+                "reset": resetting,
+            }
+            async with http_client(urls[what], Limits(connect_s=0.05 if what == "timed out" else 5.0)) as client:
+                # What is made once.
+                await asyncio.gather(*(ask(client).ended() for _ in range(2)))
+                with circles() as left:
+                    for _ in range(4):
+                        records = await asyncio.gather(*(ask(client).ended() for _ in range(25)))
+                        assert all(record.outcome.is_failure for record in records)
+                        del records
+                        await asyncio.sleep(0.01)
+    # By chance a few, of whatever else there is in this process.
+    assert len(left) < 50, Counter(map(type, left)).most_common(8)
 
 
 async def test_this_machine_has_no_file_left() -> None:

@@ -396,3 +396,24 @@ def test_sending_is_noted() -> None:
     exchange.reader.on_stale()
     record = exchange.record
     assert (record.connect_s, record.sent_s, record.num_stale_connections) == (0.25, 1.0, 1)
+
+
+@pytest.mark.parametrize("number", ["-1", str(2**31), "1" + "0" * 20, "1" + "0" * 400])
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"choices": [], "usage": {"prompt_tokens": N}}',
+        '{"choices": [], "usage": {"completion_tokens": N}}',
+        '{"choices": [], "usage": {"prompt_tokens_details": {"cached_tokens": N}}}',
+        '{"choices": [{"text": "a", "token_ids": [5, N]}]}',
+    ],
+)
+def test_numbers_that_count_no_tokens(body: str, number: str) -> None:
+    record = Exchange().stream(text(" a"), f"data: {body.replace('N', number)}\n\n".encode(), DONE)
+    assert (record.outcome, len(record.chunk_s)) == (Outcome.MALFORMED_JSON, 1)
+    assert (record.usage_prompt_tokens, record.usage_output_tokens, record.usage_cached_tokens) == (None, None, None)
+
+
+def test_phases_of_no_length_in_time_are_left_out() -> None:
+    record = Exchange().stream(text(" a", "stop"), event(choices=[], timings={"a_ms": 10**400, "b_ms": 2.5}), DONE)
+    assert (record.outcome, record.server_phases_ms) == (Outcome.FINISHED, {"b": 2.5})

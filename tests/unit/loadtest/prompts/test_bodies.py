@@ -143,7 +143,7 @@ def test_another_name_for_the_number_of_tokens() -> None:
     assert "max_tokens" not in body
 
 
-@pytest.mark.parametrize("name", ["prompt", "messages", "model", "stream", "max_tokens"])
+@pytest.mark.parametrize("name", ["prompt", "messages", "model", "stream", "max_tokens", "n", "best_of", "echo"])
 def test_the_users_fields_may_not_contradict_the_plan(name: str) -> None:
     with pytest.raises(ConfigError, match=f"extra body: {name} cannot be set"):
         maker(extra={name: 1})

@@ -74,12 +74,10 @@ def test_the_demo_model_has_words_and_openers() -> None:
     assert Vocabulary.from_file(folder / "tokenizer.json") == vocabulary
     assert min(vocabulary.ids) > 5, "its first six are special"
     assert min(len(vocabulary.words), len(vocabulary.openers)) >= MIN_WORDS
-    assert vocabulary.is_exact
 
 
-def test_assumed_words_are_plain_and_no_claim_of_exactness() -> None:
+def test_assumed_words_are_plain_and_without_ids() -> None:
     vocabulary = Vocabulary.assumed()
-    assert not vocabulary.is_exact
     assert not vocabulary.ids
     assert len(set(COMMON_WORDS)) == len(COMMON_WORDS) > 1000
     assert all(word.isascii() and word.isalpha() and word.islower() for word in COMMON_WORDS)

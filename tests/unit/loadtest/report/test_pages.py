@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from loadtest.report.compare import compare_runs
 from loadtest.report.csv_file import requests_csv
 from loadtest.report.document import RateResult, ServerGauges
 from loadtest.report.html import report_html
+from loadtest.report.plots import report_plots
 from loadtest.report.table import comparison_text, report_text
 from tests.support.load_records import SLOS, make_report, make_run, record, served
 from tests.support.study_report import write_study
@@ -58,6 +60,23 @@ def two_servers(tmp_path_factory: pytest.TempPathFactory) -> LoadReport:
 @pytest.fixture(scope="module")
 def page_of_two(two_servers: LoadReport) -> str:
     return report_html(two_servers)
+
+
+def stale() -> RequestRecord:
+    return replace(record(0.0, (0.1,)), num_stale_connections=1)
+
+
+def cached(tokens: int) -> RequestRecord:
+    return replace(record(0.0, (0.1,), usage=(100, 1)), usage_cached_tokens=tokens)
+
+
+def tried(rate_rps: float, offered_rps: float, num_given_up: int = 0) -> RateResult:
+    known = {"offered_rps": offered_rps, "num_given_up": num_given_up, "ttft_p99_ms": 1234.0, "tpot_p99_ms": 5.0}
+    return msgspec.structs.replace(RateResult.simulated(rate_rps, 0.5, 500), **known)
+
+
+def with_tried(*rates: RateResult, name: str = "server") -> ServerRun:
+    return msgspec.structs.replace(make_run(RECORDS, name=name), rates=rates)
 
 
 def line_of(text: str, start: str) -> list[str]:
@@ -126,11 +145,74 @@ def test_a_comparison_of_other_workloads_has_no_pairs(two_servers: LoadReport) -
         ((record(0.0, (0.1,), output_tokens=4, usage=(100, 4)),), "came in one chunk: they have no TPOT"),
         ((record(0.0, (0.1,)), record(1.0, outcome=Outcome.INTERRUPTED)), "1 requests were interrupted and 0 never"),
         ((record(0.0, (0.1,)), record(1.0, (9.0,))), "requests went on for 8.0 s after the last was due"),
+        ((record(0.0, (3.0,)), record(9.0, (12.0,), part=1)), "6.0 s after the last was due (sums over 2 parts)"),
+        ((record(0.0, (0.1,)), record(0.0, outcome=Outcome.GIVEN_UP, end_s=9.0)), "1 of 2 requests were given up"),
+        ((stale(),), "1 requests were sent again because the server had closed the kept connection"),
+        ((cached(51),), "the server had 51% of the prompt tokens in its cache"),
     ],
 )
 def test_what_must_be_known_is_told(records: tuple[RequestRecord, ...], note: str) -> None:
     text = " ".join(report_text(make_report(make_run(records))).split())
     assert note in text
+
+
+def test_a_cache_that_held_a_little_is_not_remarked_upon() -> None:
+    assert "in its cache" not in report_text(make_report(make_run([cached(50)])))
+
+
+def test_what_was_given_up_is_no_failure_of_the_server() -> None:
+    given_up = [record(float(row), outcome=Outcome.GIVEN_UP, end_s=row + 5.0) for row in range(2)]
+    report = make_report(make_run([record(0.0, (0.1, 0.2)), *given_up]))
+    text, page = report_text(report), visible_text(report_html(report))
+    assert "1 of 3 requests finished, 2 given up; " in text
+    assert "failed" not in text
+    assert "failed 0 of 3 requests, 2 given up" in page
+    ttft_p99 = f"{report.runs[0].metrics.ttft.p99_ms:,.1f}"
+    assert f"p99 > {ttft_p99} ms" in page
+    assert f"TTFT p99, ms > {ttft_p99}" in page
+
+
+def test_a_rate_that_was_not_offered_stands_beside_the_one_that_was() -> None:
+    report = make_report(with_tried(tried(20.0, 3.669), tried(1.0, 0.96)))
+    text, page = report_text(report), visible_text(report_html(report))
+    assert line_of(text, "requests/s tried")[2] == "offered"
+    assert line_of(text, "20.000")[:3] == ["20.000", "3.669", "50.00"]
+    assert "server 20.000 3.669 50.00 %" in page
+    for told in (" ".join(text.split()), page):
+        assert "requests/s that were really offered: 3.669 for 20.000." in told
+
+
+def test_rates_that_were_offered_as_planned_are_told_once() -> None:
+    text = report_text(make_report(with_tried(tried(20.0, 19.1), RateResult.simulated(5.0, 0.5, 9))))
+    assert "offered" not in line_of(text, "requests/s tried")
+    assert "really offered" not in text
+
+
+def test_a_ttft_is_a_lower_bound_where_requests_were_given_up() -> None:
+    report = make_report(with_tried(tried(4.0, 4.0), tried(8.0, 8.0, num_given_up=3)))
+    text, page = report_text(report), visible_text(report_html(report))
+    assert "> 1,234.0" in " ".join(line_of(text, "8.000"))
+    assert ">" not in line_of(text, "4.000")
+    assert page.count("> 1,234.0") == 1
+    plain = make_report(with_tried(tried(4.0, 4.0), tried(8.0, 8.0)))
+    drawn, without = (
+        {plot.title: plot.svg for plot in report_plots(each)["Attainment by rate"]} for each in (report, plain)
+    )
+    assert len(drawn["TTFT p99"]) > len(without["TTFT p99"])
+    assert drawn["TPOT p99"] == without["TPOT p99"]
+    assert 'a TTFT p99 with ">" is a lower bound' in text
+
+
+def test_goodputs_of_servers_stand_side_by_side() -> None:
+    runs = [with_tried(tried(4.0, 4.0), tried(8.0, 8.0), name="alpha"), with_tried(tried(4.0, 2.0), name="beta")]
+    text = report_text(make_report(*runs))
+    assert line_of(text, "goodput, requests/s")[2:] == ["alpha", "beta"]
+    assert line_of(text, "at 4.000 tried")[3:] == ["2.000", "1.000"]
+    assert "at 8.000 tried" not in text
+    assert "highest found" not in text
+    found = [with_rates(runs[0]), msgspec.structs.replace(runs[1], search=None)]
+    assert line_of(report_text(make_report(*found)), "highest found") == ["highest", "found", "5.000", "-"]
+    assert "goodput, requests/s" not in report_text(make_report(runs[0]))
 
 
 # --- the lines of requests ------------------------------------------------------------------------
@@ -139,10 +221,12 @@ def test_what_must_be_known_is_told(records: tuple[RequestRecord, ...], note: st
 def test_each_request_is_a_line() -> None:
     first = record(0.0, (0.2, 0.24, 0.28), usage=(100, 3), detail="=SUM(A1)")
     first.server_phases_ms = {"queue_ms": 12.5}
+    first.taken_s, first.part = 0.015, 2
     lines = list(csv.DictReader(io.StringIO(requests_csv(make_report(make_run([first, *RECORDS[1:]]))))))
     assert len(lines) == 4
     assert (lines[0]["run"], lines[0]["outcome"], lines[0]["answered_tokens"]) == ("server", "finished", "3")
     assert (lines[0]["ttft_ms"], lines[0]["tpot_ms"], lines[0]["longest_gap_ms"]) == ("200.0", "40.0", "40.0")
+    assert (lines[0]["taken_s"], lines[0]["send_lag_ms"], lines[0]["part"]) == ("0.015", "15.0", "2")
     assert (lines[0]["server_queue_ms"], lines[1]["server_queue_ms"]) == ("12.5", "")
     assert lines[0]["detail"] == "'=SUM(A1)"
     assert lines[2]["detail"] == RECORDS[2].detail
@@ -203,7 +287,15 @@ def test_the_page_needs_nothing_else_and_is_well_formed(page_of_two: str) -> Non
 
 def test_the_page_has_every_section_and_every_server(page_of_two: str) -> None:
     text = visible_text(page_of_two)
-    for title in ("Figures", "Latency", "Attainment by rate", "Over time", "Where the time went", "Errors"):
+    for title in (
+        "Figures",
+        "Latency",
+        "Attainment by rate",
+        "Over time",
+        "Where the time went",
+        "Rates tried",
+        "Errors",
+    ):
         assert f"<h2>{title}</h2>" in page_of_two
     for plot in ("TTFT", "TPOT", "ITL", "End to end", "Attainment", "As the client counts", "As the server counts"):
         assert f"<h3>{plot}</h3>" in page_of_two

@@ -43,6 +43,11 @@ def test_ends_are_counted_by_what_they_were() -> None:
     assert round(float(line.finished_rps.sum() * width_s)) == columns.is_finished.sum()
 
 
+def test_requests_given_up_are_no_failures_of_the_server() -> None:
+    columns = columns_of([record(0.0, outcome=kind, end_s=1.0) for kind in (Outcome.GIVEN_UP, Outcome.TURN_LOST)])
+    assert is_failed(columns).tolist() == [False, True]
+
+
 def test_nothing_and_everything_at_once() -> None:
     nothing = columns_of([record(0.0, outcome=Outcome.UNSENT)])
     nothing.due_s[:] = np.nan
