@@ -146,10 +146,10 @@ async def test_a_server_that_stops_listening_in_mid_run_refuses_the_rest(tmp_pat
 
 
 async def test_connections_that_the_server_closes_when_idle_cost_no_request(tmp_path: Path) -> None:
-    async with serving(Behaviour(ttft_ms=1, itl_ms=1, idle_close_ms=20)) as server:
-        # Gaps of 20 ms: the server closes just when the next request is sent.
-        run = await load(server, tmp_path, "--arrivals", "constant:36", "--requests", "100")
-    assert (run.errors, run.metrics.num_finished) == ({}, 100)
+    async with serving(Behaviour(ttft_ms=1, itl_ms=1, idle_close_ms=600)) as server:
+        # Idle for 600 ms between two: the server closes just when the next request is sent.
+        run = await load(server, tmp_path, "--arrivals", "constant:1.645", "--requests", "8")
+    assert (run.errors, run.metrics.num_finished) == ({}, 8)
 
 
 async def test_rejected_requests_are_asked_again_when_told_to(tmp_path: Path) -> None:
