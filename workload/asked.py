@@ -128,7 +128,10 @@ def _check_beside(flags: WorkloadFlags, file: WorkloadFile | None) -> None:
     """Flags that need a trace, or that one says already."""
     if file is not None and flags.trace is not None:
         raise ConfigError(f"--trace: --workload {flags.workload} says what is asked; give one of them")
-    if flags.trace is not None or (file is not None and file.trace is not None):
+    has_trace = flags.trace is not None or (file is not None and file.trace is not None)
+    if flags.spread_ties and not has_trace:
+        raise ConfigError("--spread-ties: needs a --trace")
+    if has_trace:
         for name in ("prompts", "outputs"):
             if getattr(flags, name) is not None:
                 raise ConfigError(f"--{name}: a --trace says this already")

@@ -91,6 +91,18 @@ class WorkloadFlags:
         ),
     ] = None
 
+    spread_ties: Annotated[
+        bool,
+        Parameter(
+            name="--spread-ties",
+            group=WORKLOAD_GROUP,
+            negative="",
+            show_default=False,
+            help="Requests that a trace gives one time are spread up to its next time: for traces with rounded times, "
+            "such as Mooncake's (3 s).",
+        ),
+    ] = False
+
     think: Annotated[
         str | None,
         Parameter(

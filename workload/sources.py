@@ -19,7 +19,7 @@ from workload.spec import parse_arrivals, parse_outputs, parse_prompts
 from workload.synthetic import generator, slo_classes, synthetic
 from workload.trace_rows import CONVERSATIONS, detect
 from workload.traces import parse_trace, read_bytes
-from workload.transform import window
+from workload.transform import spread_ties, window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -152,7 +152,8 @@ def _trace(asked: Asked, path: Path, text: bytes) -> Source:
     _refuse_think(asked)
     trace = parse_trace(str(path), text)
     end_s = math.inf if asked.duration_s is None else asked.start_s + asked.duration_s
-    kept = tuple(islice(window(trace.requests, asked.start_s, end_s), asked.num_requests))
+    requests = spread_ties(trace.requests) if asked.flags.spread_ties else trace.requests
+    kept = tuple(islice(window(requests, asked.start_s, end_s), asked.num_requests))
     if not kept:
         raise ConfigError(f"--start, --duration: no request of {path} arrives then")
 
@@ -164,7 +165,13 @@ def _trace(asked: Asked, path: Path, text: bytes) -> Source:
     return Source(
         name=f"{path.name} ({trace.summary.kind})",
         items=with_class,
-        facts={"source": "trace", "file": str(path), "sha256": _sha256(path), "summary": trace.summary},
+        facts={
+            "source": "trace",
+            "file": str(path),
+            "sha256": _sha256(path),
+            "spread_ties": asked.flags.spread_ties,
+            "summary": trace.summary,
+        },
         hash_block_tokens=kept[0].hash_block_tokens,
         warnings=_left_out(trace.summary),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from workload.chats import Chat, ChatTurn
@@ -35,6 +37,21 @@ def at_rate(requests: Sequence[WorkloadRequest], rate_rps: float) -> Iterator[Wo
     """The same requests, closer together or farther apart, so that `mean_rate_rps` is `rate_rps`."""
     require_positive(rate_rps=rate_rps)
     return at_speed(requests, rate_rps / mean_rate_rps(requests))
+
+
+def spread_ties(requests: Sequence[WorkloadRequest]) -> Iterator[WorkloadRequest]:
+    """Requests of one time, spread evenly from it to the next time that occurs; the last ones as far as those before.
+
+    Some traces round their times (Mooncake's to 3 s). Scaled to a small cluster such a tick is a burst that nobody
+    sent: ten requests at once, and then nothing for half a minute.
+    """
+    ticks = [(arrival_s, list(group)) for arrival_s, group in groupby(requests, attrgetter("arrival_s"))]
+    gap_s = 0.0
+    for place, (arrival_s, group) in enumerate(ticks):
+        if place + 1 < len(ticks):
+            gap_s = ticks[place + 1][0] - arrival_s
+        for number, request in enumerate(group):
+            yield request._replace(arrival_s=arrival_s + gap_s * number / len(group))
 
 
 def window(requests: Iterable[WorkloadRequest], from_s: float, to_s: float) -> Iterator[WorkloadRequest]:

@@ -22,7 +22,7 @@ from workload import (
 )
 from workload.chats import Chat, ChatTurn
 from workload.prompts import PromptMaker
-from workload.transform import scaled_block_tokens, scaled_lengths
+from workload.transform import scaled_block_tokens, scaled_lengths, spread_ties
 
 
 @st.composite
@@ -244,3 +244,22 @@ def test_what_cannot_be_is_refused() -> None:
         window(one, 5, 5)
     with pytest.raises(ValueError, match="max_context_tokens must be >= 2, got 1"):
         ContextClip(1)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=40).map(sorted))
+def test_ties_are_spread_up_to_the_next_time_in_order(ticks: list[int]) -> None:
+    spread = list(spread_ties([WorkloadRequest(3.0 * tick, 1 + number, 1) for number, tick in enumerate(ticks)]))
+    arrivals_s = [request.arrival_s for request in spread]
+    assert [request.prompt_tokens for request in spread] == [1 + number for number in range(len(ticks))]
+    assert arrivals_s == sorted(arrivals_s)
+    if len(set(ticks)) > 1:
+        assert len(set(arrivals_s)) == len(arrivals_s)
+    for tick, arrival_s in zip(ticks, arrivals_s, strict=True):
+        later = [other for other in ticks if other > tick]
+        assert 3.0 * tick <= arrival_s
+        assert not later or arrival_s < 3.0 * min(later)
+
+
+def test_ties_at_equal_steps() -> None:
+    spread = spread_ties([WorkloadRequest(time_s, 1, 1) for time_s in (0.0, 0.0, 0.0, 3.0, 9.0, 9.0)])
+    assert [request.arrival_s for request in spread] == [0.0, 1.0, 2.0, 3.0, 9.0, 12.0]
