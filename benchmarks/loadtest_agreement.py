@@ -22,7 +22,7 @@ from loadtest.prompts.tokens import Vocabulary
 from tests.support.scripted_server import serving_process
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator
+    from collections.abc import AsyncGenerator, Container, Generator
     from pathlib import Path
 
 #: A server whose delays are known, at a load that no client notices.
@@ -30,8 +30,12 @@ SCRIPTED = Shape(rate_rps=20, num_requests=300, prompt_tokens=256, output_tokens
 SCRIPTED_DELAYS = ("--ttft-ms", "100", "--itl-ms", "10")
 #: The 88 M shape on one core. Each answer ends before the next request comes: where they overlap by a hair, what one
 #: client delays by a hair is another request's second.
-MODEL = Shape(rate_rps=0.4, num_requests=20, prompt_tokens=128, output_tokens=24)
+CLUSTER = Shape(rate_rps=1.0, num_requests=20, prompt_tokens=128, output_tokens=24)
+#: Three times slower on one core.
+VLLM = Shape(rate_rps=0.4, num_requests=12, prompt_tokens=128, output_tokens=24)
 VLLM_START_S = 300.0
+#: Servers that the clients can be compared on.
+SERVERS = ("scripted", "cluster", "vllm")
 FIGURES = ("ttft", "tpot", "throughput")
 
 
@@ -41,8 +45,6 @@ class Peers:
 
     aiperf: Path | None
     vllm: Path | None
-    #: vLLM is measured as a server, too.
-    serve_vllm: bool = False
 
 
 @dataclass(slots=True)
@@ -89,7 +91,7 @@ class Rounds:
 
 
 async def agreement_figures(
-    model: Path, peers: Peers, server_core: int, client_core: int, folder: Path, *, rounds: int, only_scripted: bool
+    model: Path, peers: Peers, server_core: int, client_core: int, folder: Path, *, rounds: int, on: Container[str]
 ) -> dict[str, float]:
     """`model`: a checkpoint; its tokenizer makes the prompts. Empty where no other client is here."""
     if peers.aiperf is None and peers.vllm is None:
@@ -107,14 +109,15 @@ async def agreement_figures(
             results[-1].rows(),
         )
 
-    with serving_process(*SCRIPTED_DELAYS, "--core", str(server_core)) as base_url:
-        await measure(Server(name="scripted", base_url=base_url, model="scripted", tokenizer=model), SCRIPTED)
-    if not only_scripted:
+    if "scripted" in on:
+        with serving_process(*SCRIPTED_DELAYS, "--core", str(server_core)) as base_url:
+            await measure(Server(name="scripted", base_url=base_url, model="scripted", tokenizer=model), SCRIPTED)
+    if "cluster" in on:
         async with running(cluster(model, [mixed(512, [server_core])])) as base_url:
-            await measure(Server(name="cluster", base_url=base_url, model="bench", tokenizer=model), MODEL)
-    if peers.vllm is not None and peers.serve_vllm and not only_scripted:
+            await measure(Server(name="cluster", base_url=base_url, model="bench", tokenizer=model), CLUSTER)
+    if "vllm" in on and peers.vllm is not None:
         async with _vllm(peers.vllm, model, server_core, folder) as base_url:
-            await measure(Server(name="vllm_server", base_url=base_url, model="bench", tokenizer=model), MODEL)
+            await measure(Server(name="vllm_server", base_url=base_url, model="bench", tokenizer=model), VLLM)
     ratios = {name: ratio for result in results for name, ratio in result.ratios().items()}
     print_table("ours over theirs", ["figure", "ratio"], [[name, ratio] for name, ratio in ratios.items()])
     return {**{f"{figure}_vs_other_client": _furthest(ratios, figure) for figure in FIGURES}, **ratios}
