@@ -6,7 +6,8 @@
   another; then more and more, until the client calls its own run invalid.
 - agreement: TTFT, TPOT and throughput as `tandem loadtest`, aiperf and `vllm bench serve` see them, on the scripted
   server, on a Tandem cluster (88 M shape, one mixed worker), and on vLLM's CPU build with the same checkpoint. Clients
-  take turns on one core, servers have the other; figures are ratios of medians, ours over theirs, and `*_vs_other_client` is the one furthest from 1. Programs are also taken from TANDEM_AIPERF and TANDEM_VLLM.
+  take turns on one core, servers have the other; figures are ratios of medians, ours over theirs, and
+  `*_vs_other_client` is the one furthest from 1. Programs are also taken from TANDEM_AIPERF and TANDEM_VLLM.
 
 Two cores or more. `--quick` has 8 s of capacity, and one round of agreement on the scripted server.
 """
