@@ -109,10 +109,12 @@ class Conductor:
         `decide` gives the SLO classes of a search for goodput: once everything was sent, requests that have missed
         their TTFT target already are not waited for.
         """
-        timer = machine.TimerFd()
-        pacer = Pacer(timer, machine.now_s)
+        timer, watch_timer = machine.TimerFd(), machine.TimerFd()
+        pacer, watch_pacer = Pacer(timer, machine.now_s), Pacer(watch_timer, machine.now_s)
         turns = [_Turn(side, plan, pacer, self._concurrency) for side in sides]
         self._players = [turn.player for turn in turns]
+        for side in sides:
+            side.client.after_read = pacer.poll
         try:
             with self._interruptible(), _without_garbage_collection():
                 for number, items in enumerate(plan.rounds(num_rounds)):
@@ -120,20 +122,22 @@ class Conductor:
                         told = (
                             what if len(sides) == 1 else f"{turn.side.target.name}, part {number + 1} of {num_rounds}"
                         )
-                        await self._part(turn, number, items, pacer, told, decide)
+                        await self._part(turn, number, items, watch_pacer, told, decide)
         finally:
-            pacer.close()
-            timer.close()
+            for each in (pacer, watch_pacer):
+                each.close()
+            for fd in (timer, watch_timer):
+                fd.close()
         return tuple(self._played(turn) for turn in turns)
 
     async def _part(
-        self, turn: _Turn, number: int, items: range, pacer: Pacer, what: str, decide: Sequence[SloClass] | None
+        self, turn: _Turn, number: int, items: range, watch_pacer: Pacer, what: str, decide: Sequence[SloClass] | None
     ) -> None:
         if self.was_stopped:
             return
         start_s, cpu_s = turn.played_s, machine.cpu_s()
         turn.clock.start_at(start_s, in_s=START_DELAY_S)
-        delay = DelayWatch(pacer, machine.now_s, turn.loop_delays_s)
+        delay = DelayWatch(watch_pacer, machine.now_s, turn.loop_delays_s)
         watches = [asyncio.create_task(_show(turn.player, what, turn.plan.num_requests_of(items)))]
         watches.append(asyncio.create_task(turn.gauges.run()))
         if decide is not None:

@@ -51,9 +51,18 @@ class Pacer:
         self._due.clear()
         self._loop.remove_reader(self._timer.fd)
 
+    def poll(self) -> None:
+        """Does what is due already. Whoever handles one of many things that the event loop has at hand calls this after
+        each: what is to be sent then waits for one of them, not for all."""
+        if self._due and not self._firing and self._due[0][0] <= self._now_s():
+            self._do_due()
+
     def _fired(self) -> None:
         self._timer.clear()
         self._armed_s = float("inf")
+        self._do_due()
+
+    def _do_due(self) -> None:
         due = self._due
         self._firing = True
         try:
@@ -78,6 +87,7 @@ class DelayWatch:
     What arrives from a server is timed when the loop comes to it, too, so this delay bounds the error of every latency.
     A loop that was away for long missed looks, each of which would have been late: they are noted as well, as by
     HdrHistogram's correction, so that the share of late looks is the share of time in which arrivals were timed late.
+    Its pacer is one that nobody polls: what is looked at is when the loop comes round.
     """
 
     def __init__(self, pacer: Pacer, now_s: Callable[[], float], delays_s: array[float]) -> None:

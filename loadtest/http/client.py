@@ -42,6 +42,8 @@ class HttpClient:
     ) -> None:
         self.limits = limits
         self.now_s = now_s
+        #: Called after each read of an answer; must not raise.
+        self.after_read: Callable[[], None] = _do_nothing
         self._dialer = Dialer(base_url, verify=verify)
         self._header_lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
         self._post_heads: dict[str, bytes] = {}
@@ -204,3 +206,7 @@ class _WholeReader:
         if not self.is_done:
             self.is_done = True
             self.failure = RequestFailed(outcome, detail)
+
+
+def _do_nothing() -> None:
+    pass

@@ -39,6 +39,8 @@ class Owner(Protocol):
     """Keeps connections."""
 
     now_s: Callable[[], float]
+    #: Called after each read.
+    after_read: Callable[[], None]
 
     def on_opened(self, connection: Connection) -> None: ...
 
@@ -135,6 +137,7 @@ class Connection(asyncio.Protocol):
             self._end_response()
         elif self._failure is not None:
             self._lose(*self._failure)
+        self._owner.after_read()
 
     def connection_lost(self, exc: Exception | None) -> None:
         # Parser and transport refer back to this object.

@@ -67,6 +67,31 @@ async def test_what_is_long_due_does_not_keep_the_loop_from_its_other_work() -> 
     assert reads[0] <= 2 * MAX_ACTIONS_AT_ONCE
 
 
+async def test_what_is_due_is_done_by_a_poll_before_the_loop_comes_round() -> None:
+    done: list[str] = []
+    with pacer() as paced:
+        paced.at(machine.now_s() - 1.0, lambda: done.append("due"))
+        paced.at(machine.now_s() + 60.0, lambda: done.append("later"))
+        paced.poll()
+        assert done == ["due"]
+        paced.poll()
+        assert done == ["due"]
+
+
+async def test_an_action_that_polls_does_not_do_others_out_of_turn() -> None:
+    done: list[int] = []
+    with pacer() as paced:
+
+        def act(number: int) -> None:
+            paced.poll()
+            done.append(number)
+
+        for number in range(3):
+            paced.at(machine.now_s() - 1.0 + number / 10, partial(act, number))
+        paced.poll()
+    assert done == [0, 1, 2]
+
+
 async def test_an_action_may_ask_for_another() -> None:
     ended = asyncio.Event()
     with pacer() as paced:
