@@ -166,6 +166,7 @@ def _by_rate(report: LoadReport) -> Iterator[Plot]:
         else:
             axis.set_ylim(0, 1.1 * max(values_ms))
         axis.yaxis.set_major_formatter(PLAIN_NUMBERS)
+        axis.yaxis.set_minor_formatter(PLAIN_NUMBERS)
         axis.set_ylabel(f"{name} (ms)")
         yield _rate_plot(name, caption, figure, axis, rates_rps)
 
