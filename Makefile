@@ -46,11 +46,11 @@ demo: $(STAMP)
 serve: $(STAMP)
 	@$(BIN)/tandem serve --config configs/local.yaml $(ARGS)
 
-# Whole clusters wait more than they compute (for time limits, for processes to start): three files of them share the
+# Whole clusters wait more than they compute (for time limits, for processes to start): four files of them share the
 # machine, however many cores it has. The other tests compute. Not in order of size: what only waits comes last.
 test: $(STAMP)
 	@$(BIN)/pytest -n auto --dist loadfile tests/unit tests/simulation tests/integration/test_simulate_command.py $(ARGS)
-	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder tests/integration \
+	@$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder tests/integration \
 		--ignore tests/integration/test_simulate_command.py $(ARGS)
 
 chaos: $(STAMP)
