@@ -150,9 +150,49 @@ class PoolConfig(_Section):
     max_sequences: Count | None = None
     """Running sequences for each worker of this pool, instead of `engine.max_sequences`."""
 
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Devices that share each layer of one worker. Plans may name more than 1; serving it is refused for now."""
+
+    pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Devices that take turns at the layers of one worker. Plans may name more than 1; serving it is refused for
+    now."""
+
     @field_serializer("kv_memory", when_used="json")
     def _size_with_unit(self, size_bytes: int) -> str:
         return format_size(size_bytes)
+
+
+class SloTargets(_Section):
+    """What a request of this class is to meet; both jointly."""
+
+    ttft_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Time to first token, at most, from when its client asked."""
+
+    tpot_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Mean time per output token after the first, at most."""
+
+
+#: Becomes part of metric labels and header values.
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+
+class TenantConfig(_Section):
+    """Who asks. A request's tenant follows from its API key."""
+
+    name: Label
+    """Its name in metrics, and the salt of its prefix cache: tenants share no KV."""
+
+    api_keys: Annotated[tuple[SecretStr, ...], Field(min_length=1)]
+    """Bearer tokens of this tenant's clients."""
+
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Its share of the prefill work where tenants compete, relative to the others'."""
+
+    slo_class: Label | None = None
+    """SLO class of requests that name none, instead of the cluster's default."""
+
+    max_priority: int = 100
+    """Requests that ask for more get this."""
 
 
 class GatewayConfig(_Section):
@@ -184,6 +224,12 @@ class GatewayConfig(_Section):
 
     graceful_stop_s: DurationS = 5.0
     """What open requests get to end when the gateway stops."""
+
+    tenants: tuple[TenantConfig, ...] = ()
+    """Clients with API keys of their own; `api_keys` are those of the tenant `default`."""
+
+    snapshot_ttl_s: DurationS = 60.0
+    """How long requests are placed by the last known state of the cluster while no coordinator answers."""
 
     @field_serializer("max_body", when_used="json")
     def _size_with_unit(self, size_bytes: int) -> str:
@@ -221,14 +267,111 @@ class TransferConfig(_Section):
         return None if size_bytes is None else format_size(size_bytes)
 
 
+DispatchPolicyName = Literal["random", "round_robin", "least_loaded", "prefix_only", "ttft_min"]
+AdmissionForm = Literal["none", "current", "predicted"]
+
+
+class DispatchConfig(_Section):
+    """Which workers a request gets."""
+
+    policy: DispatchPolicyName = "ttft_min"
+    """`ttft_min`: the shortest predicted time to first token over transfer, queue and compute. The others are for
+    comparison."""
+
+    decode: Literal["spread", "pack"] = "spread"
+    """`spread`: the decode worker with the lowest predicted TPOT. `pack`: the highest that still meets the
+    request's target, so that others stay free."""
+
+    fetch_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.5
+    """A prefix is copied from another worker only where that one holds more than so many times as much of it."""
+
+    local_prefill_tokens: Annotated[int, Field(ge=0)] = 0
+    """Prompts with at most so many uncached tokens may be read by the worker that writes their answer, where that is
+    predicted to be faster; only workers of role mixed can."""
+
+    profile: str | None = None
+    """Latency profile (tandem profile) that predictions rest on; without it, on what the workers' own steps took."""
+
+
+class AdmissionConfig(_Section):
+    """Which requests are refused at once with 429 because they would miss their targets. Only requests of classes
+    with targets are."""
+
+    form: AdmissionForm = "predicted"
+    """`predicted`: decode load as forecast for when the prompt will have been read (Mooncake); `current`: as it is;
+    `none`: nothing is refused for its targets."""
+
+    ttft_share: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """A request is refused where its predicted TTFT is more than this share of its target."""
+
+    tpot_share: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """The same for TPOT."""
+
+    hysteresis: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Once a class is refused somewhere, its shares shrink by this part until one is accepted."""
+
+
+class QueueConfig(_Section):
+    """In which order prompts are read."""
+
+    order: Literal["fcfs", "shortest", "edf"] = "edf"
+    """`edf`: the one whose first token is due next; without targets, first come first served. `shortest`: fewest
+    uncached tokens first, with ageing."""
+
+    ageing_s: DurationS = 10.0
+    """A prompt that waited this much longer goes before one with half its tokens (`shortest`), and before one with
+    one priority more."""
+
+    fair: bool = True
+    """Between tenants: whoever got the least, by weight, goes first (virtual token counters; uncached tokens
+    count)."""
+
+    saturation_tokens: Count | None = None
+    """Prompt tokens that fill a step: several short prompts share a step up to it, a longer one has its own; default:
+    `engine.max_batch_tokens`."""
+
+    tpot_chunks: bool = True
+    """Mixed workers cut prompts so that a step stays within the tightest TPOT target among its answers."""
+
+
+class ReplanConfig(_Section):
+    """What happens when the workload is no longer the one that was planned for."""
+
+    mode: Literal["off", "propose", "apply"] = "propose"
+    """`propose` logs a better split of the workers; `apply` carries it out where workers can change roles."""
+
+    window_s: DurationS = 600.0
+    """What is observed to be compared with the plan."""
+
+    drift: Annotated[float, Field(gt=0)] = 0.25
+    """Relative change of rate, prompt or answer length that counts as drift."""
+
+
 class CoordinatorConfig(_Section):
-    """Membership and dispatch."""
+    """Membership, placement, admission."""
 
     heartbeat_interval_s: DurationS = 0.5
     """How often workers report their load."""
 
+    suspect_after_s: DurationS | None = None
+    """Silence after which a worker gets requests only where no other can take them; default: half of
+    `dead_after_s`."""
+
     dead_after_s: DurationS = 3.0
     """Silence after which a worker gets no more requests."""
+
+    dispatch: DispatchConfig = DispatchConfig()
+    admission: AdmissionConfig = AdmissionConfig()
+    replan: ReplanConfig = ReplanConfig()
+
+    max_directory_blocks: Count = 16_000_000
+    """Blocks of prefix caches that are kept track of; further ones are not, and count as not there."""
+
+    decision_log: str | None = None
+    """File to which every decision is written with its inputs, one JSON object a line; `tandem rejects` reads it."""
+
+    decision_log_size: SizeBytes = 256 * 2**20
+    """A file larger than this becomes `.1`, in place of an earlier one."""
 
     @model_validator(mode="after")
     def _some_beats_may_be_lost(self) -> CoordinatorConfig:
@@ -237,7 +380,17 @@ class CoordinatorConfig(_Section):
                 f"dead_after_s ({self.dead_after_s:g}) must be at least twice "
                 f"heartbeat_interval_s ({self.heartbeat_interval_s:g})"
             )
+        suspect_after_s = self.suspect_after_s
+        if suspect_after_s is not None and not self.heartbeat_interval_s < suspect_after_s <= self.dead_after_s:
+            raise ValueError(
+                f"suspect_after_s ({suspect_after_s:g}) must be above heartbeat_interval_s "
+                f"({self.heartbeat_interval_s:g}) and at most dead_after_s ({self.dead_after_s:g})"
+            )
         return self
+
+    @field_serializer("decision_log_size", when_used="json")
+    def _size_with_unit(self, size_bytes: int) -> str:
+        return format_size(size_bytes)
 
 
 class EngineConfig(_Section):
@@ -248,6 +401,11 @@ class EngineConfig(_Section):
 
     max_sequences: Count = 64
     """Sequences that run at once in one worker."""
+
+    prefix_cache: bool = True
+    """Workers keep the KV of prompts while nobody needs its memory, for prompts that begin alike."""
+
+    queue: QueueConfig = QueueConfig()
 
 
 class SupervisorConfig(_Section):
@@ -309,6 +467,13 @@ class ClusterConfig(_Section):
 
     transfer: TransferConfig = TransferConfig()
 
+    slo: dict[Label, SloTargets] = {}
+    """Targets by SLO class, for example {interactive: {ttft_ms: 300, tpot_ms: 50}}. Requests name a class with
+    `slo_class`."""
+
+    default_slo_class: Label | None = None
+    """Class of requests that name none; without it they have no targets."""
+
     gateway: GatewayConfig = GatewayConfig()
     coordinator: CoordinatorConfig = CoordinatorConfig()
     engine: EngineConfig = EngineConfig()
@@ -322,6 +487,18 @@ class ClusterConfig(_Section):
         repeated = [name for name, count in Counter(pool.name for pool in self.pools).items() if count > 1]
         if repeated:
             raise ValueError(f"two pools are named {repeated[0]!r}")
+        named = {self.default_slo_class, *(tenant.slo_class for tenant in self.gateway.tenants)} - {None}
+        if unknown := sorted(str(name) for name in named if name not in self.slo):
+            raise ValueError(f"no SLO class is named {unknown[0]!r}; `slo` has {', '.join(sorted(self.slo)) or 'none'}")
+        tenants = Counter(tenant.name for tenant in self.gateway.tenants)
+        if repeated := [name for name, count in tenants.items() if count > 1]:
+            raise ValueError(f"two tenants are named {repeated[0]!r}")
+        keys = Counter(
+            key.get_secret_value()
+            for key in (*self.gateway.api_keys, *(key for tenant in self.gateway.tenants for key in tenant.api_keys))
+        )
+        if any(count > 1 for count in keys.values()):
+            raise ValueError("an API key stands twice in gateway.api_keys and gateway.tenants")
         roles = {pool.role for pool in self.pools}
         if "mixed" not in roles and not {"prefill", "decode"} <= roles:
             missing = "decode" if "prefill" in roles else "prefill"

@@ -80,6 +80,12 @@ class NoCapacity(TandemError):
     retryable = True
 
 
+class SloUnattainable(NoCapacity):
+    """Accepted now, the request would miss the latency targets of its class. Nothing was started."""
+
+    code = "slo_unattainable"
+
+
 class NotReady(TandemError):
     """No worker for the role is up (yet, or any more)."""
 

@@ -5,10 +5,11 @@ so that a field can be added without a version change). Times are durations in s
 on its own monotonic clock. Who calls whom:
 
     gateway      -> coordinator   Dispatch, Members
-    worker       -> coordinator   Register, Heartbeat, Deregister
+    worker       -> coordinator   Register, Heartbeat, BlockEvents, Deregister
     gateway      -> worker        Prefill, Cancel, Frames (server stream)
     prefill side -> decode side   Handoff (the offer), Progress
     decode side  -> prefill side  Confirm, Renew, Ack
+    prefill side -> prefill side  Fetch (a prefix), Confirm, Renew, Ack
     operator     -> worker        Audit
 """
 
@@ -78,16 +79,29 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str = ""
 
 
+class AnswerTally(msgspec.Struct, frozen=True, array_like=True):
+    """Answers that ended of themselves (at a stop or at their length) since the worker's start."""
+
+    answers: int
+    output_tokens: int
+
+
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What changes all the time. Block counts follow the ledger's classes; they sum to the total."""
 
     #: Requests accepted and not yet computing.
     waiting_requests: int = 0
-    #: Prompt tokens not yet computed, over waiting and running requests.
+    #: Prompt tokens not yet computed, over waiting and running requests; those found in the prefix cache are not.
     pending_prompt_tokens: int = 0
+    #: Query-key pairs of their attention: see `contracts.latency.StepWork.prefill_pairs`.
+    pending_prompt_pairs: float = 0.0
     running_requests: int = 0
+    #: Sequences among these that write answers; offers accepted and not yet adopted count too.
+    running_decodes: int = 0
     #: Sum of context lengths of running sequences.
     context_tokens: int = 0
+    #: By `prompt_tokens.bit_length()` of their requests.
+    answers: tuple[AnswerTally, ...] = ()
     free_blocks: int = 0
     owned_blocks: int = 0
     offered_blocks: int = 0
@@ -148,12 +162,32 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     checksum_s: float = 0.0
 
 
+class LatencyFit(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker's own steps took lately, as coefficients; seconds.
+
+    A step with chunks: `prefill_base_s + prefill_token_s * tokens + pair_s * pairs`; one that only decodes:
+    `decode_base_s + sequence_s * sequences + context_token_s * context`.
+    """
+
+    prefill_base_s: float
+    prefill_token_s: float
+    pair_s: float
+    decode_base_s: float
+    sequence_s: float
+    context_token_s: float
+    #: Steps of each kind that it rests on; 0: the coefficients of that kind say nothing.
+    num_prefill_steps: int
+    num_decode_steps: int
+
+
 class HeartbeatRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     worker_id: WorkerId
     incarnation: Incarnation
     load: WorkerLoad
     #: None: as last time.
     transfers: TransferReport | None = None
+    #: None: as last time.
+    latency: LatencyFit | None = None
 
 
 class WorkerLife(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -176,6 +210,38 @@ class DeregisterRequest(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class SnapshotPage(msgspec.Struct, frozen=True, array_like=True):
+    """Part `index` of `count` of everything that a worker's prefix cache held."""
+
+    index: int
+    count: int
+
+
+class BlockEvents(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What entered and left a worker's prefix cache. A life's events are numbered 0, 1, 2, ..., each about one block.
+
+    With `snapshot`, `keys` are a page of what the cache held before event `start`; pages come in order, and with the
+    last of them they replace everything that was known of this life.
+    """
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+    #: Number of the first event here.
+    start: int
+    #: Eight bytes for each event: the first of the block's key.
+    keys: bytes = b""
+    #: One byte for each event: 1 stored, 0 removed. Empty in a snapshot.
+    stored: bytes = b""
+    snapshot: SnapshotPage | None = None
+
+
+class BlockEventsReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    #: Number of the event to go on with; None: nothing is known of this life's cache, or too little: send a snapshot.
+    expected: int | None = None
+    #: False: this life itself is unknown; register (again) first.
+    known: bool = True
+
+
 class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """A worker as an addressee: the message is void for any other life of it."""
 
@@ -190,9 +256,44 @@ class DispatchItem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     max_tokens: int
     #: Workers the gateway has just seen fail with this request.
     avoid: tuple[WorkerId, ...] = ()
+    #: Name of its SLO class; empty, or unknown to the coordinator: the default class.
+    slo_class: str = ""
+    #: Larger goes first.
+    priority: int = 0
+    tenant: str = ""
+    #: The first eight bytes of the key of each full block of the prompt, in order; empty: nothing is known of them.
+    block_keys: bytes = b""
+    #: Since its client asked; part of its time to first token.
+    waited_s: float = 0.0
+    #: It was accepted before: it is not refused for its targets any more.
+    was_accepted: bool = False
 
 
-class Placement(msgspec.Struct, frozen=True, kw_only=True, tag="placement"):
+class PrefixPlan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What of a prompt's beginning need not be computed. Hints: the holder compares whole keys."""
+
+    #: Leading blocks that the prefill worker itself is believed to hold.
+    local_blocks: int = 0
+    #: Where the prefill worker is to fetch more from; None: from nowhere.
+    source: Peer | None = None
+    #: Leading blocks that `source` is believed to hold, and that are worth fetching.
+    source_blocks: int = 0
+
+
+class Predicted(msgspec.Struct, frozen=True, kw_only=True):
+    """What the coordinator expected when it decided; seconds. `ttft_s` is the sum of the other parts of it."""
+
+    #: At the gateway, before the decision.
+    waited_s: float
+    queue_s: float
+    #: Of a prefix from another worker.
+    transfer_s: float
+    prefill_s: float
+    ttft_s: float
+    tpot_s: float
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True, tag="placement", omit_defaults=True):
     """Where a request runs. `prefill == decode` (a mixed worker) means no handoff."""
 
     request_id: RequestId
@@ -200,14 +301,21 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, tag="placement"):
     decode: Peer
     #: Why these two: for logs, metrics and tests.
     reason: str
+    prefix: PrefixPlan | None = None
+    #: None where nothing is known of what steps cost.
+    predicted: Predicted | None = None
 
 
-class Rejection(msgspec.Struct, frozen=True, kw_only=True, tag="rejection"):
+class Rejection(msgspec.Struct, frozen=True, kw_only=True, tag="rejection", omit_defaults=True):
     request_id: RequestId
-    #: "not_ready" (no such worker) or "no_capacity" (all full): codes of contracts.errors.
+    #: "not_ready" (no such worker), "no_capacity" (all full), "slo_unattainable": codes of contracts.errors.
     code: str
     message: str
     retry_after_s: float
+    #: A word for clients and metrics: "too_long", "no_prefill", "no_decode", "full", "ttft", "tpot".
+    reason: str = ""
+    #: Of the best place that there was.
+    predicted: Predicted | None = None
 
 
 class DispatchRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -235,7 +343,7 @@ class MembersReply(msgspec.Struct, frozen=True, kw_only=True):
 # --- requests ---------------------------------------------------------------------------------------
 
 
-class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True):
+class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Read this prompt; hand it to `decode` (or keep it, when that is the receiver itself).
 
     Raises NoCapacity when the queue is full, BadRequest when it can never fit, StaleIncarnation.
@@ -245,6 +353,7 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True):
     target: Incarnation
     request: GenerateRequest
     decode: Peer
+    prefix: PrefixPlan | None = None
 
 
 class RequestKey(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -330,6 +439,25 @@ class HandoffRequest(msgspec.Struct, frozen=True, kw_only=True):
     request: GenerateRequest
 
 
+class FetchRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks a worker for the blocks with these keys, whole keys of leading blocks of one prompt, to copy them.
+
+    Idempotent by `fetch_id`, which the asker makes. Raises StaleIncarnation, IncompatiblePeer, NoCapacity.
+    """
+
+    target: Incarnation
+    fetch_id: str
+    reader: Peer
+    identity: KvIdentity
+    #: 32 bytes each, in order.
+    keys: tuple[bytes, ...]
+
+
+class FetchReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    #: A sealed lease over the leading blocks that the holder has; None: it has not even the first.
+    terms: LeaseTerms | None = None
+
+
 class DescribeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Asks a worker how its pool is reached, to measure the way there before it is needed."""
 
@@ -405,6 +533,7 @@ class AuditReply(msgspec.Struct, frozen=True, kw_only=True):
 
 REGISTER = Method("coordinator/Register", WorkerInfo, RegisterReply)
 HEARTBEAT = Method("coordinator/Heartbeat", HeartbeatRequest, HeartbeatReply)
+BLOCK_EVENTS = Method("coordinator/BlockEvents", BlockEvents, BlockEventsReply)
 DEREGISTER = Method("coordinator/Deregister", DeregisterRequest, Empty)
 DISPATCH = Method("coordinator/Dispatch", DispatchRequest, DispatchReply, False)
 MEMBERS = Method("coordinator/Members", Empty, MembersReply)
@@ -419,6 +548,7 @@ PROGRESS = Method("lease/Progress", ProgressRequest, ProgressReply)
 CONFIRM = Method("lease/Confirm", ConfirmRequest, ConfirmReply)
 RENEW = Method("lease/Renew", RenewRequest, RenewReply)
 ACK = Method("lease/Ack", AckRequest, Empty)
+FETCH = Method("lease/Fetch", FetchRequest, FetchReply)
 DESCRIBE = Method("lease/Describe", DescribeRequest, DescribeReply)
 
 # --- the collective transport -----------------------------------------------------------------------------

@@ -64,6 +64,13 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     sampling: SamplingParams
     #: Seconds from receipt after which a worker gives the request up.
     deadline_s: float
+    #: Seconds from receipt within which the first token is due; None: no hurry. Negative where it is late already.
+    ttft_due_s: float | None = None
+    #: Larger goes first.
+    priority: int = 0
+    tenant: str = ""
+    #: Prompts share blocks only where it is equal.
+    cache_salt: str = ""
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -88,6 +95,10 @@ class PhaseTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     #: Receipt at the prefill worker to the start of the first step that computed the prompt.
     queue_s: float | None = None
+    #: Of that: fetching a prefix from another worker.
+    fetch_s: float | None = None
+    #: Prompt tokens that were not computed, for their KV stood in the prefix cache or was fetched.
+    cached_tokens: int | None = None
     #: That start to the first token sampled.
     prefill_s: float | None = None
     #: Offer received by the decode worker to its blocks adopted.

@@ -1,0 +1,37 @@
+"""What is decided about one request, as rows of the fleet: made for every request, so made of plain tuples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from contracts.messages import Predicted
+
+RefusedWhy = Literal["too_long", "no_prefill", "no_decode", "full", "ttft", "tpot"]
+
+
+class Chosen(NamedTuple):
+    """Rows of the view that was decided on."""
+
+    prefill_row: int
+    #: The prefill row: a mixed worker keeps its prompt.
+    decode_row: int
+    #: Leading blocks that the prefill worker is believed to hold.
+    local_blocks: int = 0
+    #: Where it is to fetch more from, and how many leading blocks that one holds; -1: from nowhere.
+    source_row: int = -1
+    source_blocks: int = 0
+    #: None where nothing is known of what steps cost.
+    predicted: Predicted | None = None
+
+
+class Refused(NamedTuple):
+    #: The prompt fits into no worker; no worker that reads prompts can hold it; those that can have full queues;
+    #: no decode worker that can hold it understands the KV of those with room in their queues; the best place would
+    #: miss the class's target.
+    why: RefusedWhy
+    #: Of the `contracts.errors` class that says so to a client.
+    code: str
+    retry_after_s: float
+    #: Of the best place there was, where targets are the reason.
+    best: Chosen | None = None
