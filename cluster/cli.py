@@ -53,7 +53,7 @@ def serve(
     from cluster.serve import run_cluster, serve_until_stopped
 
     config = load(flags, dict(os.environ), model=model).config
-    with_key = bool(config.gateway.api_keys)
+    with_key = bool(config.gateway.api_keys or config.gateway.tenants)
     return run_cluster(
         config,
         state_file=state_file,

@@ -90,7 +90,9 @@ async def _audit(coordinator_address: str, token: str) -> list[Finding]:
         await network.close()
     verdict: Verdict = "ok" if members else "fail"
     links = [finding for member in members for finding in _links(member)]
-    return [Finding(verdict, f"coordinator {coordinator_address}", f"{len(members)} workers"), *found, *links]
+    suspects = [member.info.worker_id for member in members if member.state == "suspect"]
+    late = f", not heard of for a while: {', '.join(suspects)}" if suspects else ""
+    return [Finding(verdict, f"coordinator {coordinator_address}", f"{len(members)} workers{late}"), *found, *links]
 
 
 def _links(member: Member) -> list[Finding]:

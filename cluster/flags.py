@@ -12,13 +12,15 @@ from typing import Annotated, Literal, get_args, get_type_hints
 
 from cyclopts import Group, Parameter
 
+from contracts.config import AdmissionForm, DispatchPolicyName  # noqa: TC001 (as above)
 from contracts.config_loader import LoadedConfig, load_config
 from contracts.errors import ConfigError
 
 MODEL_GROUP = Group("Model", sort_key=1)
 ENGINE_GROUP = Group("Engine", sort_key=2)
 GATEWAY_GROUP = Group("Gateway", sort_key=3)
-OTHER_GROUP = Group("Configuration", sort_key=4)
+COORDINATOR_GROUP = Group("Coordinator", sort_key=4)
+OTHER_GROUP = Group("Configuration", sort_key=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,28 @@ class ConfigFlags:
         bool | None,
         Key("gateway.strict_fields"),
         Parameter(name="--strict-fields", group=GATEWAY_GROUP, help="Refuse requests with unknown fields."),
+    ] = None
+
+    dispatch_policy: Annotated[
+        DispatchPolicyName | None,
+        Key("coordinator.dispatch.policy"),
+        Parameter(name="--dispatch-policy", group=COORDINATOR_GROUP, help="How workers are chosen for a request."),
+    ] = None
+
+    admission: Annotated[
+        AdmissionForm | None,
+        Key("coordinator.admission.form"),
+        Parameter(
+            name="--admission",
+            group=COORDINATOR_GROUP,
+            help="By which prediction requests that would miss their SLO class's targets are refused.",
+        ),
+    ] = None
+
+    default_slo_class: Annotated[
+        str | None,
+        Key("default_slo_class"),
+        Parameter(name="--default-slo-class", group=COORDINATOR_GROUP, help="Class of requests that name none."),
     ] = None
 
     log_dir: Annotated[

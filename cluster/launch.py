@@ -36,6 +36,19 @@ class TransferOptions(msgspec.Struct, frozen=True, kw_only=True):
     allow_slow: bool = False
 
 
+class QueueOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The `engine.queue` section of the configuration, and the tenants' weights."""
+
+    order: Literal["fcfs", "shortest", "edf"] = "edf"
+    ageing_s: float = 10.0
+    fair: bool = True
+    #: Of tenants whose weight is not 1.
+    tenant_weights: dict[str, float] = {}
+    #: None: the whole step.
+    saturation_tokens: int | None = None
+    tpot_chunks: bool = True
+
+
 class WorkerLaunch(msgspec.Struct, frozen=True, kw_only=True):
     """Everything one life of a worker needs to know."""
 
@@ -61,6 +74,9 @@ class WorkerLaunch(msgspec.Struct, frozen=True, kw_only=True):
     cores: tuple[int, ...]
     max_batch_tokens: int
     max_sequences: int
+    #: Whether it keeps the KV of prompts for others that begin alike.
+    prefix_cache: bool = True
+    queue: QueueOptions = QueueOptions()
     #: Where its rpc server listens, "host:port"; port 0 takes a free one.
     bind: str
     transport: Literal["auto", "shm", "ucx", "collective"]

@@ -20,7 +20,7 @@ from cluster.parent_log import structured
 from cluster.plan import Site, plan_launches, worker_environ
 from cluster.process_log import ProcessLog
 from cluster.progress import ProgressLines, settled, starting_line, why_hopeless
-from cluster.services import base_url, coordinator_service, gateway_service, gateway_settings
+from cluster.services import base_url, check_servable, coordinator_service, gateway_service, gateway_settings
 from cluster.state_file import STATE_FILE, ClusterState, WorkerState, write_state
 from cluster.supervision import State, SupervisionLimits
 from contracts.errors import ConfigError
@@ -136,6 +136,7 @@ async def local_cluster(
 
     Raises ConfigError for what cannot work (port in use, log folder that cannot be made).
     """
+    check_servable(config)
     model_name = config.served_model_name or source.name
     settings = gateway_settings(config, source.folder, model_name)
     async with AsyncExitStack() as stack:

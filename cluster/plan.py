@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.cores import CoreDemand, CoreShare, assign_cores
-from cluster.launch import TransferOptions, WorkerLaunch
+from cluster.launch import QueueOptions, TransferOptions, WorkerLaunch
 from contracts.errors import ConfigError
 from contracts.ids import Incarnation, WorkerId
 
@@ -84,6 +84,18 @@ def transfer_options(config: ClusterConfig) -> TransferOptions:
     )
 
 
+def queue_options(config: ClusterConfig) -> QueueOptions:
+    queue = config.engine.queue
+    return QueueOptions(
+        order=queue.order,
+        ageing_s=queue.ageing_s,
+        fair=queue.fair,
+        tenant_weights={tenant.name: tenant.weight for tenant in config.gateway.tenants if tenant.weight != 1.0},
+        saturation_tokens=queue.saturation_tokens,
+        tpot_chunks=queue.tpot_chunks,
+    )
+
+
 def _launch(config: ClusterConfig, site: Site, pool: PoolConfig, worker_id: WorkerId, share: CoreShare) -> WorkerLaunch:
     return WorkerLaunch(
         worker_id=worker_id,
@@ -103,6 +115,8 @@ def _launch(config: ClusterConfig, site: Site, pool: PoolConfig, worker_id: Work
         cores=share.cores,
         max_batch_tokens=pool.max_batch_tokens or config.engine.max_batch_tokens,
         max_sequences=pool.max_sequences or config.engine.max_sequences,
+        prefix_cache=config.engine.prefix_cache,
+        queue=queue_options(config),
         bind=site.bind,
         transport=config.transport,
         transfer=transfer_options(config),

@@ -7,25 +7,35 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from contracts.errors import ConfigError
 from contracts.ids import GatewayId
+from contracts.profile import load_profile
 from coordinator import CoordinatorShell
+from coordinator.conductor import Conductor
+from coordinator.live_costs import LiveCostLimits, LiveCosts
 from coordinator.membership import MembershipLimits
+from coordinator.policy.settings import AdmissionRule, ConductorSettings
 from engine.model_config import load_model_config
 from gateway.core import GatewayCore
 from gateway.limits import GatewayLimits
 from gateway.server import create_app, serve
-from gateway.settings import GatewaySettings
+from gateway.settings import GatewaySettings, TenantSettings
+from gateway.terms import Tenant
 from gateway.tokenizer import TextTokenizer
+from prefill.ordering import UNHURRIED_AGEINGS
+from workload.slo import SloClass
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncGenerator, Callable
-    from pathlib import Path
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
+    from pydantic import SecretStr
     from structlog.typing import FilteringBoundLogger
 
     from contracts.clock import Clock
@@ -40,12 +50,23 @@ COORDINATOR_GRACE_S = 0.5
 async def coordinator_service(
     config: ClusterConfig, network: Network, clock: Clock, bind: str, log: Callable[[str], None]
 ) -> AsyncGenerator[str]:
-    """Yields the address that it listens on."""
+    """Yields the address that it listens on. Raises ConfigError for a profile that cannot be used."""
     limits = MembershipLimits(
         heartbeat_interval_s=config.coordinator.heartbeat_interval_s,
+        suspect_after_s=config.coordinator.suspect_after_s,
         heartbeat_timeout_s=config.coordinator.dead_after_s,
     )
-    shell = CoordinatorShell(clock, membership=limits, log=log)
+    costs = live_costs(config)
+    conductor = Conductor(
+        costs=costs,
+        slos=slo_classes(config),
+        default_slo=config.default_slo_class,
+        settings=conductor_settings(config),
+        rng=random.Random(),
+    )
+    shell = CoordinatorShell(
+        clock, conductor=conductor, membership=limits, on_transfers=costs.observe_transfers, log=log
+    )
     server = network.server(bind)
     shell.register_on(server)
     async with shell:
@@ -53,6 +74,50 @@ async def coordinator_service(
             yield await server.start()
         finally:
             await server.stop(COORDINATOR_GRACE_S)
+
+
+def conductor_settings(config: ClusterConfig) -> ConductorSettings:
+    dispatch, admission = config.coordinator.dispatch, config.coordinator.admission
+    return ConductorSettings(
+        policy=dispatch.policy,
+        decode=dispatch.decode,
+        fetch_ratio=dispatch.fetch_ratio,
+        local_prefill_tokens=dispatch.local_prefill_tokens,
+        queue_order=config.engine.queue.order,
+        unhurried_s=UNHURRIED_AGEINGS * config.engine.queue.ageing_s,
+        priority_s=config.engine.queue.ageing_s,
+        admission=AdmissionRule(
+            form=admission.form,
+            ttft_share=admission.ttft_share,
+            tpot_share=admission.tpot_share,
+            hysteresis=admission.hysteresis,
+        ),
+        block_tokens=config.block_tokens,
+        max_directory_blocks=config.coordinator.max_directory_blocks,
+    )
+
+
+def live_costs(config: ClusterConfig) -> LiveCosts:
+    """Raises ConfigError or ProfileRefused for a profile that cannot be used."""
+    named = config.coordinator.dispatch.profile
+    profile = None if named is None else load_profile(Path(named).expanduser())
+    return LiveCosts(profile, LiveCostLimits(max_batch_tokens=config.engine.max_batch_tokens))
+
+
+def slo_classes(config: ClusterConfig) -> dict[str, SloClass]:
+    return {name: SloClass(name, targets.ttft_ms, targets.tpot_ms) for name, targets in config.slo.items()}
+
+
+def check_servable(config: ClusterConfig) -> None:
+    """Raises ConfigError for a configuration that is good for plans only."""
+    for pool in config.pools:
+        for key in ("tensor_parallel", "pipeline_parallel"):
+            number = getattr(pool, key)
+            if number > 1:
+                raise ConfigError(
+                    f"pools.{pool.name}.{key} = {number}: workers of more than one device can be planned and "
+                    "simulated, not served yet"
+                )
 
 
 def gateway_settings(config: ClusterConfig, folder: Path, model_name: str) -> GatewaySettings:
@@ -64,12 +129,22 @@ def gateway_settings(config: ClusterConfig, folder: Path, model_name: str) -> Ga
         max_model_len=min(config.max_model_len or longest, longest),
         host=gateway.host,
         port=gateway.port,
-        api_keys=tuple(key.get_secret_value() for key in gateway.api_keys),
+        api_keys=_secrets(gateway.api_keys),
+        tenants=tuple(
+            TenantSettings(
+                tenant=Tenant(name=tenant.name, max_priority=tenant.max_priority, slo_class=tenant.slo_class),
+                api_keys=_secrets(tenant.api_keys),
+            )
+            for tenant in gateway.tenants
+        ),
+        slos=slo_classes(config),
+        default_slo_class=config.default_slo_class,
         allow_unauthenticated=gateway.allow_unauthenticated,
         strict_fields=gateway.strict_fields,
         max_body_bytes=gateway.max_body,
         request_timeout_s=gateway.request_timeout_s,
         max_replays=gateway.max_replays,
+        snapshot_ttl_s=gateway.snapshot_ttl_s,
         graceful_stop_s=gateway.graceful_stop_s,
         max_heartbeat_age_s=config.coordinator.dead_after_s,
         version=version("tandem-serve"),
@@ -89,7 +164,12 @@ async def gateway_service(
     """Answers on `sock`. Leaving lets open requests end for `graceful_stop_s`."""
     tokenizer = TextTokenizer.load(folder, wall_s=clock.wall_s)
     gateway_id = GatewayId(f"gateway-{os.getpid()}-{int(clock.wall_s() * 1000)}")
-    limits = GatewayLimits(max_replays=settings.max_replays)
+    limits = GatewayLimits(
+        max_replays=settings.max_replays,
+        snapshot_ttl_s=settings.snapshot_ttl_s,
+        silent_after_s=settings.max_heartbeat_age_s / 2,
+        unnamed_for_s=settings.max_heartbeat_age_s,
+    )
     async with GatewayCore(network, clock, gateway_id, coordinator_address, limits, log) as core:
         app = create_app(core, tokenizer, settings, clock)
         async with asyncio.TaskGroup() as tasks:
@@ -98,6 +178,10 @@ async def gateway_service(
                 yield
             finally:
                 serving.cancel()
+
+
+def _secrets(values: Sequence[SecretStr]) -> tuple[str, ...]:
+    return tuple(value.get_secret_value() for value in values)
 
 
 def base_url(sock: socket.socket) -> str:

@@ -19,7 +19,7 @@ from cluster.plan import Site, plan_launches, worker_environ
 from cluster.process_log import StreamLog
 from cluster.progress import ProgressLines
 from cluster.serve import EXIT_LOST, EXIT_OK, StopSignals, first_of, say
-from cluster.services import base_url, coordinator_service, gateway_service, gateway_settings
+from cluster.services import base_url, check_servable, coordinator_service, gateway_service, gateway_settings
 from cluster.supervision import State
 from contracts.errors import ConfigError
 from gateway.server import bind
@@ -113,6 +113,7 @@ async def _keep(agent: NodeAgent, stop_wanted: asyncio.Event, clock: Clock) -> i
 def _site(
     config: ClusterConfig, coordinator_address: str, token: str, runtime_dir: Path, bind: str, parent_pid: int | None
 ) -> Site:
+    check_servable(config)
     source = resolve_model(config.model, say)
     runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     return Site(

@@ -119,6 +119,8 @@ async def _serve(launch: WorkerLaunch) -> None:
     from cluster.transports import TransportSite, build_transports
     from engine.compose import StepBudget
     from kvtransfer import HostPool
+    from prefill import PrefillLimits
+    from prefill.ordering import QueueRules
     from rpc import GrpcNetwork, LiveClock
     from worker import WorkerLimits, WorkerShell
 
@@ -155,6 +157,7 @@ async def _serve(launch: WorkerLaunch) -> None:
         stack.push_async_callback(transports.close)
         for failure in transports.register(pools[0], needed=launch.transport != "auto"):
             log(f"{info.worker_id}: a transport is left out: {failure.message}")
+        queue = launch.queue
         shell = WorkerShell(
             info=info,
             engine=engine,
@@ -163,9 +166,23 @@ async def _serve(launch: WorkerLaunch) -> None:
             clock=clock,
             coordinator_address=launch.coordinator_address,
             limits=WorkerLimits(
-                budget=StepBudget(max_tokens=launch.max_batch_tokens, max_sequences=launch.max_sequences),
+                budget=StepBudget(
+                    max_tokens=launch.max_batch_tokens,
+                    max_sequences=launch.max_sequences,
+                    saturation_tokens=queue.saturation_tokens,
+                ),
+                prefill=PrefillLimits(
+                    queue=QueueRules(
+                        order=queue.order,
+                        ageing_s=queue.ageing_s,
+                        fair=queue.fair,
+                        tenant_weights=queue.tenant_weights,
+                    )
+                ),
+                tpot_chunks=queue.tpot_chunks,
                 lease_ttl_s=launch.transfer.lease_ttl_s,
                 probe=launch.transfer.probe,
+                prefix_cache=launch.prefix_cache,
             ),
             pool=pools[0],
             checksum=launch.transfer.checksum,
@@ -209,6 +226,7 @@ def _info(launch: WorkerLaunch, engine: LiveEngine, address: str) -> WorkerInfo:
         identity=engine.identity,
         total_blocks=engine.num_blocks,
         max_context_tokens=engine.max_context_tokens,
+        max_batch_tokens=launch.max_batch_tokens,
         pid=os.getpid(),
         device=engine.description,
     )

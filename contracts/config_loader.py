@@ -1,14 +1,14 @@
 """Reads the configuration from its four layers and remembers where every value came from.
 
 flag > environment > file > default. A cluster file names its pools inline or by the path of a pool file; a
-later layer addresses a pool by its name (`pools.decode.workers`, `TANDEM_POOLS__DECODE__WORKERS`). The
-schema is `contracts.config`'s; each problem is a `ConfigError` that names source, key and value.
+later layer addresses a pool or a tenant by its name and an SLO class by its label (see `contracts.config_paths`).
+The schema is `contracts.config`'s; each problem is a `ConfigError` that names source, key and value.
 """
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,6 +16,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from contracts.config import DEFAULT_POOLS, ClusterConfig, PoolConfig
+from contracts.config_paths import (
+    KeyPath,
+    Many,
+    Tree,
+    did_you_mean,
+    holds_secrets,
+    kind_at,
+    kind_of,
+    paths_in,
+    resolve,
+    spell,
+)
 from contracts.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,10 +43,14 @@ RESERVED_ENV = frozenset({"TANDEM_CLUSTER_TOKEN", "TANDEM_CONFIG"})
 #: Largest configuration file that is read.
 MAX_FILE_BYTES = 1 << 20
 
-#: Keys and list positions from the root of the tree.
-KeyPath = tuple[str | int, ...]
-
-Tree = dict[str, Any]
+#: What the checks of the whole tree compare with each other.
+_COMPARED: tuple[KeyPath, ...] = (
+    ("pools",),
+    ("slo",),
+    ("default_slo_class",),
+    ("gateway", "api_keys"),
+    ("gateway", "tenants"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +85,7 @@ class LoadedConfig:
     def rows(self) -> list[Row]:
         """Every value in the order of the schema; secrets are redacted."""
         return [
-            Row(_spell(path, self.config), _show(value), self.sources.get(path, DEFAULT))
+            Row(spell(path, self.config), _show(value), self.sources.get(path, DEFAULT))
             for path, value in _leaves(self.config, ())
         ]
 
@@ -114,22 +130,20 @@ class _Layers:
 
     def __init__(self) -> None:
         self._tree: Tree = {"pools": [_plain(pool) for pool in DEFAULT_POOLS]}
-        #: Of every value set so far; a section's entry holds for what is below it.
+        #: Of every value set so far, and of the sections around it.
         self.sources: dict[KeyPath, Source] = {}
 
     def add_file(self, path: Path) -> None:
         source = Source("file", str(path))
         for key, value in read_mapping(path).items():
             self._tree[key] = value
-            self.sources[key,] = source
-            for name in cast("Tree", value) if isinstance(value, dict) else ():
-                self.sources[key, name] = source
+            self._note((key,), value, source)
         self._expand_pools(path.parent)
 
     def add_environment(self, environ: Mapping[str, str]) -> None:
-        """The whole list of pools first, so that the variables of single pools apply to it."""
+        """Whole sections and lists first, so that the variables of what is in them apply to it."""
         names = [name for name in environ if name.startswith(ENV_PREFIX) and name not in RESERVED_ENV]
-        for name in sorted(names, key=lambda name: (name != f"{ENV_PREFIX}POOLS", name)):
+        for name in sorted(names, key=lambda name: (name.count("__"), name)):
             source = Source("env", name)
             segments = [part.lower() for part in name.removeprefix(ENV_PREFIX).split("__")]
             self.set_key(segments, _from_text(environ[name], source), source)
@@ -137,7 +151,7 @@ class _Layers:
                 self._expand_pools(Path())
 
     def set_key(self, segments: Sequence[str], value: object, source: Source) -> None:
-        for path in self._resolve(list(segments), source):
+        for path in resolve(self._tree, segments, source):
             self._set(path, value, source)
 
     def validated(self) -> ClusterConfig:
@@ -146,88 +160,50 @@ class _Layers:
         except ValidationError as error:
             raise ConfigError("\n".join(self._explain(detail) for detail in error.errors())) from error
 
-    # --- building ---------------------------------------------------------------------------------
-
     def _set(self, path: KeyPath, value: object, source: Source) -> None:
-        target: Any = self._tree
-        for key in path[:-1]:
-            target = target[key] if isinstance(key, int) else target.setdefault(key, {})
-            if isinstance(target, str | int | float | None):
-                raise ConfigError(f"{source}: cannot set {path[-1]!r}: {key} is a value, not a section")
-        target[path[-1]] = value
-        self.sources[path] = source
+        target: object = self._tree
+        for part, following in pairwise(path):
+            if isinstance(target, list) and isinstance(part, int):
+                target = cast("list[object]", target)[part]
+            elif isinstance(target, dict):
+                target = cast("Tree", target).setdefault(str(part), {})
+            if not isinstance(target, list if isinstance(following, int) else dict):
+                raise ConfigError(f"{source}: cannot set {path[-1]!r}: {part} is {_what(target)}, not a section")
+        cast("Tree", target)[str(path[-1])] = value
+        self._note(path, value, source)
+
+    def _note(self, path: KeyPath, value: object, source: Source) -> None:
+        """What stood there before is gone, wherever it came from."""
+        for stale in [known for known in self.sources if known[: len(path)] == path]:
+            del self.sources[stale]
+        self.sources.update(dict.fromkeys(paths_in(path, value), source))
 
     def _expand_pools(self, folder: Path) -> None:
         """Reads the pool files, unless the defaults still stand."""
-        pools = self._pools() if ("pools",) in self.sources else []
+        given: object = self._tree["pools"] if ("pools",) in self.sources else []
+        pools = cast("list[object]", given) if isinstance(given, list) else []
         for index, entry in enumerate(pools):
             if isinstance(entry, str):
                 path = folder / entry
-                pools[index] = {"name": path.stem, **read_mapping(path)}
-                self._note_pool(index, Source("file", str(path)))
-            else:
-                self._note_pool(index, self.sources["pools",])
-
-    def _note_pool(self, index: int, source: Source) -> None:
-        self.sources["pools", index] = source
-        pool = self._pools()[index]
-        for key in cast("Tree", pool) if isinstance(pool, dict) else ():
-            self.sources["pools", index, key] = source
-
-    # --- naming -----------------------------------------------------------------------------------
-
-    def _resolve(self, segments: list[str], source: Source) -> list[KeyPath]:
-        """The places that a key names: several for `pools.*`, which is nothing but every pool by name."""
-        if segments[0] != "pools" or len(segments) == 1:
-            self._check_known(segments, source)
-            return [tuple(segments)]
-        names = [self._pool_name(index) for index in range(len(self._pools()))]
-        wanted = segments[1].replace("_", "-")
-        chosen = [index for index, name in enumerate(names) if wanted in ("*", name)]
-        if not chosen:
-            raise ConfigError(f"{source}: there is no pool {wanted!r}{_did_you_mean(wanted, names)}")
-        _check_key(PoolConfig, segments[2:], ".".join(segments[:2]), source)
-        return [("pools", index, *segments[2:]) for index in chosen]
-
-    def _pools(self) -> list[object]:
-        pools = self._tree["pools"]
-        return cast("list[object]", pools) if isinstance(pools, list) else []
-
-    def _pool_name(self, index: int) -> str:
-        """Its position, where it has no usable name."""
-        pool = self._pools()[index]
-        name = cast("Tree", pool).get("name") if isinstance(pool, dict) else None
-        return name if isinstance(name, str) else str(index)
-
-    def _check_known(self, segments: list[str], source: Source) -> None:
-        section = ClusterConfig.model_fields.get(segments[0])
-        model = None if section is None else section.annotation
-        if len(segments) > 1 and isinstance(model, type) and issubclass(model, BaseModel):
-            _check_key(model, segments[1:], segments[0], source)
-        else:
-            _check_key(ClusterConfig, segments, "", source)
-
-    # --- explaining -------------------------------------------------------------------------------
+                pool = pools[index] = {"name": path.stem, **read_mapping(path)}
+                self._note(("pools", index), pool, Source("file", str(path)))
 
     def _explain(self, detail: ErrorDetails) -> str:
         path = tuple(part for part in detail["loc"] if not _is_union_tag(part))
         source = _source_of(path, self.sources)
-        key = ".".join(map(str, self._with_pool_name(path)))
+        key = spell(path, self._tree)
         if detail["type"] == "extra_forbidden":
-            nearest = _did_you_mean(str(path[-1]), list(_model_at(path[:-1]).model_fields))
-            return f"{source}: {key}: unknown key{nearest}"
+            section = kind_at(path[:-1])
+            fields = list(section.model_fields) if isinstance(section, type) else []
+            return f"{source}: {key}: unknown key{did_you_mean(str(path[-1]), fields)}"
         message = detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "missing":
             return f"{source}: {key}: this key is required"
         if not path:
-            return f"{self.sources.get(('pools',), source)}: {message}"
-        shown = "(not shown)" if "api_keys" in path else repr(detail["input"])
+            compared = (self.sources[part] for part in _COMPARED if part in self.sources)
+            return f"{', '.join(dict.fromkeys(map(str, compared))) or source}: {message}"
+        shown = "(not shown)" if _may_show_secrets(path, detail["input"]) else repr(detail["input"])
         return f"{source}: {key} = {shown}: {message}"
-
-    def _with_pool_name(self, path: KeyPath) -> KeyPath:
-        if len(path) > 1 and path[0] == "pools" and isinstance(path[1], int):
-            return ("pools", self._pool_name(path[1]), *path[2:])
-        return path
 
 
 def _source_of(path: KeyPath, sources: Mapping[KeyPath, Source]) -> Source:
@@ -236,32 +212,17 @@ def _source_of(path: KeyPath, sources: Mapping[KeyPath, Source]) -> Source:
     return next((sources[prefix] for prefix in prefixes if prefix in sources), DEFAULT)
 
 
-def _check_key(model: type[BaseModel], segments: Sequence[str], prefix: str, source: Source) -> None:
-    if len(segments) == 1 and segments[0] in model.model_fields:
-        return
-    wanted = ".".join(segments)
-    full = f"{prefix}.{wanted}" if prefix else wanted
-    raise ConfigError(f"{source}: unknown key {full!r}{_did_you_mean(wanted, list(model.model_fields))}")
+def _may_show_secrets(path: KeyPath, value: object) -> bool:
+    return "api_keys" in path or (isinstance(value, str | list | dict) and holds_secrets(kind_at(path)))
 
 
-def _did_you_mean(wanted: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(wanted, known, n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(known)}"
+def _what(value: object) -> str:
+    return "a list" if isinstance(value, list) else "a value"
 
 
 def _is_union_tag(part: str | int) -> bool:
     """Pydantic puts the alternative of a union it tried into the location of an error."""
     return isinstance(part, str) and any(mark in part for mark in "[('")
-
-
-def _model_at(path: KeyPath) -> type[BaseModel]:
-    if not path:
-        return ClusterConfig
-    if path[0] == "pools":
-        return PoolConfig
-    section = ClusterConfig.model_fields[str(path[0])].annotation
-    assert isinstance(section, type), f"{path} is not a section"
-    return cast("type[BaseModel]", section)
 
 
 def _plain(pool: PoolConfig) -> Tree:
@@ -324,21 +285,17 @@ def _from_text(text: str, source: Source) -> object:
 def _leaves(section: BaseModel, path: KeyPath) -> Iterator[tuple[KeyPath, object]]:
     plain = section.model_dump(mode="json")
     for name in type(section).model_fields:
-        child = getattr(section, name)
-        if isinstance(child, BaseModel):
+        child, kind = getattr(section, name), kind_of(type(section), name)
+        if isinstance(kind, Many) and child:
+            entries = child.items() if kind.by == "label" else enumerate(child)
+            for part, inner in cast("Iterator[tuple[str | int, BaseModel]]", entries):
+                yield from _leaves(inner, (*path, name, part))
+        elif isinstance(child, BaseModel):
             yield from _leaves(child, (*path, name))
-        elif name == "pools":
-            for index, pool in enumerate(cast("tuple[PoolConfig, ...]", child)):
-                yield from _leaves(pool, (*path, name, index))
         elif name == "api_keys":
             yield (*path, name), f"({len(plain[name])} redacted)" if plain[name] else []
         else:
             yield (*path, name), plain[name]
-
-
-def _spell(path: KeyPath, config: ClusterConfig) -> str:
-    named = (config.pools[part].name if isinstance(part, int) else part for part in path)
-    return ".".join(named)
 
 
 def _show(value: object) -> str:

@@ -23,13 +23,22 @@ class TandemError(Exception):
     #: Whether the same call may succeed when repeated (later, or at another worker).
     retryable: bool = False
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        reason: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         #: The request field at fault, where there is one.
         self.param = param
         #: Earliest sensible repeat, where the thrower knows.
         self.retry_after_s = retry_after_s
+        #: One word for what of a kind it was, where a code is not enough; does not travel between processes.
+        self.reason = reason
 
 
 class BadRequest(TandemError):

@@ -26,6 +26,7 @@ from contracts.latency import DecodeTerms
 
 if TYPE_CHECKING:
     from contracts.latency import StepWork
+    from contracts.messages import LatencyFit
 
 
 class CostCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -109,6 +110,24 @@ class FittedLatency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return DecodeTerms(self.decode.at(num_decodes), self.context_token_s)
 
 
+def from_fit(fit: LatencyFit) -> FittedLatency | None:
+    """The model whose coefficients a worker measured of its own steps; None where it has measured nothing.
+
+    A kind of step that it has not seen borrows from the other: a sequence that writes is a chunk of one token whose
+    pairs are its context. Raises ValueError for coefficients that are negative or not finite.
+    """
+    prefill = CostCurve.line(fit.prefill_base_s, fit.prefill_token_s)
+    decode = CostCurve.line(fit.decode_base_s, fit.sequence_s)
+    pair_s, context_token_s = fit.pair_s, fit.context_token_s
+    if not fit.num_prefill_steps and not fit.num_decode_steps:
+        return None
+    if not fit.num_prefill_steps:
+        prefill, pair_s = decode, context_token_s
+    elif not fit.num_decode_steps:
+        decode, context_token_s = prefill, pair_s
+    return FittedLatency(prefill=prefill, pair_s=pair_s, decode=decode, context_token_s=context_token_s)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistServeLatency:
     """DistServe's fit (OSDI'24, appendix A, in the form of its public simulator).
@@ -162,4 +181,12 @@ DISTSERVE_OPT: dict[str, DistServeLatency] = {
     "opt-13b-tp2": _published((14.74, 0.06858, 2.45e-6), (13.29, 3.41e-4, 0.0630)),
     "opt-66b-tp4": _published((29.44, 0.15135, 8.32e-6), (30.76, 4.52e-4, 0.0633)),
     "opt-66b-tp8": _published((25.49, 0.10659, 3.39e-6), (23.16, 2.27e-4, 0.0480)),
+}
+
+#: vLLM of 2023 on the same devices, as DistServe's public simulator has it for its baseline
+#: (profiler-a100-80g.vllm.json); again the fit for small batches.
+DISTSERVE_VLLM_OPT: dict[str, DistServeLatency] = {
+    "opt-13b-tp1": _published((23.627, 0.15055, 8.6535e-6), (19.563, 4.9411e-4, 0.050606)),
+    "opt-13b-tp2": _published((19.601, 0.064675, 6.0372e-6), (20.450, 1.8700e-4, 0.072632)),
+    "opt-66b-tp4": _published((30.690, 0.15205, 3.2864e-5), (32.985, 5.7881e-4, 0.11317)),
 }

@@ -74,6 +74,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     identity: KvIdentity
     total_blocks: int
     max_context_tokens: int
+    #: Token budget of one of its steps; 0: not told.
+    max_batch_tokens: int = 0
     pid: int = 0
     #: e.g. "cpu-avx2, 1 thread, cores 0": for people.
     device: str = ""
@@ -110,6 +112,11 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     quarantined_blocks: int = 0
     #: Age of the engine step in progress; 0 when idle. For people: the worker itself judges it.
     step_age_s: float = 0.0
+
+    @property
+    def available_blocks(self) -> int:
+        """Nobody's: free, or cached and given up as soon as somebody needs them."""
+        return self.free_blocks + self.cached_blocks
 
 
 class RegisterReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -334,10 +341,33 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     load: WorkerLoad
     heartbeat_age_s: float
     transfers: TransferReport | None = None
+    #: "suspect": silent for a while; it gets requests only where no other can take them.
+    state: Literal["up", "suspect"] = "up"
+
+
+class CoordinatorFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a coordinator counted since its start, and what it holds now: for metrics."""
+
+    #: Decisions by "placement" or a rejection's reason.
+    verdicts_total: dict[str, int] = {}
+    #: Time that one decision took: how many took at most so many seconds (cumulative, the last bound is infinite), and
+    #: the sum of all.
+    decision_bounds_s: tuple[float, ...] = ()
+    decisions_within: tuple[int, ...] = ()
+    decisions_s: float = 0.0
+    #: The prefix directory: blocks known, blocks not taken in for want of room, bytes.
+    directory_blocks: int = 0
+    directory_dropped: int = 0
+    directory_bytes: int = 0
+    #: Block events applied, gaps found in their numbers, snapshots taken over.
+    block_events_total: int = 0
+    block_gaps_total: int = 0
+    block_snapshots_total: int = 0
 
 
 class MembersReply(msgspec.Struct, frozen=True, kw_only=True):
     members: tuple[Member, ...]
+    coordinator: CoordinatorFigures | None = None
 
 
 # --- requests ---------------------------------------------------------------------------------------
@@ -385,11 +415,12 @@ class BlockRef(msgspec.Struct, frozen=True, array_like=True):
     generation: Generation
 
 
-class Seal(msgspec.Struct, frozen=True, kw_only=True):
-    """The lease grows no more. `first_delta` is output token 0, already streamed by the prefill side."""
+class Seal(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The lease grows no more. `first_delta` is output token 0, already streamed by the prefill side; None where
+    the blocks are a prefix that somebody asked for."""
 
     num_tokens: int
-    first_delta: TokenDelta
+    first_delta: TokenDelta | None = None
 
 
 class ProgressRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

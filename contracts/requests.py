@@ -66,6 +66,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     deadline_s: float
     #: Seconds from receipt within which the first token is due; None: no hurry. Negative where it is late already.
     ttft_due_s: float | None = None
+    #: Time per output token that its client was promised; None: no promise.
+    tpot_target_s: float | None = None
     #: Larger goes first.
     priority: int = 0
     tenant: str = ""

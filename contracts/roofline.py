@@ -172,7 +172,9 @@ class DeviceSpec:
 
 
 #: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM (tensor cores without sparsity; NVLink's figure is
-#: the sum of both directions, so half of it here). A800 and H800 differ in NVLink alone (400 GB/s).
+#: the sum of both directions, so half of it here). A800 and H800 differ in NVLink alone (400 GB/s). AMD's data sheet of
+#: Instinct MI300X (matrix bfloat16 without sparsity; seven Infinity Fabric links of 128 GB/s in both directions, half
+#: of their sum here).
 DEVICES: dict[str, DeviceSpec] = {
     "a100-80g": DeviceSpec(
         peak_flop_s=312e12, memory_bandwidth_bytes_s=2.039e12, memory_bytes=80 << 30, link_bytes_s=300e9
@@ -188,6 +190,9 @@ DEVICES: dict[str, DeviceSpec] = {
     ),
     "h200-sxm": DeviceSpec(
         peak_flop_s=989e12, memory_bandwidth_bytes_s=4.8e12, memory_bytes=141_000_000_000, link_bytes_s=450e9
+    ),
+    "mi300x": DeviceSpec(
+        peak_flop_s=1307.4e12, memory_bandwidth_bytes_s=5.3e12, memory_bytes=192_000_000_000, link_bytes_s=448e9
     ),
 }
 
@@ -278,20 +283,30 @@ class Roofline:
 
 
 def kv_blocks_that_fit(
-    shape: ModelShape, device: DeviceSpec, *, block_tokens: int, tensor_parallel: int = 1, memory_share: float = 0.9
+    shape: ModelShape,
+    device: DeviceSpec,
+    *,
+    block_tokens: int,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    memory_share: float = 0.9,
 ) -> int:
     """KV blocks beside the weights in `memory_share` of the devices' memory; the rest is for activations.
 
-    Raises ConfigError where not even one fits, ValueError as `Roofline`.
+    The stages of a pipeline are taken to be equal. Raises ConfigError where not even one fits, ValueError as `Roofline`
+    and where the layers do not divide among the stages.
     """
     _check_split(shape, tensor_parallel)
+    if pipeline_parallel < 1 or shape.num_layers % pipeline_parallel:
+        raise ValueError(f"{shape.num_layers} layers do not divide among {pipeline_parallel} stages")
+    num_devices = tensor_parallel * pipeline_parallel
     copies = max(1.0, tensor_parallel / shape.num_kv_heads)
-    free_bytes = memory_share * device.memory_bytes * tensor_parallel - shape.num_params * shape.element_bytes
+    free_bytes = memory_share * device.memory_bytes * num_devices - shape.num_params * shape.element_bytes
     num_blocks = int(free_bytes // (shape.kv_token_bytes * copies * block_tokens))
     if num_blocks < 1:
         raise ConfigError(
             f"weights of {shape.num_params * shape.element_bytes / 2**30:.1f} GiB leave no room for KV in "
-            f"{memory_share:.0%} of {tensor_parallel} x {device.memory_bytes / 2**30:.1f} GiB"
+            f"{memory_share:.0%} of {num_devices} x {device.memory_bytes / 2**30:.1f} GiB"
         )
     return num_blocks
 

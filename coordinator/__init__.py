@@ -1,4 +1,4 @@
-"""Decides who does what: membership and dispatch. Tokens never pass through here.
+"""Decides who does what: membership, prefix directory, dispatch and admission. Tokens never pass through here.
 
 `policy/` is pure: functions from a read-only view and `now_s` to decisions that carry their reason.
 """

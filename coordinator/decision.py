@@ -10,6 +10,20 @@ if TYPE_CHECKING:
 RefusedWhy = Literal["too_long", "no_prefill", "no_decode", "full", "ttft", "tpot"]
 
 
+class Plan(NamedTuple):
+    """What a placement is predicted to do to its workers; times are the coordinator's."""
+
+    #: Of urgency: it delays what has this rank or a later one.
+    rank: int
+    #: Seconds that it adds to its prefill worker's work.
+    prefill_s: float
+    #: When its decode worker will have heard of it.
+    begin_s: float
+    #: Where a prefix is fetched from, and until when; -1: from nowhere.
+    source_row: int = -1
+    fetched_s: float = 0.0
+
+
 class Chosen(NamedTuple):
     """Rows of the view that was decided on."""
 
@@ -23,6 +37,8 @@ class Chosen(NamedTuple):
     source_blocks: int = 0
     #: None where nothing is known of what steps cost.
     predicted: Predicted | None = None
+    #: None as well where it is not known what reading a prompt costs.
+    plan: Plan | None = None
 
 
 class Refused(NamedTuple):

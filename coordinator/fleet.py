@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from coordinator.policy.fleet_view import LARGEST_COUNT, decode_tokens, find_row, prefill_tokens, view_of
+from coordinator.expectations import Expectations
+from coordinator.policy.fleet_view import count_of, decode_tokens, find_row, prefill_tokens, view_of
 
 if TYPE_CHECKING:
     from contracts.ids import WorkerId
     from contracts.messages import DispatchItem, WorkerInfo, WorkerLoad
-    from coordinator.policy.fleet_view import FleetView
+    from coordinator.answer_lengths import AnswerLengths
+    from coordinator.costs import WorkerCosts
+    from coordinator.decision import Plan
+    from coordinator.policy.fleet_view import Counts, FleetView
+    from coordinator.policy.outlook import Outlook
 
 
 class _Booking(NamedTuple):
@@ -26,6 +31,7 @@ class _Booking(NamedTuple):
     prefill_tokens: int
     decode_tokens: int
     requests: int
+    prefill_s: float
 
 
 @dataclass(slots=True)
@@ -36,35 +42,46 @@ class _Bookings:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     requests: int = 0
+    prefill_s: float = 0.0
 
     def add(self, booking: _Booking) -> None:
         self.queue.append(booking)
         self.prefill_tokens += booking.prefill_tokens
         self.decode_tokens += booking.decode_tokens
         self.requests += booking.requests
+        self.prefill_s += booking.prefill_s
 
     def settle(self, until_s: float) -> None:
         """Forgets those made until then."""
-        while self.queue and self.queue[0].at_s <= until_s:
-            booking = self.queue.popleft()
+        queue = self.queue
+        while queue and queue[0].at_s <= until_s:
+            booking = queue.popleft()
             self.prefill_tokens -= booking.prefill_tokens
             self.decode_tokens -= booking.decode_tokens
             self.requests -= booking.requests
+            self.prefill_s -= booking.prefill_s
+        if not queue:
+            # Sums of fractions leave a rest.
+            self.prefill_s = 0.0
 
 
 class Fleet:
     """Rows stand in order of worker id and keep their number until a worker comes or goes."""
 
-    def __init__(self, booking_grace_s: float) -> None:
+    def __init__(self, booking_grace_s: float, *, num_ranks: int = 1, longest_wait_s: float = 0.0) -> None:
+        """`num_ranks`: of urgency (see `Outlook`). Who waits longer than `longest_wait_s` misses any target."""
         self._booking_grace_s = booking_grace_s
         # Parallel, by worker id.
         self._infos: list[WorkerInfo] = []
         self._bookings: list[_Bookings] = []
+        self._numbers: list[int] = []
         self._prefill_load_tokens = np.zeros(0, np.int64)
         self._decode_load_tokens = np.zeros(0, np.int64)
         self._waiting_requests = np.zeros(0, np.int64)
+        self._expectations = Expectations(num_ranks, longest_wait_s)
         #: Made when asked for after a worker came or went.
         self._view: FleetView | None = None
+        self._numbers_by_row: Counts | None = None
 
     def __len__(self) -> int:
         return len(self._infos)
@@ -76,8 +93,15 @@ class Fleet:
             raise KeyError(worker_id)
         return row
 
-    def add(self, info: WorkerInfo) -> None:
-        """A worker without load. Raises ValueError when it is here already."""
+    def number_of(self, worker_id: WorkerId) -> int:
+        """Its number in the prefix directory. Raises KeyError when the worker is not here."""
+        return self._numbers[self.row_of(worker_id)]
+
+    def info_at(self, row: int) -> WorkerInfo:
+        return self._infos[row]
+
+    def add(self, info: WorkerInfo, now_s: float = 0.0, *, number: int = 0, costs: WorkerCosts | None = None) -> None:
+        """A worker without load. `number`: in the prefix directory. Raises ValueError when it is here already."""
         row, is_here = find_row(info.worker_id, self._infos)
         if is_here:
             raise ValueError(f"worker {info.worker_id} is in the fleet already")
@@ -86,7 +110,10 @@ class Fleet:
         self._prefill_load_tokens = np.insert(self._prefill_load_tokens, row, 0)
         self._decode_load_tokens = np.insert(self._decode_load_tokens, row, 0)
         self._waiting_requests = np.insert(self._waiting_requests, row, 0)
-        self._view = None
+        self._numbers.insert(row, number)
+        self._view = self._numbers_by_row = None
+        self._expectations.insert(row, info, now_s)
+        self._expectations.set_costs(row, costs)
 
     def remove(self, worker_id: WorkerId) -> None:
         """Raises KeyError when the worker is not here."""
@@ -95,24 +122,36 @@ class Fleet:
         self._prefill_load_tokens = np.delete(self._prefill_load_tokens, row)
         self._decode_load_tokens = np.delete(self._decode_load_tokens, row)
         self._waiting_requests = np.delete(self._waiting_requests, row)
-        self._view = None
+        del self._numbers[row]
+        self._view = self._numbers_by_row = None
+        self._expectations.delete(row)
+
+    def set_costs(self, row: int, costs: WorkerCosts | None) -> None:
+        """What the worker's steps cost from now on; None: nothing is known."""
+        self._expectations.set_costs(row, costs)
 
     def report(self, row: int, load: WorkerLoad, now_s: float) -> None:
         """A worker's own figures, as of now. Times of calls must not go backwards."""
         bookings = self._bookings[row]
         bookings.settle(now_s - self._booking_grace_s)
-        self._prefill_load_tokens[row] = min(load.pending_prompt_tokens, LARGEST_COUNT) + bookings.prefill_tokens
-        self._decode_load_tokens[row] = min(load.context_tokens, LARGEST_COUNT) + bookings.decode_tokens
-        self._waiting_requests[row] = min(load.waiting_requests, LARGEST_COUNT) + bookings.requests
+        self._prefill_load_tokens[row] = count_of(load.pending_prompt_tokens) + bookings.prefill_tokens
+        self._decode_load_tokens[row] = count_of(load.context_tokens) + bookings.decode_tokens
+        self._waiting_requests[row] = count_of(load.waiting_requests) + bookings.requests
+        self._expectations.report(row, load, bookings.prefill_s, self.view(), now_s)
 
-    def book(self, item: DispatchItem, prefill_row: int, decode_row: int, now_s: float) -> None:
-        """Counts a placement as load from now on, until reports contain it."""
+    def book(
+        self, item: DispatchItem, prefill_row: int, decode_row: int, now_s: float, plan: Plan | None = None
+    ) -> None:
+        """Counts a placement as load from now on, until reports contain it. `plan`: None where nothing is predicted."""
         to_prefill, to_decode = prefill_tokens(item), decode_tokens(item)
-        self._bookings[prefill_row].add(_Booking(now_s, to_prefill, 0, 1))
-        self._bookings[decode_row].add(_Booking(now_s, 0, to_decode, 0))
+        prefill_s = 0.0 if plan is None else plan.prefill_s
+        self._bookings[prefill_row].add(_Booking(now_s, to_prefill, 0, 1, prefill_s))
+        self._bookings[decode_row].add(_Booking(now_s, 0, to_decode, 0, 0.0))
         self._prefill_load_tokens[prefill_row] += to_prefill
         self._waiting_requests[prefill_row] += 1
         self._decode_load_tokens[decode_row] += to_decode
+        if plan is not None:
+            self._expectations.book(item, prefill_row, decode_row, plan, now_s)
 
     def view(self) -> FleetView:
         """A window: it shows what is reported and booked later too. Stale once a worker came or went."""
@@ -124,3 +163,17 @@ class Fleet:
                 waiting_requests=self._waiting_requests,
             )
         return self._view
+
+    def outlook(self) -> Outlook:
+        """A window too. Stale once a worker came or went or costs something else."""
+        return self._expectations.outlook(self.view())
+
+    def numbers(self) -> Counts:
+        """By row: numbers in the prefix directory."""
+        if self._numbers_by_row is None:
+            self._numbers_by_row = np.array(self._numbers, np.int64)
+        return self._numbers_by_row
+
+    @property
+    def answer_lengths(self) -> AnswerLengths:
+        return self._expectations.answer_lengths

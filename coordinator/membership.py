@@ -1,10 +1,11 @@
-"""Who is in the cluster: registration with incarnations, heartbeats, ends of lives, and what was placed since.
+"""Who is in the cluster: registration with incarnations, heartbeats, suspicion, ends of lives.
 
-A machine without I/O: `CoordinatorShell` feeds it messages and the time. A worker is believed while its heartbeats
-come. A life that fell silent, said goodbye or was replaced by a later one is *gone*, and that is final: everybody
-who may hold leases with it is told (`gone`), so it is never taken up again, however well it feels when it comes
-back; it is refused with StaleIncarnation, ends itself, and its next life registers anew. A coordinator that was
-restarted knows nothing and takes up whoever registers.
+A machine without I/O: `CoordinatorShell` feeds it messages and the time; whoever places requests is its `Listener`. A
+worker is believed while its heartbeats come. One that is late is *suspect*: it gets requests only where no other can
+take them, and its next heartbeat ends that. A life that fell silent, said goodbye or was replaced by a later one is
+*gone*, and that is final: everybody who may hold leases with it is told (`gone`), so it is never taken up again,
+however well it feels when it comes back; it is refused with StaleIncarnation, ends itself, and its next life registers
+anew. A coordinator that was restarted knows nothing and takes up whoever registers.
 
 A hung engine is no matter of heartbeats: the worker that has it ends itself (`worker.watchdog`). Time in which
 the coordinator itself did not run is nobody's silence.
@@ -15,18 +16,16 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from contracts.errors import StaleIncarnation
 from contracts.failpoints import RarePath
 from contracts.messages import Member, WorkerLife, WorkerLoad
 from contracts.pauses import PauseWatch
-from coordinator.fleet import Fleet
 
 if TYPE_CHECKING:
     from contracts.ids import Incarnation, WorkerId
-    from contracts.messages import DispatchItem, Placement, TransferReport, WorkerInfo
-    from coordinator.policy.fleet_view import FleetView
+    from contracts.messages import LatencyFit, TransferReport, WorkerInfo
 
 #: `expire` is called at least this often.
 LOOK_INTERVAL_S = 0.5
@@ -36,25 +35,62 @@ LONGEST_GAP_S = 1.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MembershipLimits:
+    """Raises ValueError for a suspicion that could never come."""
+
     heartbeat_interval_s: float = 0.5
+    #: Silence after which a worker gets requests only where no other can take them; None: half the timeout.
+    suspect_after_s: float | None = None
     #: Silence after which a life is over.
     heartbeat_timeout_s: float = 3.0
     #: The same where everybody is silent at once: they get no requests meanwhile, but their lives go on. When
     #: somebody is heard again, the others have a `heartbeat_timeout_s` from then to be heard too.
     isolation_timeout_s: float = 20.0
-    #: A placement counts as load until a heartbeat this much younger has come: by then the worker's own
-    #: figures contain it.
-    booking_grace_s: float = 0.25
     #: How long, and of how many lives, the end is told with every heartbeat.
     tell_gone_for_s: float = 60.0
     max_told_gone: int = 256
     #: Worker ids whose last ended life is remembered, to refuse it; far more than a cluster has.
     max_fenced: int = 16_384
 
+    def __post_init__(self) -> None:
+        if not 0 < self.suspicion_s <= self.heartbeat_timeout_s:
+            raise ValueError(
+                f"suspect_after_s ({self.suspicion_s:g}) must be above 0 and at most heartbeat_timeout_s "
+                f"({self.heartbeat_timeout_s:g})"
+            )
+
+    @property
+    def suspicion_s(self) -> float:
+        return self.heartbeat_timeout_s / 2 if self.suspect_after_s is None else self.suspect_after_s
+
 
 _ISOLATED = RarePath("coordinator.isolated", "everybody fell silent at once, nobody is given up for it yet")
 _STALE_LIFE = RarePath("coordinator.stale_life", "a life spoke that is over")
 _PLACE_TAKEN = RarePath("coordinator.place_taken", "a later life of a worker took the place of one that was up")
+_SUSPECT_HEARD = RarePath("coordinator.suspect_heard", "a suspect was heard again")
+
+
+class Listener(Protocol):
+    """Hears which lives begin and end, and what they report. A worker is added before it is reported and removed,
+    and removed before its next life is added."""
+
+    def add(self, info: WorkerInfo, now_s: float) -> None: ...
+
+    def remove(self, worker_id: WorkerId) -> None: ...
+
+    def report(self, worker_id: WorkerId, load: WorkerLoad, now_s: float, fit: LatencyFit | None = None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The present lives that are not simply up."""
+
+    #: Silent for a while: to be used where no other can take a request.
+    suspects: frozenset[WorkerId] = frozenset()
+    #: Silent for longer than ends a life, and spared for now: not to be used at all.
+    unheard: frozenset[WorkerId] = frozenset()
+
+
+ALL_UP = Standing()
 
 
 @dataclass(slots=True)
@@ -64,29 +100,34 @@ class _Entry:
     #: Of the last heartbeat; moved on by pauses of the coordinator.
     heartbeat_s: float
     transfers: TransferReport | None = None
+    latency: LatencyFit | None = None
 
 
 class Membership:
-    def __init__(self, limits: MembershipLimits) -> None:
+    """Calls cost the same however many workers there are, but for `members` and for what changes."""
+
+    def __init__(self, limits: MembershipLimits, listener: Listener) -> None:
         self._limits = limits
+        self._listener = listener
         self._pauses = PauseWatch(LONGEST_GAP_S)
-        #: Nobody's silence is too long before this; looking at everybody with every message would be quadratic.
-        self._look_again_s = -math.inf
-        #: Until then nobody's silence is too long for being given requests.
-        self._all_heard_until_s = -math.inf
         #: When anybody was last heard, and when that was after everybody had been silent; moved on by pauses.
         self._last_heard_s = -math.inf
         self._isolation_over_s = -math.inf
-        #: The present life of each worker that has one.
-        self._entries: dict[WorkerId, _Entry] = {}
-        #: The same workers, as dispatch looks at them.
-        self._fleet = Fleet(limits.booking_grace_s)
+        #: The present life of each worker that has one, by heartbeat: whoever is silent longest stands first.
+        self._entries: OrderedDict[WorkerId, _Entry] = OrderedDict()
+        #: What `standing` said last, and until when it holds unless one of those named is heard or ends.
+        self._standing = ALL_UP
+        self._standing_until_s = -math.inf
         #: Last ended life of each worker, and why it ended; the one that ended last stands last.
         self._fenced: OrderedDict[WorkerId, tuple[Incarnation, str]] = OrderedDict()
         #: When lives ended, oldest first: those that are told.
         self._gone: OrderedDict[WorkerLife, float] = OrderedDict()
         #: One sentence for each life that fell silent since `expire` was last called.
         self._lost: list[str] = []
+
+    def __len__(self) -> int:
+        """Present lives, as of the last call."""
+        return len(self._entries)
 
     def register(self, info: WorkerInfo, now_s: float) -> None:
         """Takes up a life of a worker; the earlier one is gone with it. Idempotent.
@@ -98,16 +139,16 @@ class Membership:
         self._note_heard(now_s)
         known = self._entries.get(info.worker_id)
         if known is not None and known.info == info:
-            known.heartbeat_s = now_s
+            self._refresh(known, now_s)
             return
         if known is not None and known.info.incarnation < info.incarnation:
             _PLACE_TAKEN.reached()
             self._end(known, f"incarnation {info.incarnation} took its place", now_s)
         elif known is not None:
-            self._fleet.remove(info.worker_id)
+            self._take_out(known)
         load = WorkerLoad(free_blocks=info.total_blocks)
         self._entries[info.worker_id] = _Entry(info=info, load=load, heartbeat_s=now_s)
-        self._fleet.add(info)
+        self._listener.add(info, now_s)
 
     def heartbeat(
         self,
@@ -116,22 +157,29 @@ class Membership:
         load: WorkerLoad,
         now_s: float,
         transfers: TransferReport | None = None,
+        latency: LatencyFit | None = None,
     ) -> bool:
-        """False when this life is not known: the worker must register. `transfers`: None leaves the last ones.
+        """False when this life is not known: the worker must register. `transfers`, `latency`: None is as last time.
 
         Raises StaleIncarnation as `register` does.
         """
+        if not self.knows(worker_id, incarnation, now_s):
+            return False
+        entry = self._entries[worker_id]
+        self._note_heard(now_s)
+        self._refresh(entry, now_s)
+        entry.load = load
+        entry.transfers = transfers or entry.transfers
+        entry.latency = latency or entry.latency
+        self._listener.report(worker_id, load, now_s, entry.latency)
+        return True
+
+    def knows(self, worker_id: WorkerId, incarnation: Incarnation, now_s: float) -> bool:
+        """Whether this is the worker's present life. Raises StaleIncarnation as `register` does."""
         self._look(now_s)
         self._refuse_stale(worker_id, incarnation)
         entry = self._entries.get(worker_id)
-        if entry is None or entry.info.incarnation != incarnation:
-            return False
-        self._note_heard(now_s)
-        entry.load = load
-        entry.transfers = transfers or entry.transfers
-        entry.heartbeat_s = now_s
-        self._fleet.report(self._fleet.row_of(worker_id), load, now_s)
-        return True
+        return entry is not None and entry.info.incarnation == incarnation
 
     def deregister(self, worker_id: WorkerId, incarnation: Incarnation, now_s: float) -> bool:
         """Ends one life; a newer one stays. Returns whether it was the present one."""
@@ -147,75 +195,99 @@ class Membership:
         self._look(now_s)
         return tuple(self._gone)
 
-    def book(self, item: DispatchItem, placement: Placement, now_s: float) -> None:
-        """Remembers a placement as load until a heartbeat contains it."""
-        prefill_row = self._fleet.row_of(placement.prefill.worker_id)
-        decode_row = self._fleet.row_of(placement.decode.worker_id)
-        self._fleet.book(item, prefill_row, decode_row, now_s)
-
     def expire(self, now_s: float) -> list[str]:
         """To be called every `LOOK_INTERVAL_S`. One sentence for each life that fell silent since the last call."""
         self._look(now_s)
         lost, self._lost = self._lost, []
         return lost
 
-    def live(self, now_s: float) -> FleetView:
-        """The workers that may be given requests, as they are now: of no use after the next call to this object."""
+    def standing(self, now_s: float) -> Standing:
+        """The same object for as long as nothing changes."""
         self._look(now_s)
-        view = self._fleet.view()
-        if now_s <= self._all_heard_until_s:
-            return view
-        heard = {entry.info.worker_id for entry in self._heard(now_s)}
-        return view.only(view.rows_of(heard))
+        if now_s > self._standing_until_s:
+            self._judge(now_s)
+        return self._standing
 
     def members(self, now_s: float) -> tuple[Member, ...]:
-        """Live workers with their last load, for people and health checks."""
-        self._look(now_s)
+        """The lives that may be given requests, with their last load, by worker id: for people and health checks."""
+        standing = self.standing(now_s)
         return tuple(
             Member(
                 info=entry.info,
                 load=entry.load,
                 heartbeat_age_s=now_s - entry.heartbeat_s,
                 transfers=entry.transfers,
+                state="suspect" if worker_id in standing.suspects else "up",
             )
-            for entry in self._heard(now_s)
+            for worker_id, entry in sorted(self._entries.items())
+            if worker_id not in standing.unheard
         )
 
-    # --- ends of lives ----------------------------------------------------------------------------
+    # --- silence ----------------------------------------------------------------------------------
 
     def _look(self, now_s: float) -> None:
         """Ends the lives that fell silent. Comes first in every call: nothing may see one that should be over."""
-        paused_s = self._pauses.look(now_s)
-        if paused_s or now_s > self._look_again_s:
-            self._end_the_silent(paused_s, now_s)
+        if paused_s := self._pauses.look(now_s):
+            self._forgive(paused_s, now_s)
+        self._end_the_silent(now_s)
         while self._gone and now_s - next(iter(self._gone.values())) > self._limits.tell_gone_for_s:
             self._gone.popitem(last=False)
 
-    def _end_the_silent(self, paused_s: float, now_s: float) -> None:
-        limits = self._limits
+    def _forgive(self, paused_s: float, now_s: float) -> None:
         for entry in self._entries.values():
             entry.heartbeat_s = min(now_s, entry.heartbeat_s + paused_s)
         self._last_heard_s = min(now_s, self._last_heard_s + paused_s)
         self._isolation_over_s = min(now_s, self._isolation_over_s + paused_s)
+        self._standing_until_s = -math.inf
+
+    def _end_the_silent(self, now_s: float) -> None:
+        timeout_s = self._limits.heartbeat_timeout_s
+        patience_s: float | None = None
+        while self._entries:
+            entry = next(iter(self._entries.values()))
+            silence_s = now_s - entry.heartbeat_s
+            if silence_s <= timeout_s:
+                return
+            if patience_s is None:
+                patience_s = self._limits.isolation_timeout_s if self._are_spared(now_s) else timeout_s
+            if silence_s <= patience_s:
+                return
+            reason = f"no heartbeat for {silence_s:.1f} s"
+            self._lost.append(f"{entry.info.worker_id} incarnation {entry.info.incarnation}: {reason}")
+            self._end(entry, reason, now_s)
+
+    def _are_spared(self, now_s: float) -> bool:
+        """Whether silence may be the coordinator's own: now, or so lately that not everybody had time to be heard."""
         if self._is_isolated(now_s):
             _ISOLATED.reached()
-        spared = self._is_isolated(now_s) or now_s - self._isolation_over_s <= limits.heartbeat_timeout_s
-        patience_s = limits.isolation_timeout_s if spared else limits.heartbeat_timeout_s
-        for entry in list(self._entries.values()):
-            silence_s = now_s - entry.heartbeat_s
-            if silence_s > patience_s:
-                reason = f"no heartbeat for {silence_s:.1f} s"
-                self._lost.append(f"{entry.info.worker_id} incarnation {entry.info.incarnation}: {reason}")
-                self._end(entry, reason, now_s)
-        # Heartbeats only move this on, and who registers from now on is heard later than anybody here.
-        oldest_s = min((entry.heartbeat_s for entry in self._entries.values()), default=now_s)
-        self._all_heard_until_s = limits.heartbeat_timeout_s + oldest_s
-        self._look_again_s = now_s + LOOK_INTERVAL_S if spared else self._all_heard_until_s
+            return True
+        return now_s - self._isolation_over_s <= self._limits.heartbeat_timeout_s
 
     def _is_isolated(self, now_s: float) -> bool:
         """Whether everybody fell silent at once: then it is the coordinator that is cut off, or the network is down,
         and nothing is known of anybody."""
         return len(self._entries) > 1 and now_s - self._last_heard_s > self._limits.heartbeat_timeout_s / 2
+
+    def _judge(self, now_s: float) -> None:
+        suspicion_s, timeout_s = self._limits.suspicion_s, self._limits.heartbeat_timeout_s
+        suspects: list[WorkerId] = []
+        unheard: list[WorkerId] = []
+        until_s = math.inf
+        for worker_id, entry in self._entries.items():
+            silence_s = now_s - entry.heartbeat_s
+            if silence_s > timeout_s:
+                unheard.append(worker_id)
+                continue
+            # The first of each kind is the first to pass on to the next.
+            until_s = min(until_s, entry.heartbeat_s + (timeout_s if silence_s > suspicion_s else suspicion_s))
+            if silence_s <= suspicion_s:
+                break
+            suspects.append(worker_id)
+        found = Standing(frozenset(suspects), frozenset(unheard)) if suspects or unheard else ALL_UP
+        if found != self._standing:
+            self._standing = found
+        # Without anybody, until somebody registers: who does so is up for a while, so infinity would do too.
+        self._standing_until_s = min(until_s, now_s + suspicion_s)
 
     def _note_heard(self, now_s: float) -> None:
         """Of somebody. The others' messages come later by up to a heartbeat and what a new connection takes."""
@@ -223,15 +295,25 @@ class Membership:
             self._isolation_over_s = now_s
         self._last_heard_s = now_s
 
-    def _heard(self, now_s: float) -> list[_Entry]:
-        """Those that are not silent for too long, by worker id."""
-        timeout_s = self._limits.heartbeat_timeout_s
-        return [entry for _, entry in sorted(self._entries.items()) if now_s - entry.heartbeat_s <= timeout_s]
+    def _refresh(self, entry: _Entry, now_s: float) -> None:
+        entry.heartbeat_s = now_s
+        worker_id = entry.info.worker_id
+        self._entries.move_to_end(worker_id)
+        if worker_id in self._standing.suspects or worker_id in self._standing.unheard:
+            _SUSPECT_HEARD.reached()
+            self._standing_until_s = -math.inf
+
+    # --- ends of lives ----------------------------------------------------------------------------
+
+    def _take_out(self, entry: _Entry) -> None:
+        worker_id = entry.info.worker_id
+        del self._entries[worker_id]
+        self._standing_until_s = -math.inf
+        self._listener.remove(worker_id)
 
     def _end(self, entry: _Entry, reason: str, now_s: float) -> None:
         worker_id, incarnation = entry.info.worker_id, entry.info.incarnation
-        del self._entries[worker_id]
-        self._fleet.remove(worker_id)
+        self._take_out(entry)
         self._fenced[worker_id] = (incarnation, reason)
         self._fenced.move_to_end(worker_id)
         if len(self._fenced) > self._limits.max_fenced:

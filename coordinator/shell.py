@@ -1,45 +1,72 @@
-"""The coordinator's process shell: rpc in, the membership machine and the dispatch policy, rpc out."""
+"""The coordinator's process shell: rpc in, membership and the conductor, rpc out."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import TYPE_CHECKING, Self
+
+import msgspec
 
 from contracts.failpoints import Failpoint, RarePath
 from contracts.messages import (
+    BLOCK_EVENTS,
     DEREGISTER,
     DISPATCH,
     HEARTBEAT,
     MEMBERS,
     REGISTER,
+    BlockEventsReply,
     DispatchReply,
     Empty,
     HeartbeatReply,
     MembersReply,
-    Placement,
     RegisterReply,
 )
-from coordinator.membership import LOOK_INTERVAL_S, Membership, MembershipLimits
-from coordinator.policy.dispatch import DispatchLimits, dispatch
+from coordinator.conductor import Conductor, ConductorSettings
+from coordinator.decision import Refused
+from coordinator.directory.sync import DirectorySync
+from coordinator.live_costs import LiveCosts
+from coordinator.membership import ALL_UP, LOOK_INTERVAL_S, Membership, MembershipLimits
+from coordinator.shell_figures import ShellFigures
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
     from contracts.clock import Clock
+    from contracts.ids import WorkerId
     from contracts.messages import (
+        BlockEvents,
         DeregisterRequest,
+        DispatchItem,
         DispatchRequest,
         HeartbeatRequest,
+        LatencyFit,
+        Placement,
+        Rejection,
+        TransferReport,
         WorkerInfo,
+        WorkerLoad,
     )
+    from coordinator.decision import Chosen
+    from coordinator.membership import Standing
+    from coordinator.policy.fleet_view import Flags, FleetView
     from rpc import CallContext, Server
+
+#: Upkeep of the directory is done in parts of so many slots, at most some 2 ms each, with pauses for others.
+SWEEP_SLOTS = 16_384
+SWEEP_PAUSE_S = 0.004
 
 _ASKS_TO_REGISTER = Failpoint("coordinator.asks_to_register", "a worker is told to register although it is known")
 
 _AVOIDS = RarePath("coordinator.avoids", "a request is placed that should avoid some workers")
 _REFUSED = RarePath("coordinator.refused", "a request found no place")
+_SUSPECTS_USED = RarePath("coordinator.suspects_used", "nobody else than suspects could take a request")
 _LIFE_LOST = RarePath("coordinator.life_lost", "a worker fell silent and was given up")
+
+#: Targets that would be missed are no reason to take a worker that may be dead.
+_FINAL = frozenset({"ttft", "tpot"})
 
 
 class CoordinatorShell:
@@ -50,40 +77,62 @@ class CoordinatorShell:
         self,
         clock: Clock,
         *,
+        conductor: Conductor | None = None,
         membership: MembershipLimits | None = None,
-        limits: DispatchLimits | None = None,
+        on_decision: Callable[[DispatchItem, Chosen | Refused, float], None] | None = None,
+        on_transfers: Callable[[WorkerId, TransferReport], None] | None = None,
         log: Callable[[str], None],
     ) -> None:
+        """Without `conductor`: one without SLO classes, which learns costs from the workers' own steps and links.
+
+        `on_decision` hears of each decision right after it was made: its rows are those of `conductor.fleet.view()`
+        at that moment only. `on_transfers` hears of what workers measured of their links.
+        """
+        if conductor is None:
+            costs = LiveCosts()
+            conductor, on_transfers = default_conductor(costs), on_transfers or costs.observe_transfers
         self._clock = clock
         self._membership_limits = membership or MembershipLimits()
-        self._limits = limits or DispatchLimits()
+        self._on_decision = on_decision
+        self._on_transfers = on_transfers
         self._log = log
-        self.membership = Membership(self._membership_limits)
-        #: Placements by outcome ("placement" or a rejection's code), for metrics.
-        self.verdicts_total: dict[str, int] = {}
+        self.conductor = conductor
+        self.directory_sync = DirectorySync(conductor.directory)
+        self.membership = Membership(self._membership_limits, _Roll(conductor, self.directory_sync))
+        self.figures = ShellFigures()
+        self._usable = _Usable(conductor)
         #: Present between entering and leaving.
         self._group: asyncio.TaskGroup | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def register_on(self, server: Server) -> None:
         server.register(REGISTER, self._on_register)
         server.register(HEARTBEAT, self._on_heartbeat)
+        server.register(BLOCK_EVENTS, self._on_block_events)
         server.register(DEREGISTER, self._on_deregister)
         server.register(DISPATCH, self._on_dispatch)
         server.register(MEMBERS, self._on_members)
 
+    def fleet(self) -> FleetView:
+        """The present lives and their load, as the last decision would see them."""
+        self.membership.standing(self._clock.now_s())
+        return self.conductor.fleet.view()
+
     async def __aenter__(self) -> Self:
         self._group = asyncio.TaskGroup()
         await self._group.__aenter__()
-        self._watching = self._group.create_task(self._watch(), name="coordinator-expiry")
+        self._tasks = [
+            self._group.create_task(self._watch(), name="coordinator-expiry"),
+            self._group.create_task(self._sweep(), name="coordinator-sweep"),
+        ]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._group is not None, "left without having been entered"
-        assert self._watching is not None, "made with the group"
-        self._watching.cancel()
+        for task in self._tasks:
+            task.cancel()
         if not isinstance(error, asyncio.CancelledError):
             # The body's own error leaves as it is, not as part of a group.
             kind = error = trace = None
@@ -97,6 +146,15 @@ class CoordinatorShell:
                 _LIFE_LOST.reached()
                 self._log(f"worker lost: {sentence}")
 
+    async def _sweep(self) -> None:
+        """What the directory puts off until there is time."""
+        while True:
+            await self._clock.sleep(LOOK_INTERVAL_S)
+            while self.conductor.directory.sweep(SWEEP_SLOTS):
+                await self._clock.sleep(SWEEP_PAUSE_S)
+
+    # --- workers ----------------------------------------------------------------------------------
+
     async def _on_register(self, info: WorkerInfo, context: CallContext) -> RegisterReply:
         self.membership.register(info, self._clock.now_s())
         self._log(
@@ -107,28 +165,114 @@ class CoordinatorShell:
 
     async def _on_heartbeat(self, beat: HeartbeatRequest, context: CallContext) -> HeartbeatReply:
         now_s = self._clock.now_s()
-        known = self.membership.heartbeat(beat.worker_id, beat.incarnation, beat.load, now_s, beat.transfers)
+        known = self.membership.heartbeat(
+            beat.worker_id, beat.incarnation, beat.load, now_s, beat.transfers, beat.latency
+        )
+        if known and beat.transfers is not None and self._on_transfers is not None:
+            self._on_transfers(beat.worker_id, beat.transfers)
         known = known and not _ASKS_TO_REGISTER.fires()
         return HeartbeatReply(known=known, gone=self.membership.gone(now_s))
+
+    async def _on_block_events(self, events: BlockEvents, context: CallContext) -> BlockEventsReply:
+        if not self.membership.knows(events.worker_id, events.incarnation, self._clock.now_s()):
+            return BlockEventsReply(known=False)
+        number = self.conductor.number_of(events.worker_id)
+        return self.directory_sync.handle(events, number, events.incarnation)
 
     async def _on_deregister(self, leave: DeregisterRequest, context: CallContext) -> Empty:
         if self.membership.deregister(leave.worker_id, leave.incarnation, self._clock.now_s()):
             self._log(f"worker left: {leave.worker_id} incarnation {leave.incarnation}: {leave.reason}")
         return Empty()
 
+    # --- gateways ---------------------------------------------------------------------------------
+
     async def _on_dispatch(self, ask: DispatchRequest, context: CallContext) -> DispatchReply:
+        return DispatchReply(verdicts=tuple([self._verdict(item) for item in ask.items]))
+
+    def _verdict(self, item: DispatchItem) -> Placement | Rejection:
         now_s = self._clock.now_s()
-        verdicts = dispatch(ask.items, self.membership.live(now_s), self._limits)
-        for item, verdict in zip(ask.items, verdicts, strict=True):
-            outcome = "placement" if isinstance(verdict, Placement) else verdict.code
-            self.verdicts_total[outcome] = self.verdicts_total.get(outcome, 0) + 1
-            if isinstance(verdict, Placement):
-                self.membership.book(item, verdict, now_s)
-            else:
-                _REFUSED.reached()
-            if item.avoid:
-                _AVOIDS.reached()
-        return DispatchReply(verdicts=tuple(verdicts))
+        standing = self.membership.standing(now_s)
+        if standing is ALL_UP:
+            decision = self.conductor.decide(item, now_s)
+        else:
+            item, decision = self._decide_warily(item, standing, now_s)
+        if self._on_decision is not None:
+            self._on_decision(item, decision, now_s)
+        verdict = self.conductor.in_words(item, decision, now_s)
+        if isinstance(decision, Refused):
+            _REFUSED.reached()
+        if item.avoid:
+            _AVOIDS.reached()
+        outcome = decision.why if isinstance(decision, Refused) else "placement"
+        self.figures.count(outcome, self._clock.now_s() - now_s)
+        return verdict
+
+    def _decide_warily(
+        self, item: DispatchItem, standing: Standing, now_s: float
+    ) -> tuple[DispatchItem, Chosen | Refused]:
+        """With suspects only where nobody else can take it, and as few of them as possible; and rather with a suspect
+        than with one that the item avoids. Returns the item that was decided."""
+        up, heard = self._usable.flags(standing)
+        decision = self.conductor.decide(item, now_s, up)
+        if not standing.suspects or not isinstance(decision, Refused) or decision.why in _FINAL:
+            return item, decision
+        _SUSPECTS_USED.reached()
+        suspects = tuple(sorted(standing.suspects))
+        if item.avoid:
+            wary = msgspec.structs.replace(item, avoid=suspects)
+            not_avoided = heard & ~self.conductor.fleet.view().rows_of(item.avoid)
+            decision = self.conductor.decide(wary, now_s, not_avoided)
+            if not isinstance(decision, Refused) or decision.why in _FINAL:
+                return wary, decision
+        wary = msgspec.structs.replace(item, avoid=(*item.avoid, *suspects))
+        return wary, self.conductor.decide(wary, now_s, heard)
 
     async def _on_members(self, ask: Empty, context: CallContext) -> MembersReply:
-        return MembersReply(members=self.membership.members(self._clock.now_s()))
+        return MembersReply(
+            members=self.membership.members(self._clock.now_s()),
+            coordinator=self.figures.message(self.conductor.directory, self.directory_sync),
+        )
+
+
+def default_conductor(costs: LiveCosts, settings: ConductorSettings | None = None) -> Conductor:
+    """Without SLO classes, and the same draws in every run."""
+    return Conductor(
+        costs=costs, slos={}, default_slo=None, settings=settings or ConductorSettings(), rng=random.Random(0)
+    )
+
+
+class _Roll:
+    """Whoever must know which lives there are."""
+
+    def __init__(self, conductor: Conductor, directory_sync: DirectorySync) -> None:
+        self._conductor = conductor
+        self._directory_sync = directory_sync
+
+    def add(self, info: WorkerInfo, now_s: float) -> None:
+        self._conductor.add(info, now_s)
+
+    def remove(self, worker_id: WorkerId) -> None:
+        self._directory_sync.forget(worker_id)
+        self._conductor.remove(worker_id)
+
+    def report(self, worker_id: WorkerId, load: WorkerLoad, now_s: float, fit: LatencyFit | None = None) -> None:
+        self._conductor.report(worker_id, load, now_s, fit)
+
+
+class _Usable:
+    """A standing as flags by row of the fleet, made once for as long as both stay."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self._conductor = conductor
+        self._view: FleetView | None = None
+        self._standing: Standing | None = None
+        self._flags: tuple[Flags, Flags]
+
+    def flags(self, standing: Standing) -> tuple[Flags, Flags]:
+        """Who is up, and who may be used if need be."""
+        view = self._conductor.fleet.view()
+        if view is not self._view or standing is not self._standing:
+            heard = ~view.rows_of(standing.unheard)
+            self._view, self._standing = view, standing
+            self._flags = heard & ~view.rows_of(standing.suspects), heard
+        return self._flags

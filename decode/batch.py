@@ -21,6 +21,7 @@ from contracts.failpoints import Failpoint, RarePath
 from contracts.requests import PhaseTimes
 from decode.admission import OfferVerdict, admit, may_resume, retry_after_s
 from decode.incoming import Incoming, IncomingOffers
+from engine.answer_tallies import AnswerTallies
 from engine.compose import Candidate
 from engine.recent import RecentTries
 from engine.room import Demand
@@ -114,6 +115,7 @@ class DecodeBatch:
         self.preemptions_total = 0
         #: Tokens whose KV was given up and had to be computed again.
         self.recomputed_tokens_total = 0
+        self.answer_tallies = AnswerTallies()
 
     def __repr__(self) -> str:
         return (
@@ -254,7 +256,16 @@ class DecodeBatch:
         for sequence_id, answer in self._running.items():
             remaining = answer.sequence.num_remaining
             target = decodes if remaining == 1 else chunks
-            target.append(Candidate(sequence_id=sequence_id, num_tokens=remaining, arrival=sequence_id, started=True))
+            target.append(
+                Candidate(
+                    sequence_id=sequence_id,
+                    num_tokens=remaining,
+                    arrival=sequence_id,
+                    started=True,
+                    num_computed=answer.sequence.num_computed,
+                    tpot_target_s=answer.sequence.request.tpot_target_s,
+                )
+            )
         return decodes, chunks
 
     def build(self, sequence_id: int, num_tokens: int, now_s: float) -> SequenceStep:
@@ -288,6 +299,7 @@ class DecodeBatch:
         answer.announced = True
         self._emit(sequence.request, sequence.append(sampled, finish, phases))
         if finish is not None:
+            self.answer_tallies.add(sequence)
             self._drop(answer)
 
     def fail(self, sequence_id: int, error: TandemError) -> None:
@@ -311,6 +323,11 @@ class DecodeBatch:
     def _adopted(self, lease_id: LeaseId, block_ids: list[BlockId], seal: Seal) -> None:
         """The reader's report that a pull was confirmed; the blocks are owned in the request's name."""
         incoming = self._incoming.take(lease_id)
+        if seal.first_delta is None:
+            self._ledger.release_all(owner_name(incoming.key))
+            self._fail_incoming(incoming, BadRequest.code, f"lease {lease_id} was sealed without a first token")
+            self._on_change()
+            return
         now_s = self._clock.now_s()
         sequence = Sequence(
             sequence_id=next(self._sequence_ids),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from contracts.ids import BlockId
+from contracts.latency import StepWork
 from contracts.requests import SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -56,6 +57,28 @@ class StepPlan(msgspec.Struct, frozen=True):
     @property
     def num_tokens(self) -> int:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+
+def work_of(plan: StepPlan) -> StepWork:
+    """A plan as latency models see it: a sequence of one new token is a decode, a longer one a chunk."""
+    prefill_tokens = num_chunks = num_decodes = context_tokens = 0
+    pairs = 0.0
+    for step in plan.sequences:
+        num_new = len(step.token_ids)
+        if num_new == 1:
+            num_decodes += 1
+            context_tokens += step.start + 1
+        else:
+            num_chunks += 1
+            prefill_tokens += num_new
+            pairs += num_new * step.start + num_new * (num_new + 1) / 2
+    return StepWork(
+        prefill_tokens=prefill_tokens,
+        prefill_pairs=pairs,
+        num_chunks=num_chunks,
+        num_decodes=num_decodes,
+        context_tokens=context_tokens,
+    )
 
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,7 +15,8 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from contracts.errors import NotFound, NotReady, TandemError
+from contracts.errors import NoCapacity, NotFound, NotReady, TandemError
+from contracts.messages import MembersReply
 from gateway.formats import format_of
 from gateway.generation import Generation, TimelineLog, run_all, timeline_json
 from gateway.health import HealthCheck
@@ -24,11 +26,13 @@ from gateway.schemas import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    GenerationBody,
     TokenizeBody,
     parse,
     refuse_unknown,
 )
 from gateway.sse import EventStream
+from gateway.terms import SLO_CLASS_HEADER, Terms, TermsBook
 from gateway.tokenizer import TextTokenizer, TokenizingPool
 from gateway.web import (
     Gate,
@@ -40,7 +44,7 @@ from gateway.web import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Generator
 
     from contracts.clock import Clock
     from gateway.core import GatewayCore
@@ -50,6 +54,9 @@ if TYPE_CHECKING:
 BodyT = TypeVar("BodyT", bound=msgspec.Struct)
 
 Handler = Callable[..., Awaitable[Response]]
+
+#: Keys of a prompt this long take about a millisecond.
+_HASH_IN_THREAD_TOKENS = 16_384
 
 
 def create_app(
@@ -142,7 +149,8 @@ class _Api:
         self._settings = settings
         self._clock = clock
         self._planner = Planner(settings, pool, rng)
-        self._metrics = Metrics(core)
+        self._terms_book = TermsBook(settings.slos, settings.default_slo_class)
+        self._metrics = Metrics(core, settings)
         self._timelines = TimelineLog(settings.max_timelines)
         self._health = HealthCheck(core, settings, clock)
         self._started = int(clock.wall_s())
@@ -156,24 +164,45 @@ class _Api:
     async def completions(self, request: Request) -> Response:
         arrival = self._arrival(request)
         body = await self._body(request, CompletionBody)
-        return await self._answer(request, arrival, await self._planner.completion(body))
+        terms = self._terms(request, body)
+        return await self._answer(request, arrival, terms, await self._planner.completion(body))
 
     async def chat_completions(self, request: Request) -> Response:
         arrival = self._arrival(request)
         body = await self._body(request, ChatBody)
-        return await self._answer(request, arrival, await self._planner.chat(body))
+        terms = self._terms(request, body)
+        return await self._answer(request, arrival, terms, await self._planner.chat(body))
 
-    async def _answer(self, request: Request, arrival: _Arrival, plan: Plan) -> Response:
-        generation = Generation(
-            self._core,
-            self._pool.tokenizer,
-            plan,
-            arrival.request_id,
-            received_s=arrival.received_s,
-            timeout_s=self._settings.request_timeout_s,
-            metrics=self._metrics,
-            timelines=self._timelines,
-        )
+    def _terms(self, request: Request, body: GenerationBody) -> Terms:
+        """Raises BadRequest; and what `submit` would raise, before the prompt costs any work."""
+        terms = self._terms_book.terms(request.state.tenant, body, request.headers.get(SLO_CLASS_HEADER))
+        with self._counting_refusal(terms):
+            self._core.check_room()
+        return terms
+
+    @contextmanager
+    def _counting_refusal(self, terms: Terms) -> Generator[None]:
+        try:
+            yield
+        except (NoCapacity, NotReady) as error:
+            self._metrics.count_refusal(error.reason or error.code, terms.slo_class, terms.tenant)
+            raise
+
+    async def _answer(self, request: Request, arrival: _Arrival, terms: Terms, plan: Plan) -> Response:
+        block_keys = [await self._block_keys(prompt.token_ids, terms.cache_salt) for prompt in plan.prompts]
+        with self._counting_refusal(terms):
+            generation = Generation(
+                self._core,
+                self._pool.tokenizer,
+                plan,
+                arrival.request_id,
+                terms=terms,
+                block_keys=block_keys,
+                received_s=arrival.received_s,
+                timeout_s=self._settings.request_timeout_s,
+                metrics=self._metrics,
+                timelines=self._timelines,
+            )
         form = format_of(plan, self._pool.tokenizer)
         try:
             if plan.stream:
@@ -183,6 +212,12 @@ class _Api:
         except BaseException:
             generation.close("the client is gone")
             raise
+
+    async def _block_keys(self, token_ids: tuple[int, ...], cache_salt: str) -> bytes:
+        return await self._pool.run(
+            partial(self._core.block_hints.of, token_ids, cache_salt),
+            in_thread=len(token_ids) >= _HASH_IN_THREAD_TOKENS,
+        )
 
     # --- text -----------------------------------------------------------------------------------
 
@@ -207,10 +242,10 @@ class _Api:
     async def model(self, model: str) -> Response:
         return json_response(self._model_entry(self._planner.check_model(model)))
 
-    async def timeline(self, request_id: str) -> Response:
+    async def timeline(self, request: Request, request_id: str) -> Response:
         """By the id of the answer, or by the request id."""
         bare = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
-        timelines = self._timelines.get(bare)
+        timelines = self._timelines.get(request.state.tenant.name, bare)
         if timelines is None:
             raise NotFound(
                 f"no timeline of request {request_id[:64]!r}; the last {self._settings.max_timelines} are kept"
@@ -232,10 +267,10 @@ class _Api:
     async def metrics(self) -> Response:
         """Answered without the workers' part while the coordinator does not answer."""
         try:
-            members = await self._core.members()
+            cluster = await self._core.cluster()
         except TandemError:
-            members = ()
-        text = self._metrics.exposition(members)
+            cluster = MembersReply(members=())
+        text = self._metrics.exposition(cluster)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     # --- shared ---------------------------------------------------------------------------------

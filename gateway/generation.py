@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gateway.metrics import Metrics
     from gateway.planning import Plan, Prompt
     from gateway.stream import RequestStream
+    from gateway.terms import Terms
     from gateway.timeline import Timeline
     from gateway.tokenizer import TextTokenizer
 
@@ -40,26 +41,27 @@ class Choice:
 
 
 class TimelineLog:
-    """The timelines of the last `capacity` HTTP requests, by request id."""
+    """The timelines of the last `capacity` HTTP requests, by tenant and request id: nobody sees another's."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._entries: OrderedDict[str, tuple[Timeline, ...]] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str], tuple[Timeline, ...]] = OrderedDict()
 
-    def add(self, request_id: str, timelines: tuple[Timeline, ...]) -> None:
-        self._entries.pop(request_id, None)
-        self._entries[request_id] = timelines
+    def add(self, tenant: str, request_id: str, timelines: tuple[Timeline, ...]) -> None:
+        self._entries.pop((tenant, request_id), None)
+        self._entries[tenant, request_id] = timelines
         if len(self._entries) > self._capacity:
             self._entries.popitem(last=False)
 
-    def get(self, request_id: str) -> tuple[Timeline, ...] | None:
-        return self._entries.get(request_id)
+    def get(self, tenant: str, request_id: str) -> tuple[Timeline, ...] | None:
+        return self._entries.get((tenant, request_id))
 
 
 class Generation:
     """Submits a plan's answers. Whoever makes it calls `close`, however it went; that ends what still runs.
 
-    Raises NoCapacity or NotReady when one cannot be submitted; then none runs.
+    `block_keys` are the prompts', each as in `DispatchItem`. Raises NoCapacity or NotReady when one cannot be
+    submitted; then none runs.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Generation:
         plan: Plan,
         request_id: str,
         *,
+        terms: Terms,
+        block_keys: Sequence[bytes],
         received_s: float,
         timeout_s: float,
         metrics: Metrics,
@@ -80,10 +84,12 @@ class Generation:
         self._clock = core.clock
         self._metrics = metrics
         self._timelines = timelines
+        self._tenant = terms.tenant
         self._closed = False
         try:
             for index in range(plan.num_answers):
-                stream = core.submit(_submission(plan, index, received_s, timeout_s))
+                submission = _submission(plan, index, terms, block_keys, received_s, timeout_s)
+                stream = core.submit(submission)
                 self.choices.append(_choice(plan, index, stream, tokenizer))
         except BaseException:
             self.close("another answer of the same request could not be started")
@@ -119,11 +125,26 @@ class Generation:
         """Each prompt counts once, every answer's tokens count."""
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.plan.prompts)
         completion_tokens = sum(choice.answer.num_tokens for choice in self.choices)
-        return {
+        usage: dict[str, object] = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
         }
+        cached_tokens = self._cached_tokens()
+        if cached_tokens is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
+        return usage
+
+    def _cached_tokens(self) -> int | None:
+        """Of each prompt what the answer with the least found: the others found what that one had computed. None
+        where no worker told."""
+        least: dict[int, int] = {}
+        for choice in self.choices:
+            timeline = choice.stream.timeline
+            if timeline is not None and timeline.num_cached_tokens is not None:
+                prompt = choice.index // self.plan.n
+                least[prompt] = min(least.get(prompt, timeline.num_cached_tokens), timeline.num_cached_tokens)
+        return sum(least.values()) if least else None
 
     def timeline(self) -> dict[str, object]:
         """Of answers that have ended."""
@@ -139,7 +160,7 @@ class Generation:
         timelines = tuple(one for choice in self.choices if (one := choice.stream.timeline))
         for timeline in timelines:
             self._metrics.record(timeline)
-        self._timelines.add(self.request_id, timelines)
+        self._timelines.add(self._tenant, self.request_id, timelines)
 
 
 def timeline_json(timelines: Sequence[Timeline]) -> dict[str, object]:
@@ -162,13 +183,17 @@ async def run_all(works: Sequence[Coroutine[Any, Any, ResultT]]) -> list[ResultT
         await cancel_and_wait(*tasks)
 
 
-def _submission(plan: Plan, index: int, received_s: float, timeout_s: float) -> Submission:
+def _submission(
+    plan: Plan, index: int, terms: Terms, block_keys: Sequence[bytes], received_s: float, timeout_s: float
+) -> Submission:
     sampling = plan.sampling[index // plan.n]
     return Submission(
         token_ids=plan.prompt_of(index).token_ids,
         sampling=msgspec.structs.replace(sampling, seed=seed_of(sampling, index % plan.n)),
         deadline_s=timeout_s,
         received_s=received_s,
+        terms=terms,
+        block_keys=block_keys[index // plan.n],
     )
 
 

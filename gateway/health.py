@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from contracts.errors import TandemError
@@ -24,6 +24,8 @@ class HealthReport:
     #: Living workers that can do it.
     num_prefill: int = 0
     num_decode: int = 0
+    #: Of these, not heard of for a while.
+    num_suspect: int = 0
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -31,6 +33,7 @@ class HealthReport:
             "reason": self.reason,
             "prefill_workers": self.num_prefill,
             "decode_workers": self.num_decode,
+            **({"suspect_workers": self.num_suspect} if self.num_suspect else {}),
         }
 
 
@@ -45,6 +48,7 @@ def judge(members: Sequence[Member], max_heartbeat_age_s: float) -> HealthReport
         reason=f"no {' and no '.join(missing)} worker" if missing else "serving",
         num_prefill=num_prefill,
         num_decode=num_decode,
+        num_suspect=sum(member.state == "suspect" for member in living),
     )
 
 
@@ -71,5 +75,13 @@ class HealthCheck:
         try:
             members = await self._core.members()
         except TandemError as error:
-            return HealthReport(ok=False, reason=f"the coordinator did not answer ({error.code})")
+            return self._without_coordinator(f"the coordinator did not answer ({error.code})")
         return judge(members, self._settings.max_heartbeat_age_s)
+
+    def _without_coordinator(self, reason: str) -> HealthReport:
+        """Requests are answered for a while all the same, by what it told last."""
+        snapshot = self._core.snapshot
+        report = judge(snapshot.members, self._settings.max_heartbeat_age_s)
+        if not (report.ok and snapshot.is_usable(self._clock.now_s())):
+            return HealthReport(ok=False, reason=reason)
+        return replace(report, reason=f"{report.reason}; {reason}")

@@ -14,6 +14,8 @@ class GatewayLimits:
     #: Requests in one Dispatch call.
     max_dispatch_batch: int = 64
     dispatch_timeout_s: float = 2.0
+    #: The same where the request can be placed without it, by the snapshot.
+    dispatch_timeout_with_snapshot_s: float = 0.5
     #: How long a new request waits for a coordinator that does not answer.
     dispatch_patience_s: float = 5.0
     prefill_timeout_s: float = 5.0
@@ -45,3 +47,14 @@ class GatewayLimits:
     #: How long a stopping gateway waits for its last cancels to leave.
     stop_grace_s: float = 1.0
     members_timeout_s: float = 1.0
+    #: How often the coordinator is asked who is there.
+    members_interval_s: float = 1.0
+    #: How often a coordinator that did not answer is tried again.
+    probe_interval_s: float = 0.25
+    #: How long requests are placed by its last answer while it does not answer.
+    snapshot_ttl_s: float = 60.0
+    #: A worker that its coordinator has not heard for so long may be dead: the snapshot's last choice.
+    silent_after_s: float = 1.5
+    #: How long a worker is believed in that was well and that the coordinator names no more: one that was just started
+    #: knows nobody yet.
+    unnamed_for_s: float = 3.0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from contracts.errors import Internal, StaleIncarnation, TandemError, WorkerUnavailable
 from contracts.failpoints import Failpoint
-from contracts.messages import FRAMES, FramesRequest
+from contracts.messages import FRAMES, FramesRequest, WorkerLife
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -59,6 +59,8 @@ class WorkerLink:
         self._outcome: asyncio.Future[TandemError | None] = asyncio.get_running_loop().create_future()
         #: Set once no further try will be made.
         self.closed = False
+        #: Whether frames have ceased to come, or never did: since the last try that failed.
+        self.is_lost = False
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open" if self._outcome.done() else "opening"
@@ -95,6 +97,8 @@ class WorkerLink:
         if not was_open:
             self._outcome.set_result(error)
         self.closed = for_good
+        # One that was given up is worth a try again; an ended life is not.
+        self.is_lost = not for_good or isinstance(error, StaleIncarnation)
         self._outcome = asyncio.get_running_loop().create_future()
         if for_good:
             self._outcome.set_result(error)
@@ -116,6 +120,7 @@ class WorkerLink:
                     expected += 1
                     if not self._outcome.done():
                         self._outcome.set_result(None)
+                        self.is_lost = False
                     self._on_frame(self.peer, frame)
         except TandemError as error:
             return error
@@ -171,6 +176,11 @@ class WorkerLinks:
             if link.peer.address != peer.address:
                 self._spawn(self._release(link.peer.address))
         return self._start(peer)
+
+    def lost(self) -> set[WorkerLife]:
+        """Lives whose frames do not reach us."""
+        links = (link for link, _ in self._links.values() if link.is_lost)
+        return {WorkerLife(link.peer.worker_id, link.peer.incarnation) for link in links}
 
     def close(self) -> None:
         for link, task in self._links.values():

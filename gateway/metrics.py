@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from gateway.service_metrics import CoordinatorCollector, ServiceMetrics
 from gateway.transfer_metrics import TransferCollector
 
 if TYPE_CHECKING:
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from contracts.messages import Member
+    from contracts.messages import Member, MembersReply
     from gateway.core import GatewayCore
+    from gateway.settings import GatewaySettings
     from gateway.stats import Durations
     from gateway.timeline import Timeline
 
@@ -33,9 +35,9 @@ _SLOW_BUCKETS = (
 #: Fields of other servers that clients send; any other unknown field counts as "other".
 KNOWN_ELSEWHERE = frozenset(
     {
-        "audio", "cache_salt", "chat_template", "continue_final_message", "documents", "guided_choice",
+        "audio", "chat_template", "continue_final_message", "documents", "guided_choice",
         "guided_grammar", "guided_json", "guided_regex", "kv_transfer_params", "length_penalty", "metadata",
-        "min_new_tokens", "modalities", "prediction", "priority", "reasoning_effort", "regex", "request_id",
+        "min_new_tokens", "modalities", "prediction", "reasoning_effort", "regex", "request_id",
         "rid", "service_tier", "session_id", "spaces_between_special_tokens", "store", "structured_outputs",
         "truncate_prompt_tokens", "use_beam_search", "verbosity",
     }
@@ -45,8 +47,10 @@ KNOWN_ELSEWHERE = frozenset(
 class Metrics:
     """Owns its registry, so that several gateways may live in one process."""
 
-    def __init__(self, core: GatewayCore) -> None:
+    def __init__(self, core: GatewayCore, settings: GatewaySettings) -> None:
         self.registry = CollectorRegistry()
+        self._service = ServiceMetrics(self.registry, settings.slos)
+        self.count_refusal = self._service.count_refusal
         running = self._gauge("num_requests_running", "Requests open at this gateway.")
         running.set_function(lambda: core.num_open)
         self.ttft = self._histogram("time_to_first_token_seconds", "Until the first token.", _SLOW_BUCKETS)
@@ -63,12 +67,14 @@ class Metrics:
         self.unknown_fields = self._counter("unknown_fields", "Fields ignored in requests.", "field")
         self.registry.register(_CoreCollector(core))
 
-    def exposition(self, members: Sequence[Member]) -> bytes:
-        """The text for Prometheus; `members` are the workers as the coordinator last heard of them."""
-        workers = CollectorRegistry()
-        workers.register(_WorkerCollector(members))
-        workers.register(TransferCollector(members))
-        return generate_latest(self.registry) + generate_latest(workers)
+    def exposition(self, cluster: MembersReply) -> bytes:
+        """The text for Prometheus; `cluster` as the coordinator just told."""
+        told = CollectorRegistry()
+        told.register(_WorkerCollector(cluster.members))
+        told.register(TransferCollector(cluster.members))
+        if cluster.coordinator is not None:
+            told.register(CoordinatorCollector(cluster.coordinator))
+        return generate_latest(self.registry) + generate_latest(told)
 
     def count_unknown(self, names: Iterable[str]) -> None:
         for name in names:
@@ -76,6 +82,7 @@ class Metrics:
 
     def record(self, timeline: Timeline) -> None:
         """Counts one ended request."""
+        self._service.record(timeline)
         self.generation_tokens.inc(timeline.num_output_tokens)
         if timeline.ttft_us is not None:
             self.ttft.observe(timeline.ttft_us / 1e6)
@@ -150,6 +157,15 @@ class _CoreCollector(Collector):
             "tandem_requests_failed_after_replays",
             "Requests taken up again that failed all the same.",
             value=stats.failed_after_replays,
+        )
+        placements = CounterMetricFamily(
+            "tandem_placements", "Requests placed; by the gateway itself while no coordinator answers.", labels=["by"]
+        )
+        for by, count in stats.placements.items():
+            placements.add_metric([by], count)
+        yield placements
+        yield CounterMetricFamily(
+            "tandem_coordinator_outages", "Times the coordinator did not answer.", value=stats.coordinator_outages
         )
         yield CounterMetricFamily("tandem_dropped_cancels", "Cancels given up.", value=self._core.num_dropped_cancels)
 

@@ -21,7 +21,7 @@ overtake the request it is meant for.
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -44,6 +44,7 @@ from contracts.messages import DispatchItem, RequestKey
 from gateway import events as ev
 from gateway.delivery import Delivery
 from gateway.replay import Failure, GiveUp, History, Stage, decide
+from gateway.terms import NO_TERMS, Terms
 from gateway.timeline import Marks, Timeline, timeline_of
 
 if TYPE_CHECKING:
@@ -74,14 +75,34 @@ class Phase(Enum):
     ENDED = "ended"
 
 
+class Held(NamedTuple):
+    """Where a request is."""
+
+    prefill: WorkerId
+    decode: WorkerId
+    #: Prompt and answer.
+    num_tokens: int
+    #: Its prompt was read.
+    is_read: bool
+
+
 class RequestMachine:
-    """One request; made in phase DISPATCHING, for the caller to ask for `dispatch_item`.
+    """One request; made in phase DISPATCHING, for the caller to ask for its `dispatch_item`.
 
     `dropped` counts, by reason, the deltas that were not for the client.
     """
 
-    def __init__(self, request: GenerateRequest, *, received_s: float, limits: GatewayLimits) -> None:
-        """`request.deadline_s` counts from `received_s`."""
+    def __init__(
+        self,
+        request: GenerateRequest,
+        *,
+        received_s: float,
+        limits: GatewayLimits,
+        terms: Terms = NO_TERMS,
+        block_keys: bytes = b"",
+    ) -> None:
+        """`request.deadline_s` and the targets of its terms count from `received_s`; `block_keys` are those of
+        `DispatchItem`."""
         #: Attempt and owner epoch are the current ones; the tokens stay the prompt's.
         self.request = request
         self.phase = Phase.DISPATCHING
@@ -90,6 +111,8 @@ class RequestMachine:
         self.placement: Placement | None = None
         self.history = History()
         self._limits = limits
+        self._terms = terms
+        self._block_keys = block_keys
         self._delivery = Delivery()
         #: Whether tokens of this try came.
         self._heard = False
@@ -116,7 +139,15 @@ class RequestMachine:
         return self.phase is Phase.ENDED and not self._unsettled
 
     @property
-    def dispatch_item(self) -> DispatchItem:
+    def held(self) -> Held | None:
+        """None: no worker has it."""
+        if self.placement is None or self.phase not in (Phase.SENDING, Phase.STREAMING):
+            return None
+        num_tokens = len(self.request.token_ids) + self._delivery.next_index
+        prefill, decode = self.placement.prefill.worker_id, self.placement.decode.worker_id
+        return Held(prefill, decode, num_tokens, self._heard)
+
+    def dispatch_item(self, now_s: float) -> DispatchItem:
         """What to ask the coordinator for."""
         num_delivered = self._delivery.next_index
         return DispatchItem(
@@ -124,6 +155,12 @@ class RequestMachine:
             prompt_tokens=len(self.request.token_ids) + num_delivered,
             max_tokens=self.request.sampling.max_tokens - num_delivered,
             avoid=self.history.avoid,
+            slo_class=self._terms.slo_class,
+            priority=self._terms.priority,
+            tenant=self._terms.tenant,
+            block_keys=self._block_keys,
+            waited_s=max(0.0, now_s - self._marks.received_s),
+            was_accepted=self.history.accepted,
         )
 
     def handle(self, event: ev.Event, now_s: float) -> list[ev.Instruction]:
@@ -140,7 +177,7 @@ class RequestMachine:
             case ev.Placed(placement):
                 return self._placed(placement, now_s)
             case ev.RetryDue():
-                return self._ask()
+                return self._ask(now_s)
             case ev.WorkerLost():
                 return self._worker_lost(event, now_s)
             case ev.CancelAsked(reason, outcome):
@@ -168,10 +205,10 @@ class RequestMachine:
 
     # --- towards the workers --------------------------------------------------------------------
 
-    def _ask(self) -> list[ev.Instruction]:
+    def _ask(self, now_s: float) -> list[ev.Instruction]:
         assert self.phase is Phase.WAITING, f"{self!r} was not waiting"
         self.phase = Phase.DISPATCHING
-        return [ev.AskPlacement(self.dispatch_item)]
+        return [ev.AskPlacement(self.dispatch_item(now_s))]
 
     def _placed(self, placement: Placement, now_s: float) -> list[ev.Instruction]:
         assert self.phase is Phase.DISPATCHING, f"{self!r} was placed twice"
@@ -206,11 +243,13 @@ class RequestMachine:
         self.phase = Phase.SENDING
         if self._marks.sent_s is None:
             self._marks.sent_s = now_s
-        remaining_s = self._marks.received_s + self.request.deadline_s - now_s
+        waited_s = now_s - self._marks.received_s
+        ttft_target_s = self._terms.ttft_target_s
         request = msgspec.structs.replace(
             self.request,
             token_ids=(*self.request.token_ids, *self._delivery.token_ids),
-            deadline_s=max(0.0, remaining_s),
+            deadline_s=max(0.0, self.request.deadline_s - waited_s),
+            ttft_due_s=None if ttft_target_s is None else ttft_target_s - waited_s,
         )
         return [ev.SendPrefill(self.placement, request)]
 
@@ -377,7 +416,7 @@ class RequestMachine:
             self._lost_s = now_s if self._lost_s is None else self._lost_s
         self._start_over()
         if not verdict.delay_s:
-            return [*out, *self._ask()]
+            return [*out, *self._ask(now_s)]
         _WAITS_FOR_PLACE.reached()
         return [*out, ev.RetryLater(verdict.delay_s)]
 
@@ -395,7 +434,7 @@ class RequestMachine:
     def _end_with(self, error: TandemError, now_s: float, *, is_held: bool = True) -> list[ev.Instruction]:
         if isinstance(error, StaleIncarnation):
             # That a worker has lives is between our own processes.
-            error = WorkerUnavailable(error.message, retry_after_s=error.retry_after_s)
+            error = WorkerUnavailable(error.message, retry_after_s=error.retry_after_s, reason=error.reason)
         return self._end(now_s, reason=error.message, outcome=error.code, error=error, is_held=is_held)
 
     def _end(
@@ -404,17 +443,21 @@ class RequestMachine:
         """`is_held`: a worker may have the current try."""
         cancels = self._give_up_try(reason) if is_held else []
         self.phase = Phase.ENDED
-        return [ev.End(error, self._timeline(now_s, outcome)), *cancels]
+        is_refused = isinstance(error, NoCapacity | NotReady) and not self.history.accepted
+        refused_why = (error.reason or error.code) if error is not None and is_refused else None
+        return [ev.End(error, self._timeline(now_s, outcome, refused_why)), *cancels]
 
-    def _timeline(self, now_s: float, outcome: str) -> Timeline:
+    def _timeline(self, now_s: float, outcome: str, refused_why: str | None = None) -> Timeline:
         return timeline_of(
             self._marks,
             now_s,
             request=self.request,
+            terms=self._terms,
             placement=self.placement,
             num_output_tokens=self._delivery.next_index,
             num_replays=self.history.num_replays,
             outcome=outcome,
+            refused_why=refused_why,
         )
 
 

@@ -5,8 +5,9 @@ the request's own doing: there are at most `max_replays` of them. While nobody h
 up, the one that was chosen is gone or full) nothing is lost by asking again: that goes on, less and less
 often, for `replay_patience_s`. The request's own deadline ends both.
 
-Before a worker has had the request, a full cluster is the client's answer (429) at once; afterwards the answer
-has begun, and a full cluster is waited for like any other hindrance.
+Before a worker has had the request, a full cluster, or one in which it would miss its targets, is the client's
+answer (429) at once: it knows better than we whether to ask again. Afterwards the answer has begun, and a full cluster
+is waited for like any other hindrance.
 """
 
 from __future__ import annotations
@@ -178,4 +179,4 @@ def _final(error: TandemError, history: History, why: str = "") -> TandemError:
     message = "; ".join(part for part in parts if part)
     if message == error.message:
         return error
-    return type(error)(message, param=error.param, retry_after_s=error.retry_after_s)
+    return type(error)(message, param=error.param, retry_after_s=error.retry_after_s, reason=error.reason)

@@ -22,10 +22,12 @@ MAX_STOP_TOKENS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_N = 128
+MAX_SALT_CHARS = 256
 
 Count = Annotated[int, Meta(ge=1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -62,6 +64,12 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     include_timeline: bool | None = None
+    #: Name of its SLO class.
+    slo_class: str | None = None
+    #: As vLLM means it: lower is handled earlier. Default: 0.
+    priority: Priority | None = None
+    #: Prompts share cached KV only where it is equal.
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     #: Accepted for other servers' sake; without effect.
     user: str | None = None
 

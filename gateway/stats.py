@@ -39,9 +39,15 @@ class CoreStats:
     resumed: Durations = field(default_factory=lambda: Durations(RESUME_BOUNDS_S))
     #: Requests that were taken up again and failed all the same.
     failed_after_replays: int = 0
+    #: Placements by who made them: "coordinator", or "snapshot" while none answered.
+    placements: dict[str, int] = field(default_factory=dict[str, int])
+    coordinator_outages: int = 0
 
     def drop(self, reason: str, count: int = 1) -> None:
         self.dropped_deltas[reason] = self.dropped_deltas.get(reason, 0) + count
+
+    def placed(self, by: str) -> None:
+        self.placements[by] = self.placements.get(by, 0) + 1
 
     def replay(self, reason: str) -> None:
         self.replays[reason] = self.replays.get(reason, 0) + 1

@@ -10,6 +10,7 @@ cost belongs to the phase in which it was lost:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from contracts.ids import RequestId, WorkerId
     from contracts.messages import Placement
     from contracts.requests import GenerateRequest, PhaseTimes, TokenDelta
+    from gateway.terms import Terms
 
 _US_PER_S = 1_000_000
 
@@ -46,6 +48,23 @@ class Timeline:
     #: The last ones that it was placed on.
     prefill_worker: WorkerId | None
     decode_worker: WorkerId | None
+    tenant: str
+    #: Empty: none.
+    slo_class: str
+    #: What the coordinator expected of the last placement; None where it knew nothing of costs.
+    predicted_ttft_us: int | None
+    predicted_tpot_us: int | None
+    #: Prompt tokens that the first try found in a cache; None: not told.
+    num_cached_tokens: int | None
+    #: One word, for a request that no worker took.
+    refused_why: str | None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per token after the first; None below two tokens, or where not even the first came."""
+        if self.ttft_us is None or self.num_output_tokens < 2:
+            return None
+        return (self.total_us - self.ttft_us) / _US_PER_S / (self.num_output_tokens - 1)
 
     def as_json(self) -> dict[str, object]:
         """Milliseconds, for people and clients."""
@@ -53,13 +72,18 @@ class Timeline:
         return {
             "request_id": self.request_id,
             **{f"{phase}_ms": getattr(self, f"{phase}_us") / 1000 for phase in phases},
-            "ttft_ms": None if self.ttft_us is None else self.ttft_us / 1000,
+            "ttft_ms": _ms(self.ttft_us),
+            "predicted_ttft_ms": _ms(self.predicted_ttft_us),
+            "predicted_tpot_ms": _ms(self.predicted_tpot_us),
             "prompt_tokens": self.num_prompt_tokens,
+            "cached_tokens": self.num_cached_tokens,
             "completion_tokens": self.num_output_tokens,
             "replays": self.num_replays,
             "outcome": self.outcome,
             "prefill_worker": self.prefill_worker,
             "decode_worker": self.decode_worker,
+            "tenant": self.tenant,
+            "slo_class": self.slo_class or None,
         }
 
 
@@ -77,6 +101,7 @@ class Marks:
     handoff_s: float | None = None
     #: Adoption to sampling, of the first delta that came from decoding.
     first_decode_s: float | None = None
+    cached_tokens: int | None = None
 
     def note(self, delta: TokenDelta, now_s: float) -> None:
         """Takes the times of a delta that is being delivered (in order, once)."""
@@ -90,7 +115,7 @@ class Marks:
             self.first_decode_s = None if phases is None else phases.decode_s
 
     def _note_phases(self, phases: PhaseTimes) -> None:
-        for name in ("queue_s", "prefill_s", "handoff_s"):
+        for name in ("queue_s", "prefill_s", "handoff_s", "cached_tokens"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(phases, name))
 
@@ -109,12 +134,15 @@ def timeline_of(
     end_s: float,
     *,
     request: GenerateRequest,
+    terms: Terms,
     placement: Placement | None,
     num_output_tokens: int,
     num_replays: int,
     outcome: str,
+    refused_why: str | None,
 ) -> Timeline:
     """The timeline of a request that ends now."""
+    predicted = None if placement is None else placement.predicted
     phases = split(marks, end_s)
     ttft_s = None if marks.first_token_s is None else marks.first_token_s - marks.received_s
     return Timeline(
@@ -132,6 +160,12 @@ def timeline_of(
         outcome=outcome,
         prefill_worker=None if placement is None else placement.prefill.worker_id,
         decode_worker=None if placement is None else placement.decode.worker_id,
+        tenant=terms.tenant,
+        slo_class=terms.slo_class,
+        predicted_ttft_us=None if predicted is None else _us_if_finite(predicted.ttft_s),
+        predicted_tpot_us=None if predicted is None else _us_if_finite(predicted.tpot_s),
+        num_cached_tokens=marks.cached_tokens,
+        refused_why=refused_why,
     )
 
 
@@ -170,6 +204,14 @@ def _visible_handoff_us(marks: Marks, window_us: int) -> int:
 
 def _mark_us(marks: Marks, at_s: float | None, total_us: int) -> int:
     return total_us if at_s is None else min(total_us, _us(at_s - marks.received_s))
+
+
+def _ms(duration_us: int | None) -> float | None:
+    return None if duration_us is None else duration_us / 1000
+
+
+def _us_if_finite(duration_s: float) -> int | None:
+    return _us(duration_s) if math.isfinite(duration_s) else None
 
 
 def _us(duration_s: float) -> int:

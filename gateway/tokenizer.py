@@ -219,15 +219,20 @@ class TokenizingPool:
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Raises NoCapacity when too many long texts wait."""
         encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        return encode() if len(text) < THREAD_FROM_CHARS else await self._in_thread(encode)
+        return await self.run(encode, in_thread=len(text) >= THREAD_FROM_CHARS)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         decode = functools.partial(self.tokenizer.decode, token_ids, skip_special_tokens=False)
-        return decode() if len(token_ids) < THREAD_FROM_CHARS else await self._in_thread(decode)
+        return await self.run(decode, in_thread=len(token_ids) >= THREAD_FROM_CHARS)
 
-    async def _in_thread(self, work: Callable[[], ResultT]) -> ResultT:
+    async def run(self, work: Callable[[], ResultT], *, in_thread: bool) -> ResultT:
+        """Other work on long texts. Raises NoCapacity as `encode` does."""
+        if not in_thread:
+            return work()
         if self._num_waiting >= self._max_waiting:
-            raise NoCapacity(f"{self._num_waiting} long texts already wait to be tokenised", retry_after_s=1.0)
+            raise NoCapacity(
+                f"{self._num_waiting} long texts already wait to be tokenised", retry_after_s=1.0, reason="gateway_full"
+            )
         self._num_waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, work)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from gateway.settings import GatewaySettings
+    from gateway.terms import Tenant
 
 #: Answered without a key: they tell nothing but whether the gateway lives.
 OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
@@ -61,9 +62,10 @@ def error_response(error: TandemError) -> Response:
     if error.http_status in (429, 503):
         wait_s = _RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
         headers = {
-            "retry-after": str(math.ceil(wait_s)),
-            "retry-after-ms": str(math.ceil(wait_s * 1000)),
+            "retry-after": str(max(1, math.ceil(wait_s))),
+            "retry-after-ms": str(max(1, math.ceil(wait_s * 1000))),
             "x-tandem-reason": error.code,
+            "x-tandem-reject-reason": error.reason or error.code,
         }
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
@@ -179,7 +181,8 @@ class Gate:
     ) -> None:
         self._app = app
         self._write_timeout_s = settings.write_timeout_s
-        self._key_digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
+        self._tenants = [(hashlib.sha256(key.encode()).digest(), tenant) for key, tenant in settings.tenants_by_key()]
+        self._default_tenant = settings.default_tenant
         self._new_request_id = new_request_id
         self._log = log
 
@@ -188,7 +191,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         request_id = self._request_id(Headers(scope=scope))
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -199,7 +203,7 @@ class Gate:
             await self._send(send, message)
 
         try:
-            self._check_key(scope)
+            state["tenant"] = self._tenant(scope)
             await self._app(scope, receive, send_with_id)
         except Cancelled:
             # The client is gone, or as good as gone: the server closes what is left of the connection.
@@ -228,13 +232,15 @@ class Gate:
         given = headers.get("x-request-id", "")
         return given if _REQUEST_ID.fullmatch(given) else self._new_request_id()
 
-    def _check_key(self, scope: Scope) -> None:
+    def _tenant(self, scope: Scope) -> Tenant:
+        """Whose the request is. Raises Unauthorized."""
         # The path that is routed, not one that a Host header could have a part in.
-        if not self._key_digests or scope["path"] in OPEN_PATHS:
-            return
+        if not self._tenants or scope["path"] in OPEN_PATHS:
+            return self._default_tenant
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
         # All keys are compared, so that the time taken tells nothing.
-        matches = [hmac.compare_digest(digest, known) for known in self._key_digests]
-        if scheme.lower() != "bearer" or not any(matches):
+        matches = [tenant for known, tenant in self._tenants if hmac.compare_digest(digest, known)]
+        if scheme.lower() != "bearer" or not matches:
             raise Unauthorized("a valid API key is needed: 'Authorization: Bearer KEY'")
+        return matches[0]

@@ -226,6 +226,8 @@ class Holder:
         known = terms.lease_id in self._leases or terms.lease_id in self._lingering
         if known or terms.num_blocks != len(event.blocks) or not event.blocks:
             raise InvariantBroken(f"lease {terms.lease_id} opened with {len(event.blocks)} blocks; {self!r}")
+        if event.whole and (event.seal is None or len(event.blocks) > MAX_BLOCKS_PER_PROGRESS):
+            raise InvariantBroken(f"no offer can carry all of lease {terms.lease_id}: {len(event.blocks)} blocks")
         self._ledger.pin(terms.lease_id, event.blocks)
         refs = tuple(BlockRef(block, self._ledger.generation(block)) for block in event.blocks)
         max_age_s = self._max_age_s if event.max_age_s is None else min(self._max_age_s, event.max_age_s)
@@ -235,12 +237,12 @@ class Holder:
             blocks=refs,
             expires_s=now_s + terms.ttl_s,
             last_s=now_s + max(max_age_s, terms.ttl_s),
+            whole=event.whole,
         )
         self._leases[terms.lease_id] = lease
         self.counters.opened += 1
-        if event.seal is not None:
-            return self._advance(lease, len(event.blocks), event.seal, now_s)
-        return self._drive(lease, now_s)
+        num_final = len(event.blocks) if event.seal is not None else event.num_final_blocks
+        return self._advance(lease, num_final, event.seal, now_s)
 
     def _offer_answered(self, lease: HolderLease, expected: int, now_s: float) -> list[HolderInstruction]:
         lease.accepted = True

@@ -45,15 +45,18 @@ class LeaseOutcome(StrEnum):
 class Opened:
     """A lease with a new id over `blocks`, whose bytes must stand now; `terms.ttl_s` is its term.
 
-    `seal`: all blocks are final already, and this seals them. `max_age_s`: no grant reaches further than this
-    from now; None: only the holder's own bound counts.
+    `num_final_blocks`: so many are final already. `seal`: all are, and this seals them. `max_age_s`: no grant
+    reaches further than this from now; None: only the holder's own bound counts. `whole`: of a lease with a seal;
+    it is offered only once the offer can carry all of it.
     """
 
     terms: LeaseTerms
     reader: Peer
     blocks: tuple[BlockId, ...]
+    num_final_blocks: int = 0
     seal: Seal | None = None
     max_age_s: float | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ class HolderLease:
     expires_s: float
     #: No grant reaches further.
     last_s: float
+    #: Offered only once the offer can carry all of it.
+    whole: bool = False
     #: The reader answered the offer.
     accepted: bool = False
     #: `blocks[:num_final]` are never written again; only grows.
@@ -65,9 +67,9 @@ class HolderLease:
     @property
     def has_news(self) -> bool:
         """Something of the lease can be said that is not known to the reader yet."""
-        if not self.accepted:
-            return True
         complete = self.seal is not None and self.num_ready == self.num_final
+        if not self.accepted:
+            return complete or not self.whole
         return self.expected < self.num_ready or (complete and not self.seal_known)
 
     @property

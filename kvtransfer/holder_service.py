@@ -163,12 +163,15 @@ class HolderService(LeaseService[HolderEvent, HolderInstruction]):
         *,
         send_offer: SendOfferCall,
         on_ended: EndedCallback,
+        num_final_blocks: int = 0,
         seal: Seal | None = None,
         max_age_s: float | None = None,
+        whole: bool = False,
     ) -> LeaseId:
         """Grants a lease over `blocks` (not empty, held by the caller, in the order of the tokens), pins
-        them, and begins to offer it. `seal`: all of them are final already, as if `seal` had been called; the
-        offer then carries them, which spares a call.
+        them, and begins to offer it. `num_final_blocks`: so many are final already, as if `advance` had been called;
+        `seal`: all of them are, as if `seal` had been. The offer then carries them, which spares a call. `whole`:
+        with `seal`, and at most `MAX_BLOCKS_PER_PROGRESS` blocks; it is offered once the offer can carry all of them.
 
         `send_offer` is called again after a failure that a repeat may mend, until the term is over; it raises
         what the reader answered. To a reader without room (NoCapacity) the offer is repeated until the lease is
@@ -194,7 +197,17 @@ class HolderService(LeaseService[HolderEvent, HolderInstruction]):
             checksums=self._work.checksum,
         )
         self._callers[lease_id] = _Caller(send_offer, on_ended)
-        self._shell.feed(Opened(terms=terms, reader=reader, blocks=tuple(blocks), seal=seal, max_age_s=max_age_s))
+        self._shell.feed(
+            Opened(
+                terms=terms,
+                reader=reader,
+                blocks=tuple(blocks),
+                num_final_blocks=num_final_blocks,
+                seal=seal,
+                max_age_s=max_age_s,
+                whole=whole,
+            )
+        )
         return lease_id
 
     def advance(self, lease_id: LeaseId, num_final_blocks: int) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from contracts.errors import InvariantBroken
 from contracts.ids import BlockId, Generation
@@ -55,6 +55,18 @@ class BlockCounts(TypedDict):
     quarantined_blocks: int
 
 
+class KeyListener(Protocol):
+    """Hears which keys can be looked up, at once and in order. Must not call the ledger."""
+
+    def stored(self, key: bytes) -> None:
+        """A block has this key from now on."""
+        ...
+
+    def removed(self, key: bytes) -> None:
+        """No block has it any more."""
+        ...
+
+
 @dataclass(slots=True)
 class _Reservation:
     blocks: list[BlockId]
@@ -71,6 +83,8 @@ class Ledger:
         if num_blocks < 1:
             raise InvariantBroken(f"a ledger of {num_blocks} blocks")
         self.num_blocks = num_blocks
+        #: Hears of keys that come and go.
+        self.key_listener: KeyListener | None = None
         #: owner -> the blocks it refers to; no entry is empty.
         self._owned: dict[str, dict[BlockId, None]] = {}
         #: lease granted here -> the blocks it pins.
@@ -267,12 +281,19 @@ class Ledger:
             raise InvariantBroken(f"block {block} gets a second key; {self!r}")
         if self._by_key.setdefault(key, block) != block:
             return False
-        self._keys[block] = key
+        if self._keys[block] is None:
+            self._keys[block] = key
+            if self.key_listener is not None:
+                self.key_listener.stored(key)
         return True
 
     def lookup(self, key: bytes) -> BlockId | None:
         """The block with that content; its bytes stand until it is evicted, so `share` it at once."""
         return self._by_key.get(key)
+
+    def all_keys(self) -> Iterable[bytes]:
+        """All keys that `lookup` knows, as a view."""
+        return self._by_key.keys()
 
     # --- audit ------------------------------------------------------------------------------------------
 
@@ -389,6 +410,8 @@ class Ledger:
         del self._by_key[key]
         self._keys[block] = None
         self._reclass(block)
+        if self.key_listener is not None:
+            self.key_listener.removed(key)
 
     def _refer(self, owner: str, blocks: Sequence[BlockId]) -> None:
         if not blocks:

@@ -266,7 +266,7 @@ class Reader:
             expires_s=now_s + terms.ttl_s / 2,
             renew_at_s=now_s + terms.ttl_s * OFFER_RENEW_SHARE,
         )
-        refusal = self._refusal(terms) or self._unfit(lease, terms.progress)
+        refusal = self._refusal(terms, event.waits) or self._unfit(lease, terms.progress)
         if refusal is not None:
             self.counters.refused[refusal.code] += 1
             return [*instructions, RefuseOffer(refusal)]
@@ -274,9 +274,12 @@ class Reader:
         if terms.progress is not None:
             lease.announce(terms.progress)
         self._leases[terms.lease_id] = lease
-        self._waiting[terms.lease_id] = lease
         self._calls.add(lease)
-        instructions += self._reserve_waiting(now_s)
+        if event.waits:
+            self._waiting[terms.lease_id] = lease
+            instructions += self._reserve_waiting(now_s)
+        elif not self._reserve(lease):
+            raise InvariantBroken(f"no room for {lease}, which was found; {self!r}, {self._ledger!r}")
         if lease.state is ReaderState.WAITING:
             _OFFER_WAITS.reached()
         instructions += self._drive(lease, now_s)
@@ -304,7 +307,7 @@ class Reader:
         waiting = lease.state is ReaderState.WAITING
         return Verdict(HandoffReply(verdict="waiting" if waiting else "reserved", expected=len(lease.announced)))
 
-    def _refusal(self, terms: LeaseTerms) -> TandemError | None:
+    def _refusal(self, terms: LeaseTerms, waits: bool) -> TandemError | None:
         """Why this offer is not for this reader, or not now."""
         lease_id = terms.lease_id
         if lease_id in self._leases or lease_id in self._ended:
@@ -316,12 +319,14 @@ class Reader:
                 f"lease {lease_id} is of life {terms.holder.incarnation} of {terms.holder.worker_id}; "
                 f"life {newest} has been heard of"
             )
-        return self._pairing.refusal(terms, self._ledger.num_blocks) or self._no_room(terms)
+        return self._pairing.refusal(terms, self._ledger.num_blocks) or self._no_room(terms, waits)
 
-    def _no_room(self, terms: LeaseTerms) -> NoCapacity | None:
-        room = terms.num_blocks <= self._ledger.available_blocks and self._may_reserve()
-        fits_now = room and not self._waiting
-        if fits_now or len(self._waiting) < self._max_waiting:
+    def _no_room(self, terms: LeaseTerms, waits: bool) -> NoCapacity | None:
+        room = terms.num_blocks <= self._ledger.available_blocks
+        if waits:
+            fits_now = room and self._may_reserve() and not self._waiting
+            room = fits_now or len(self._waiting) < self._max_waiting
+        if room:
             return None
         return NoCapacity(
             f"{terms.num_blocks} blocks wanted, {self._ledger.available_blocks} available, and "
@@ -346,14 +351,20 @@ class Reader:
         instructions: list[ReaderInstruction] = []
         while self._waiting and self._may_reserve():
             lease = next(iter(self._waiting.values()))
-            blocks = self._ledger.reserve(lease.lease_id, lease.terms.num_blocks)
-            if blocks is None:
+            if not self._reserve(lease):
                 break
             del self._waiting[lease.lease_id]
-            lease.state = ReaderState.RESERVED
-            lease.blocks = blocks
             instructions += self._drive(lease, now_s)
         return instructions
+
+    def _reserve(self, lease: ReaderLease) -> bool:
+        """Gives its blocks to a lease; False, and nothing changes, where there are not enough."""
+        blocks = self._ledger.reserve(lease.lease_id, lease.terms.num_blocks)
+        if blocks is None:
+            return False
+        lease.state = ReaderState.RESERVED
+        lease.blocks = blocks
+        return True
 
     # --- the holder's announcements ---------------------------------------------------------------------
 

@@ -49,10 +49,15 @@ class AbortReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offered:
-    """A holder's offer; answered with Verdict or RefuseOffer. `owner` will hold the adopted blocks."""
+    """A holder's offer; answered with Verdict or RefuseOffer. `owner` will hold the adopted blocks.
+
+    `waits`: without room it waits for some; else it is refused, and where there is some it goes before those that
+    wait: whoever asks for it has decided that it may.
+    """
 
     terms: LeaseTerms
     owner: str
+    waits: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,8 +164,10 @@ class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
         owner: str,
         on_adopted: AdoptedCallback,
         on_aborted: AbortedCallback,
+        waits: bool = True,
     ) -> HandoffReply:
-        """The verdict on an offer, at once: blocks are set aside, or it waits for some without holding any.
+        """The verdict on an offer, at once: blocks are set aside, or it waits for some without holding any (not
+        `waits`: then it is refused, and where there are some goes before those that wait).
 
         Exactly one of `on_adopted(lease_id, block_ids, seal)` (the ledger's `owner` holds the blocks now,
         `terms.num_blocks` of them in the order of the tokens) and `on_aborted(lease_id, error)` is called
@@ -179,7 +181,7 @@ class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
             raise WorkerUnavailable(f"lease {terms.lease_id}: this reader is stopping")
         if not self.holds(terms.lease_id) and _OFFER_REFUSED.fires():
             raise NoCapacity(f"lease {terms.lease_id} is refused on purpose")
-        for instruction in self._shell.feed(Offered(terms=terms, owner=owner)):
+        for instruction in self._shell.feed(Offered(terms=terms, owner=owner, waits=waits)):
             if isinstance(instruction, RefuseOffer):
                 raise instruction.error
             if isinstance(instruction, Verdict):

@@ -6,14 +6,16 @@ that a slow reader stops the computing before it has stopped everything else: wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from engine.room import Demand, Fit, RoomView, fit
+from prefill.ordering import QueueRules
 
 if TYPE_CHECKING:
     from contracts.layout import BlockLayout
+    from contracts.messages import PrefixPlan
 
 #: What a refused client is told: at least, and at most.
 SHORTEST_RETRY_S = 1.0
@@ -31,6 +33,8 @@ class PrefillLimits:
     handoff_share: float = 0.5
     #: Prompts in that KV.
     max_handoffs: int = 256
+    #: In which order prompts are admitted.
+    queue: QueueRules = field(default_factory=QueueRules)
 
     def __post_init__(self) -> None:
         if not 0 < self.handoff_share <= 0.5:
@@ -64,13 +68,22 @@ class Handoffs:
     #: This worker writes answers too. Then prompts being read count as well, so that what waits for others
     #: never takes more than the budget from what waits for nobody.
     is_shared: bool
+    #: Blocks that the prompt would add to those lent; None: all that it takes.
+    more_blocks: int | None = None
+
+
+def reads_enough(unread_tokens: int, ahead_tokens: int | None) -> bool:
+    """Whether what is admitted and not yet part of a step fills the next step: then nobody else is admitted, so that
+    whoever comes meanwhile can still go first. Both in tokens; `ahead_tokens` None: never. Pure."""
+    return ahead_tokens is not None and unread_tokens >= ahead_tokens
 
 
 def handoffs_full(demand: Demand, handoffs: Handoffs, lent_blocks: int) -> bool:
     """Whether a prompt for another worker has to wait until some are taken. Pure."""
     if handoffs.untaken_count >= handoffs.max_count or handoffs.untaken_blocks >= handoffs.budget_blocks:
         return True
-    return handoffs.is_shared and lent_blocks + demand.num_blocks > handoffs.budget_blocks
+    more_blocks = demand.num_blocks if handoffs.more_blocks is None else handoffs.more_blocks
+    return handoffs.is_shared and lent_blocks + more_blocks > handoffs.budget_blocks
 
 
 def admit(demand: Demand, view: RoomView, handoffs: Handoffs | None) -> PromptVerdict:
@@ -108,3 +121,26 @@ def queue_full(
 def retry_after_s(head_waited_s: float) -> float:
     """When a refused client should ask again: a queue is as long as its head has waited (Little's law)."""
     return min(LONGEST_RETRY_S, max(SHORTEST_RETRY_S, head_waited_s))
+
+
+def blocks_to_fetch(plan: PrefixPlan, *, num_local: int, most_blocks: int) -> int:
+    """Up to which block a prompt's beginning is fetched from `plan.source`; 0: it is not. Pure.
+
+    `num_local` leading blocks stand here by now, maybe more than when the coordinator decided: what is left of the
+    gain then must be at least half of what it decided for. Of the prompt at most `most_blocks` can be used.
+    """
+    stop = min(plan.source_blocks, most_blocks)
+    gain, planned_gain = stop - num_local, stop - min(plan.local_blocks, stop)
+    if plan.source is None or gain <= 0 or 2 * gain < planned_gain:
+        return 0
+    return stop
+
+
+def may_fetch(num_blocks: int, view: RoomView) -> bool:
+    """Whether a fetch may take so many of the available blocks until it ends. Pure.
+
+    What is admitted keeps its room to grow, and nothing that waits for blocks is made to wait for those of a fetch.
+    """
+    if view.starving or view.offer is not None:
+        return False
+    return num_blocks + view.promised_blocks <= view.available_blocks

@@ -1,40 +1,57 @@
 """The prefill side of a worker: prompts waiting, being read, and sealed until their reader took them.
 
-A prompt gets all its blocks when it is admitted, first come first served; the lease to its decode worker is
-opened then, so that the reader can reserve while the first chunk computes. After each chunk the lease
-advances over the blocks that will never be written again. After the last one the first token is sampled
-and streamed at once, and the lease is sealed; from then on only the lease holds the blocks, until the reader took
-them or the request's deadline passes. Backpressure, from the reader on: KV that waits for it has a budget
-(`prefill.admission`); when that is full prompts wait as token ids; when too many do, the next one is refused.
+A prompt gets all its blocks when it is admitted, in the order of `prefill.ordering` and just ahead of the step that
+begins it: leading ones whose KV stands in the prefix cache are shared and not computed, the rest is allocated. The
+lease to its decode worker is opened then, so that the reader can reserve, and pull what is there, while the first chunk
+computes. After each chunk the lease advances over the blocks that will never be written again. After the last one the
+first token is sampled and streamed at once, and the lease is sealed; from then on only the lease holds the blocks,
+until the reader took them or the request's deadline passes. Backpressure, from the reader on: KV that waits for it has
+a budget (`prefill.admission`); when that is full prompts wait as token ids; when too many do, the next one is refused.
 
 Not thread-safe: everything runs on the worker's loop. Nothing here waits or does I/O.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from contracts.errors import BadRequest, DeadlineExceeded, NoCapacity, TandemError
 from contracts.failpoints import Failpoint, RarePath
 from contracts.messages import Seal
 from contracts.requests import PhaseTimes
+from engine.answer_tallies import AnswerTallies
 from engine.compose import Candidate
 from engine.recent import RecentTries
 from engine.room import Demand
 from engine.sequence import Sequence, failure, finish_after, request_key
 from kvtransfer import LeaseOutcome
-from prefill.admission import Handoffs, PromptVerdict, admit, handoffs_full, queue_full, retry_after_s
-from prefill.prompts import Prompt, WaitingPrompts
+from prefill.admission import (
+    Handoffs,
+    PromptVerdict,
+    admit,
+    blocks_to_fetch,
+    handoffs_full,
+    may_fetch,
+    queue_full,
+    reads_enough,
+    retry_after_s,
+)
+from prefill.block_tally import BlockTally
+from prefill.prompts import Prompt
+from prefill.waiting import WaitingQueue
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from contracts.ids import GatewayId, LeaseId
-    from contracts.messages import HandoffReply, LeaseTerms, Peer, PrefillRequest, RequestKey
+    from contracts.ids import BlockId, GatewayId, LeaseId
+    from contracts.messages import HandoffReply, LeaseTerms, Peer, PrefillRequest, PrefixPlan, RequestKey
     from contracts.requests import GenerateRequest
     from engine.plan import Engine, Sampled, SequenceStep
     from engine.room import Room
     from engine.sequence import Emit
+    from kvstore.prefix_cache import KeyChain, PrefixCache
     from kvtransfer import HolderService, Ledger
     from prefill.admission import PrefillLimits
 
@@ -51,6 +68,7 @@ _DEADLINE_PASSED = RarePath(
     "prefill.deadline_passed", "a deadline passed before the KV was read, or before it was taken"
 )
 _PARTIAL_TAIL = RarePath("prefill.partial_tail", "a lease was sealed whose last block is not full")
+_SHARED = RarePath("prefill.shared", "a prompt shares leading blocks with prompts that were read before")
 _NOT_ADMITTED = RarePath("prefill.not_admitted", "the prompt at the head of the queue has to wait for room")
 _HANDOFF_FAILED = RarePath("prefill.handoff_failed", "a lease ended without its KV having been taken")
 
@@ -59,6 +77,17 @@ class LocalHandoff(Protocol):
     """Gives a read prompt to the decode side of the same (mixed) worker; its blocks change hands."""
 
     def __call__(self, sequence: Sequence, now_s: float) -> None: ...
+
+
+class StartFetch(Protocol):
+    """Begins to copy blocks `[len(local), stop)` of a prompt from another worker into the prefix cache."""
+
+    def __call__(
+        self, chain: KeyChain, local: list[BlockId], stop: int, source: Peer, waiter: Callable[[float], None]
+    ) -> Callable[[], None] | None:
+        """None where that is not possible now. Otherwise `waiter` is called with the time when it has ended, however
+        it did, unless what is returned is called before."""
+        ...
 
 
 class SendOffer(Protocol):
@@ -77,28 +106,39 @@ class PrefillQueue:
         *,
         engine: Engine,
         ledger: Ledger,
+        prefixes: PrefixCache,
         holder: HolderService,
         own_worker_id: str,
         room: Room,
         limits: PrefillLimits,
         emit: Emit,
         send_offer: SendOffer,
+        start_fetch: StartFetch,
         hand_over: LocalHandoff,
         also_writes: bool,
         on_blocks_freed: Callable[[], None],
         sequence_ids: Iterator[int],
+        ahead_tokens: int | None = None,
+        reading_s: Callable[[int, int], float] | None = None,
     ) -> None:
         """`also_writes`: this worker writes answers too (role mixed); `on_blocks_freed` is called after a lease let
-        blocks go."""
+        blocks go, and when a prompt that others waited behind is not the next one any more.
+
+        `ahead_tokens`: tokens of one step: no more than these are admitted ahead of it, so that the order of those that
+        wait counts; None: as many as there are blocks for. `reading_s` estimates what reading so many tokens behind so
+        many others takes; None: nothing is known of it.
+        """
         self._engine = engine
         self._layout = engine.identity.layout
         self._ledger = ledger
+        self._prefixes = prefixes
         self._holder = holder
         self._own_worker_id = own_worker_id
         self._room = room
         self._limits = limits
         self._emit = emit
         self._send_offer = send_offer
+        self._start_fetch = start_fetch
         self._hand_over = hand_over
         self._also_writes = also_writes
         self._budget_blocks = max(1, int(limits.handoff_share * engine.num_blocks))
@@ -108,22 +148,38 @@ class PrefillQueue:
         self._prompts: dict[RequestKey, Prompt] = {}
         #: Tries that ended here, or were cancelled before they came.
         self._over = RecentTries()
-        self._waiting = WaitingPrompts()
+        self._ahead_tokens = ahead_tokens
+        self._reading_s = reading_s
+        #: The latest time this side was told.
+        self._now_s = -math.inf
+        self._waiting: WaitingQueue[Prompt] = WaitingQueue(limits.queue)
+        #: Tokens of the prompts in `_waiting` and `_fetching`, cached ones included.
+        self._waiting_tokens = 0
+        #: All and only prompts whose beginning is being fetched: they hold nothing, and are queued when that has ended.
+        self._fetching: dict[RequestKey, Prompt] = {}
         #: All and only prompts with blocks whose first token is not sampled, in order of admission.
         self._running: dict[int, Prompt] = {}
         #: All and only prompts whose lease has not ended.
         self._leased: dict[LeaseId, Prompt] = {}
+        #: Blocks of all of them.
+        self._lent = BlockTally()
         #: Those of `_leased` that are sealed, and their blocks.
         self._untaken_count = 0
-        self._untaken_blocks = 0
+        self._untaken = BlockTally()
+        #: Answers that ended with their first token.
+        self.answer_tallies = AnswerTallies()
 
     def __repr__(self) -> str:
-        counts = f"{len(self._waiting)} waiting, {len(self._running)} running, {self._untaken_count} untaken"
+        counts = (
+            f"{len(self._fetching)} fetching, {len(self._waiting)} waiting, {len(self._running)} running, "
+            f"{self._untaken_count} untaken"
+        )
         return f"<PrefillQueue [{counts}]>"
 
     @property
     def waiting_count(self) -> int:
-        return len(self._waiting)
+        """Without blocks, those whose beginning is being fetched included."""
+        return len(self._waiting) + len(self._fetching)
 
     @property
     def open_count(self) -> int:
@@ -135,8 +191,21 @@ class PrefillQueue:
 
     @property
     def pending_tokens(self) -> int:
-        """Prompt tokens not computed yet, waiting ones included."""
-        return self._waiting.num_tokens + sum(prompt.sequence.num_remaining for prompt in self._running.values())
+        """Prompt tokens not computed yet, waiting ones included; not those found in the prefix cache."""
+        return sum(num_tokens for _, num_tokens in self._uncomputed())
+
+    @property
+    def pending_pairs(self) -> float:
+        """Query-key pairs of their attention: see `contracts.latency.StepWork.prefill_pairs`."""
+        return sum(num_tokens * start + num_tokens * (num_tokens + 1) / 2 for start, num_tokens in self._uncomputed())
+
+    def _uncomputed(self) -> Iterator[tuple[int, int]]:
+        """(computed, remaining) tokens of each prompt that is not read whole."""
+        for prompt in self._prompts.values():
+            if not prompt.sealed:
+                sequence = prompt.sequence
+                start = sequence.num_computed or prompt.num_cached * self._layout.block_tokens
+                yield start, len(sequence.token_ids) - start
 
     def keys_of(self, gateway_id: GatewayId) -> list[RequestKey]:
         """The tries whose tokens go to this gateway."""
@@ -175,9 +244,14 @@ class PrefillQueue:
             reader=ask.decode if self._hands_over(ask, num_blocks) else None,
             received_s=now_s,
             num_blocks=num_blocks,
+            chain=self._prefixes.chain(request.token_ids, request.cache_salt),
         )
+        cached = self._find_cached(prompt)
         self._prompts[sequence.key] = prompt
-        self._waiting.add(prompt)
+        self._now_s = now_s
+        self._waiting_tokens += len(sequence.token_ids)
+        if ask.prefix is None or not self._fetch(prompt, cached, ask.prefix, now_s):
+            self._wait(prompt)
         self._note_head()
 
     def cancel(self, key: RequestKey, reason: str) -> None:
@@ -206,13 +280,15 @@ class PrefillQueue:
     # --- steps ------------------------------------------------------------------------------------
 
     def candidates(self, now_s: float) -> tuple[list[Candidate], list[Candidate]]:
+        self._now_s = now_s
         self._admit(now_s)
         chunks = [
             Candidate(
                 sequence_id=sequence_id,
                 num_tokens=prompt.sequence.num_remaining,
-                arrival=sequence_id,
+                arrival=prompt.place,
                 started=prompt.started_s is not None,
+                num_computed=prompt.sequence.num_computed,
             )
             for sequence_id, prompt in self._running.items()
         ]
@@ -221,14 +297,17 @@ class PrefillQueue:
     def build(self, sequence_id: int, num_tokens: int, now_s: float) -> SequenceStep:
         prompt = self._running[sequence_id]
         prompt.in_step = True
+        prompt.step_tokens = num_tokens
         if prompt.started_s is None:
             prompt.started_s = now_s
         return prompt.sequence.step(num_tokens)
 
     def apply(self, sequence_id: int, num_tokens: int, sampled: Sampled | None, now_s: float) -> None:
         prompt = self._running[sequence_id]
-        prompt.in_step = False
+        self._now_s = now_s
+        prompt.in_step, prompt.step_tokens = False, 0
         prompt.sequence.num_computed += num_tokens
+        self._name_final(prompt)
         if prompt.doomed:
             self._release(prompt)
             self._forget(prompt)
@@ -239,7 +318,7 @@ class PrefillQueue:
 
     def fail(self, sequence_id: int, error: TandemError) -> None:
         prompt = self._running[sequence_id]
-        prompt.in_step = False
+        prompt.in_step, prompt.step_tokens = False, 0
         if prompt.doomed:
             self._release(prompt)
             self._forget(prompt)
@@ -250,9 +329,10 @@ class PrefillQueue:
 
     def _check_fits(self, request: GenerateRequest) -> None:
         num_tokens = len(request.token_ids)
-        largest = max(request.token_ids)
-        if largest >= self._engine.vocab_size:
-            raise BadRequest(f"token id {largest} is outside the model's vocabulary of {self._engine.vocab_size}")
+        smallest, largest = min(request.token_ids), max(request.token_ids)
+        if smallest < 0 or largest >= self._engine.vocab_size:
+            outside = smallest if smallest < 0 else largest
+            raise BadRequest(f"token id {outside} is outside the model's vocabulary of {self._engine.vocab_size}")
         if num_tokens >= self._engine.max_context_tokens:
             raise BadRequest(
                 f"{num_tokens} prompt tokens leave no room for an answer in a context of "
@@ -269,14 +349,15 @@ class PrefillQueue:
             self._limits,
             self._layout,
             num_blocks=self._engine.num_blocks,
-            waiting=len(self._waiting),
-            waiting_tokens=self._waiting.num_tokens,
+            waiting=self.waiting_count,
+            waiting_tokens=self._waiting_tokens,
             num_tokens=num_tokens,
         )
         if problem is None and _SAYS_FULL.fires():
             raise NoCapacity(f"{self._own_worker_id} is full on purpose", retry_after_s=retry_after_s(0.0))
         if problem is not None:
-            waited_s = now_s - self._waiting.first().received_s
+            oldest = self._waiting.oldest() if self._waiting else next(iter(self._fetching.values()))
+            waited_s = now_s - oldest.received_s
             raise NoCapacity(f"{self._own_worker_id} has {problem}", retry_after_s=retry_after_s(waited_s))
 
     def _hands_over(self, ask: PrefillRequest, num_blocks: int) -> bool:
@@ -289,26 +370,108 @@ class PrefillQueue:
             return False
         return not (self._also_writes and num_blocks > self._budget_blocks)
 
+    # --- prefixes ---------------------------------------------------------------------------------
+
+    def _find_cached(self, prompt: Prompt) -> list[BlockId]:
+        """Looks up which of its leading blocks stand, and notes how many: they may change until they are shared."""
+        cached = self._prefixes.match_prompt(prompt.chain, len(prompt.sequence.token_ids))
+        prompt.num_cached, prompt.num_held = len(cached), self._prefixes.num_held(cached)
+        prompt.num_cached_lent = sum(block in self._lent for block in cached)
+        return cached
+
+    def _fetch(self, prompt: Prompt, cached: list[BlockId], plan: PrefixPlan, now_s: float) -> bool:
+        """Begins to copy its beginning from where the plan says, if that still gains and there is room."""
+        most_blocks = self._prefixes.num_usable(prompt.chain, len(prompt.sequence.token_ids))
+        stop = blocks_to_fetch(plan, num_local=len(cached), most_blocks=most_blocks)
+        # Those that stand here are held meanwhile: they are not available either.
+        taken = stop - len(cached) + prompt.num_cached - prompt.num_held
+        if not stop or plan.source is None or not may_fetch(taken, self._room.view()):
+            return False
+
+        def ended(ended_s: float) -> None:
+            prompt.leave_fetch, prompt.fetch_s = None, ended_s - now_s
+            self._now_s = ended_s
+            del self._fetching[prompt.sequence.key]
+            self._find_cached(prompt)
+            self._wait(prompt)
+            self._note_head()
+
+        prompt.leave_fetch = self._start_fetch(prompt.chain, cached, stop, plan.source, ended)
+        if prompt.leave_fetch is None:
+            return False
+        self._fetching[prompt.sequence.key] = prompt
+        return True
+
+    def _name_final(self, prompt: Prompt) -> None:
+        """Blocks that no chunk will write again can be found from now on."""
+        sequence = prompt.sequence
+        num_final = sequence.num_computed // self._layout.block_tokens
+        self._prefixes.name(prompt.chain, sequence.block_ids, prompt.num_named, num_final)
+        prompt.num_named = num_final
+
     # --- admission --------------------------------------------------------------------------------
+
+    def _wait(self, prompt: Prompt) -> None:
+        """It waits for blocks from now on."""
+        request = prompt.sequence.request
+        num_cached = prompt.num_cached * self._layout.block_tokens
+        num_tokens = len(prompt.sequence.token_ids) - num_cached
+        due_s, read_s = None, 0.0
+        if request.ttft_due_s is not None:
+            due_s = prompt.received_s + request.ttft_due_s
+            read_s = 0.0 if self._reading_s is None else self._reading_s(num_tokens, num_cached)
+        self._waiting.add(
+            prompt,
+            tokens=num_tokens,
+            received_s=prompt.received_s,
+            tenant=request.tenant,
+            due_s=due_s,
+            read_s=read_s,
+            priority=request.priority,
+        )
+
+    def _left_queue(self, prompt: Prompt) -> None:
+        """It waits for blocks, or for its beginning, no more."""
+        self._waiting.discard(prompt)
+        self._fetching.pop(prompt.sequence.key, None)
+        self._waiting_tokens -= len(prompt.sequence.token_ids)
+
+    def _reads_enough(self) -> bool:
+        unread = (prompt.sequence.num_remaining - prompt.step_tokens for prompt in self._running.values())
+        return reads_enough(sum(unread), self._ahead_tokens)
 
     def _admit(self, now_s: float) -> None:
         if not self._waiting:
             return
-        while self._waiting:
-            prompt = self._waiting.first()
+        noted, admitted = self._room.prompt, False
+        while self._waiting and not self._reads_enough():
+            prompt = self._waiting.first(now_s)
+            cached = self._find_cached(prompt)
             verdict = admit(self._demand(prompt), self._room.view(), self._handoffs(prompt))
             if verdict is not PromptVerdict.ADMIT:
                 _NOT_ADMITTED.reached()
                 break
-            self._take_blocks(prompt, now_s)
+            self._take_blocks(prompt, cached, now_s)
+            admitted = True
         self._note_head()
+        if not admitted and noted is not None and self._room.prompt != noted:
+            # The head turned out to be late: an offer that waited behind it may be next.
+            self._on_blocks_freed()
 
-    def _take_blocks(self, prompt: Prompt, now_s: float) -> None:
+    def _take_blocks(self, prompt: Prompt, cached: list[BlockId], now_s: float) -> None:
         sequence = prompt.sequence
-        blocks = self._ledger.allocate(sequence.owner, prompt.num_blocks)
-        assert blocks is not None, (self._ledger, prompt.num_blocks)
-        sequence.block_ids = blocks
-        self._waiting.discard(prompt)
+        # Shared first, lest they be evicted for the others.
+        self._ledger.share(sequence.owner, cached)
+        new = self._ledger.allocate(sequence.owner, prompt.num_blocks - len(cached))
+        assert new is not None, (self._ledger, prompt.num_blocks, len(cached))
+        if cached:
+            _SHARED.reached()
+        sequence.block_ids = [*cached, *new]
+        sequence.num_computed = len(cached) * self._layout.block_tokens
+        prompt.num_named = len(cached)
+        self._left_queue(prompt)
+        self._waiting.charge(sequence.request.tenant, sequence.num_remaining)
+        prompt.place = next(self._sequence_ids)
         self._running[sequence.sequence_id] = prompt
         if prompt.reader is None:
             self._room.promise(sequence.owner, self._demand(prompt).growth_blocks)
@@ -321,28 +484,32 @@ class PrefillQueue:
             growth_blocks = self._room.growth(
                 prompt.sequence.request, prompt.num_blocks, max_context_tokens=self._engine.max_context_tokens
             )
-        return Demand(arrival_s=prompt.received_s, num_blocks=prompt.num_blocks, growth_blocks=growth_blocks)
+        return Demand(arrival_s=prompt.received_s, num_blocks=prompt.num_new_blocks, growth_blocks=growth_blocks)
 
     def _handoffs(self, prompt: Prompt) -> Handoffs | None:
         if prompt.reader is None:
             return None
         return Handoffs(
-            untaken_blocks=self._untaken_blocks,
+            untaken_blocks=len(self._untaken),
             untaken_count=self._untaken_count,
             budget_blocks=self._budget_blocks,
             max_count=self._limits.max_handoffs,
             is_shared=self._also_writes,
+            more_blocks=prompt.num_blocks - prompt.num_cached_lent,
         )
 
     def _note_head(self) -> None:
-        """Tells the other side which prompt waits for blocks; not one that waits for other workers."""
+        """Tells the other side which prompt waits for blocks; not one that waits for other workers, or for its turn.
+
+        Its blocks there: all that have to come from this worker's own, those that others here hold included.
+        """
         self._room.prompt = None
-        if not self._waiting:
+        if not self._waiting or self._reads_enough():
             return
-        prompt = self._waiting.first()
+        prompt = self._waiting.first(self._now_s)
         demand, handoffs = self._demand(prompt), self._handoffs(prompt)
         if handoffs is None or not handoffs_full(demand, handoffs, self._room.view().lent_blocks):
-            self._room.prompt = demand
+            self._room.prompt = replace(demand, num_blocks=prompt.num_blocks - prompt.num_cached_lent)
 
     # --- leases -----------------------------------------------------------------------------------
 
@@ -361,21 +528,28 @@ class PrefillQueue:
         # A reader without room is asked again until the request's deadline; `expire` comes first and says so.
         max_age_s = prompt.sequence.deadline_s - now_s + DEADLINE_SLACK_S
         lease_id = self._holder.open(
-            prompt.sequence.block_ids, reader, send_offer=send, on_ended=self._lease_ended, max_age_s=max_age_s
+            prompt.sequence.block_ids,
+            reader,
+            send_offer=send,
+            on_ended=self._lease_ended,
+            num_final_blocks=prompt.num_cached,
+            max_age_s=max_age_s,
         )
         prompt.lease_id = lease_id
+        prompt.lent = tuple(prompt.sequence.block_ids)
         self._leased[lease_id] = prompt
-        self._room.lend(prompt.num_blocks)
+        self._room.lend(self._lent.add(prompt.lent))
 
     def _end_lease(self, lease_id: LeaseId) -> Prompt | None:
         """Takes a lease out of the books; None where it is out already."""
         prompt = self._leased.pop(lease_id, None)
         if prompt is not None:
             prompt.lease_id = None
-            self._room.take_back(prompt.num_blocks)
+            self._room.take_back(self._lent.remove(prompt.lent))
             if prompt.sealed:
                 self._untaken_count -= 1
-                self._untaken_blocks -= prompt.num_blocks
+                self._untaken.remove(prompt.lent)
+            prompt.lent = ()
             self._note_head()
         return prompt
 
@@ -406,10 +580,16 @@ class PrefillQueue:
             eos_token_ids=self._engine.eos_token_ids,
             max_context_tokens=self._engine.max_context_tokens,
         )
-        phases = PhaseTimes(queue_s=started_s - prompt.received_s, prefill_s=now_s - started_s)
+        phases = PhaseTimes(
+            queue_s=started_s - prompt.received_s,
+            fetch_s=prompt.fetch_s,
+            cached_tokens=prompt.num_cached * self._layout.block_tokens if self._prefixes.enabled else None,
+            prefill_s=now_s - started_s,
+        )
         delta = sequence.append(sampled, finish, phases)
         self._emit(sequence.request, delta)
         if finish is not None:
+            self.answer_tallies.add(sequence)
             self._drop(prompt, "finished with its first token")
         elif prompt.lease_id is None:
             self._forget(prompt)
@@ -420,7 +600,7 @@ class PrefillQueue:
                 _PARTIAL_TAIL.reached()
             prompt.sealed = True
             self._untaken_count += 1
-            self._untaken_blocks += prompt.num_blocks
+            self._untaken.add(prompt.lent)
             seal = Seal(num_tokens=sequence.num_computed, first_delta=delta)
             self._holder.seal(prompt.lease_id, len(sequence.block_ids), seal)
             self._release(prompt)
@@ -436,6 +616,9 @@ class PrefillQueue:
             lease_id = prompt.lease_id
             self._end_lease(lease_id)
             self._holder.withdraw(lease_id, reason)
+        if prompt.leave_fetch is not None:
+            prompt.leave_fetch()
+            prompt.leave_fetch = None
         if prompt.in_step:
             _DROPPED_IN_STEP.reached()
             prompt.doomed = True
@@ -454,5 +637,6 @@ class PrefillQueue:
         self._prompts.pop(prompt.sequence.key, None)
         self._over.add(prompt.sequence.key)
         self._running.pop(prompt.sequence.sequence_id, None)
-        self._waiting.discard(prompt)
+        if prompt in self._waiting or prompt.sequence.key in self._fetching:
+            self._left_queue(prompt)
         self._note_head()

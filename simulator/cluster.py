@@ -17,8 +17,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from contracts.ids import GatewayId, Incarnation, WorkerId
-from contracts.messages import AUDIT, Empty, WorkerInfo
+from contracts.messages import AUDIT, Empty, Peer, WorkerInfo
 from coordinator import CoordinatorShell
+from coordinator.live_costs import LiveCosts
+from coordinator.policy.settings import ConductorSettings
+from coordinator.shell import default_conductor
 from decode import DecodeLimits
 from engine.compose import StepBudget
 from gateway.core import GatewayCore
@@ -31,6 +34,7 @@ from rpc.memory import loopback_latency
 from simulator.engine import ModelledEngine, StepCosts, StepTiming, modelled_identity
 from simulator.faults.clocks import MachineClock, ProcessClock
 from simulator.faults.network import FaultyNetwork
+from simulator.hints import HintingServer
 from simulator.loop import HOST, VirtualLoop
 from simulator.message_log import logged_messages, logged_pulls
 from simulator.trace_log import trace_logger
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from contracts.messages import AuditReply, Role
+    from coordinator.conductor import Conductor
     from coordinator.policy import FleetView
     from kvtransfer import MemoryTransport
     from rpc import Server
@@ -86,6 +91,11 @@ class ClusterSpec:
     gateway: GatewayLimits = field(default_factory=GatewayLimits)
     prefill: PrefillLimits = field(default_factory=PrefillLimits)
     decode: DecodeLimits = field(default_factory=DecodeLimits)
+    prefix_cache: bool = True
+    #: Of placements that name no worker to fetch a prefix from, so many name one all the same, whatever it holds.
+    hint_chance: float = 0.0
+    #: Makes what decides in each life of the coordinator; None: the shell's own, which learns costs from the workers.
+    conductor: Callable[[], Conductor] | None = None
     #: A line of the trace for every message and pull.
     log_messages: bool = False
 
@@ -96,6 +106,7 @@ class _Life:
 
     #: What its tasks run under: see `simulator.loop.HOST`.
     host: str
+    incarnation: Incarnation
     program: MemoryProcess
     engine: ModelledEngine
     transport: MemoryTransport
@@ -212,6 +223,14 @@ class SimulatedCluster:
         self._gateway_program.kill()
         self._clear_away(asyncio.create_task(core.__aexit__(None, None, None), name="dead gateway"))
 
+    def another_gateway(self, host: str) -> GatewayCore:
+        """One more, which knows nothing of the first. The caller enters it, and leaves it before the cluster."""
+        clock = ProcessClock(self._make_clock(host), offset_s=3000.0)
+        process = self._network.process(host)
+        return GatewayCore(
+            process, clock, GatewayId(host), COORDINATOR, self._spec.gateway, trace_logger(self._log(host))
+        )
+
     # --- coordinator ------------------------------------------------------------------------------
 
     @property
@@ -228,8 +247,17 @@ class SimulatedCluster:
         program = self._network.process(COORDINATOR_HOST, context)
         server = program.server(COORDINATOR)
         clock = ProcessClock(self._clocks[COORDINATOR_HOST], offset_s=500.0)
-        shell = CoordinatorShell(clock, log=self._log(COORDINATOR_HOST))
-        shell.register_on(server)
+        costs = LiveCosts()
+        shell = CoordinatorShell(
+            clock,
+            conductor=self._spec.conductor() if self._spec.conductor is not None else self._default_conductor(costs),
+            on_transfers=costs.observe_transfers,
+            log=self._log(COORDINATOR_HOST),
+        )
+        hinting = HintingServer(
+            server, self._prefix_holders, rng=self._program.rng(f"hints of {host}"), chance=self._spec.hint_chance
+        )
+        shell.register_on(hinting)
         task = asyncio.get_running_loop().create_task(_keep_open(shell), name=host, context=context.copy())
         task.add_done_callback(_raise_failure)
         self._coordinator = _CoordinatorLife(host, program, clock, shell, task)
@@ -291,6 +319,7 @@ class SimulatedCluster:
             identity=engine.identity,
             total_blocks=spec.num_blocks,
             max_context_tokens=spec.max_context_tokens,
+            max_batch_tokens=spec.max_batch_tokens,
         )
         shell = WorkerShell(
             info=info,
@@ -305,6 +334,7 @@ class SimulatedCluster:
                 decode=spec.decode,
                 lease_ttl_s=spec.lease_ttl_s,
                 max_waiting_offers=spec.max_waiting_offers,
+                prefix_cache=spec.prefix_cache,
             ),
             log=self._log(name),
         )
@@ -312,7 +342,7 @@ class SimulatedCluster:
             watched.ledger = shell.ledger
         shell.register_on(server)
         task = asyncio.get_running_loop().create_task(shell.live(), name=name, context=context.copy())
-        life = self._lives[worker_id] = _Life(name, program, engine, transport, shell, server, task)
+        life = self._lives[worker_id] = _Life(name, incarnation, program, engine, transport, shell, server, task)
         task.add_done_callback(lambda _: self._life_ended(worker_id, life), context=contextvars.copy_context())
         return shell
 
@@ -383,7 +413,7 @@ class SimulatedCluster:
     def fleet(self) -> FleetView:
         """What the coordinator places requests by; looked at from outside, at once."""
         assert self._coordinator is not None, "the coordinator is down"
-        return self._coordinator.shell.membership.live(self._coordinator.clock.now_s())
+        return self._coordinator.shell.fleet()
 
     def jump_wall_clock(self, host: str, by_s: float) -> None:
         """Sets a machine's wall clock forwards or (negative) backwards."""
@@ -391,6 +421,17 @@ class SimulatedCluster:
         self._clocks[host].jump_wall(by_s)
 
     # --- inside -----------------------------------------------------------------------------------
+
+    def _default_conductor(self, costs: LiveCosts) -> Conductor:
+        return default_conductor(costs, ConductorSettings(block_tokens=self._spec.block_tokens))
+
+    def _prefix_holders(self) -> list[Peer]:
+        """The workers that read prompts, in their present lives."""
+        return [
+            Peer(worker_id=WorkerId(worker_id), incarnation=life.incarnation, address=f"{worker_id}:1")
+            for worker_id, life in self._lives.items()
+            if self._spec.roles[worker_id] != "decode"
+        ]
 
     def _clear_away(self, task: asyncio.Task[Any]) -> None:
         if not task.done():

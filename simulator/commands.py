@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 
-from simulator.study.flags import ClusterFlags, LatencyFlags, ReportFlags
+from simulator.planning.flags import PlanFlags  # noqa: TC001 (read at run time by the command line parser)
+from simulator.study.flags import ClusterFlags, LatencyFlags, PolicyFlags, ReportFlags
 from workload.flags import WorkloadFlags
 
 
@@ -13,6 +14,7 @@ def simulate(
     *,
     cluster: ClusterFlags | None = None,
     latency: LatencyFlags | None = None,
+    policy: PolicyFlags | None = None,
     workload: WorkloadFlags | None = None,
     report: ReportFlags | None = None,
 ) -> int:
@@ -22,7 +24,15 @@ def simulate(
     return run_study(
         cluster or ClusterFlags(),
         latency or LatencyFlags(),
+        policy or PolicyFlags(),
         workload or WorkloadFlags(),
         report or ReportFlags(),
         command=shlex.join(["tandem", *sys.argv[1:]]),
     )
+
+
+def plan(*, plan: PlanFlags, latency: LatencyFlags | None = None, workload: WorkloadFlags | None = None) -> int:
+    """Find the workers that serve the most requests within their targets, and write them as a cluster file."""
+    from simulator.planning.run import run_plan
+
+    return run_plan(plan, latency or LatencyFlags(), workload or WorkloadFlags())

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import msgspec
 
 from contracts.errors import InvariantBroken
-from contracts.latency import StepWork
 from contracts.layout import PROTOCOL_VERSION, BlockLayout, KvIdentity
 from contracts.requests import SamplingParams, TokenLogprobs, TopLogprob
-from engine.plan import Sampled, SequenceStep, StepPlan, StepResult
+from engine.plan import Sampled, SequenceStep, StepPlan, StepResult, work_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -102,28 +101,6 @@ class ModelTiming:
 
     def duration_s(self, plan: StepPlan) -> float:
         return self._around_step_s + self._model.step_s(work_of(plan))
-
-
-def work_of(plan: StepPlan) -> StepWork:
-    """A plan as latency models see it: a sequence of one new token is a decode, a longer one a chunk."""
-    prefill_tokens = num_chunks = num_decodes = context_tokens = 0
-    pairs = 0.0
-    for step in plan.sequences:
-        num_new = len(step.token_ids)
-        if num_new == 1:
-            num_decodes += 1
-            context_tokens += step.start + 1
-        else:
-            num_chunks += 1
-            prefill_tokens += num_new
-            pairs += num_new * step.start + num_new * (num_new + 1) / 2
-    return StepWork(
-        prefill_tokens=prefill_tokens,
-        prefill_pairs=pairs,
-        num_chunks=num_chunks,
-        num_decodes=num_decodes,
-        context_tokens=context_tokens,
-    )
 
 
 def modelled_identity(*, block_tokens: int = 16) -> KvIdentity:

@@ -1,7 +1,7 @@
 """Gets to know the workers that KV will come from: asks how their pools are reached, and measures every way there.
 
-A worker that writes answers probes each life of each worker that reads prompts, once, as soon as the coordinator
-knows it. What is too slow for its class is refused before a request meets it.
+A worker that writes answers, or that fetches prefixes, probes each life of each worker that reads prompts, once, as
+soon as the coordinator knows it. What is too slow for its class is refused before a request meets it.
 """
 
 from __future__ import annotations
@@ -51,14 +51,17 @@ class PeerWatch:
         transports: TransportSet,
         prober: Prober,
         clock: Clock,
+        fetches: bool,
         log: Callable[[str], None],
     ) -> None:
+        """`fetches`: whether prefixes may come from other workers that read prompts."""
         self._info = info
         self._network = network
         self._coordinator_address = coordinator_address
         self._transports = transports
         self._prober = prober
         self._clock = clock
+        self._fetches = fetches
         self._log = log
         #: Failed tries of lives that are not measured yet.
         self._tries: dict[Peer, int] = {}
@@ -74,7 +77,7 @@ class PeerWatch:
             await self._clock.sleep(EAGER_INTERVAL_S if eager else CALM_INTERVAL_S)
 
     async def _members(self) -> list[Member]:
-        """Those that may hand prompts to this worker and are not measured; none while nobody answers."""
+        """Those that KV may come from and that are not measured; none while nobody answers."""
         try:
             channel = self._network.channel(self._coordinator_address)
             members = (await channel.call(MEMBERS, Empty(), timeout_s=ASK_TIMEOUT_S)).members
@@ -87,7 +90,8 @@ class PeerWatch:
         return [member for member in members if self._concerns(member.info)]
 
     def _concerns(self, other: WorkerInfo) -> bool:
-        if self._info.role == "prefill" or other.role == "decode" or other.worker_id == self._info.worker_id:
+        takes_kv = self._info.role != "prefill" or self._fetches
+        if not takes_kv or other.role == "decode" or other.worker_id == self._info.worker_id:
             return False
         if not self._transports.is_probed(other.worker_id, other.incarnation):
             return True

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from contracts.clock import Clock
-    from contracts.messages import TransferReport, WorkerInfo, WorkerLife, WorkerLoad
+    from contracts.messages import LatencyFit, TransferReport, WorkerInfo, WorkerLife, WorkerLoad
     from rpc import Network
 
 #: Between tries before the coordinator has said how often it wants to hear.
@@ -42,17 +42,24 @@ class Registration:
         clock: Clock,
         load: Callable[[], WorkerLoad],
         transfers: Callable[[], TransferReport],
+        latency: Callable[[], LatencyFit],
         on_gone: Callable[[WorkerLife], None],
+        on_registered_anew: Callable[[], None],
         log: Callable[[str], None],
     ) -> None:
-        """`on_gone` hears of each life that the coordinator has given up, once."""
+        """`on_gone` hears of each life that the coordinator has given up, once; `latency` is told when it has changed.
+        `on_registered_anew` is called whenever this life was taken up but for the first time."""
         self._info = info
         self._network = network
         self._address = coordinator_address
         self._clock = clock
         self._load = load
         self._transfers = transfers
+        self._latency = latency
+        #: What of it this coordinator knows; None: nothing.
+        self._told_latency: LatencyFit | None = None
         self._on_gone = on_gone
+        self._on_registered_anew = on_registered_anew
         self._log = log
         #: Set once the coordinator has taken this life up.
         self.registered = asyncio.Event()
@@ -76,6 +83,9 @@ class Registration:
                     channel = self._network.channel(self._address)
                     taken_up = await channel.call(REGISTER, self._info, timeout_s=TIMEOUT_S)
                     known, interval_s = True, taken_up.heartbeat_interval_s
+                    self._told_latency = None
+                    if self.registered.is_set():
+                        self._on_registered_anew()
                     self.registered.set()
             except StaleIncarnation as error:
                 _FENCED.reached()
@@ -95,13 +105,16 @@ class Registration:
 
     async def _beat(self) -> bool:
         """Whether the coordinator knows this life."""
+        latency = self._latency()
         beat = HeartbeatRequest(
             worker_id=self._info.worker_id,
             incarnation=self._info.incarnation,
             load=self._load(),
             transfers=self._transfers(),
+            latency=None if latency == self._told_latency else latency,
         )
         reply = await self._network.channel(self._address).call(HEARTBEAT, beat, timeout_s=TIMEOUT_S)
+        self._told_latency = latency
         gone = frozenset(reply.gone)
         # The coordinator repeats each for a while.
         for life in sorted(gone - self._buried):

@@ -17,6 +17,7 @@ from contracts.messages import (
     AUDIT,
     CANCEL,
     DESCRIBE,
+    FETCH,
     FRAMES,
     HANDOFF,
     PREFILL,
@@ -30,8 +31,12 @@ from contracts.messages import (
 from decode import DecodeBatch, DecodeLimits
 from engine.compose import StepBudget
 from engine.room import Room
+from kvstore.fetch_answers import FetchAnswers
+from kvstore.fetches import PrefixFetches
+from kvstore.prefix_cache import PrefixCache
 from kvtransfer import HolderService, Ledger, Prober, ReaderService
 from prefill import PrefillLimits, PrefillQueue
+from worker.block_publisher import BlockPublisher
 from worker.frames import FrameOutbox
 from worker.peers import PeerWatch
 from worker.registration import Registration
@@ -47,6 +52,8 @@ if TYPE_CHECKING:
     from contracts.messages import (
         CancelRequest,
         DescribeRequest,
+        FetchReply,
+        FetchRequest,
         FramesRequest,
         HandoffReply,
         LeaseTerms,
@@ -86,6 +93,10 @@ class WorkerLimits:
     watchdog: WatchdogLimits = field(default_factory=WatchdogLimits)
     #: Whether the ways to peers are measured before they are needed.
     probe: bool = True
+    #: Whether the KV of prompts is kept for others that begin alike.
+    prefix_cache: bool = True
+    #: Whether targets of answers cut the prompts that are read beside them.
+    tpot_chunks: bool = True
 
 
 class WorkerShell:
@@ -108,6 +119,7 @@ class WorkerShell:
     ) -> None:
         """`checksum` needs `pool`, whose bytes it covers; `staging` is for pools in device memory."""
         self._info = info
+        as_peer = Peer(worker_id=info.worker_id, incarnation=info.incarnation, address=info.address)
         self._network = network
         self._clock = clock
         self._log = log
@@ -130,7 +142,7 @@ class WorkerShell:
             ledger=self.ledger,
             network=network,
             clock=clock,
-            worker=Peer(worker_id=info.worker_id, incarnation=info.incarnation, address=info.address),
+            worker=as_peer,
             identity=info.identity,
             transports=transports,
             ttl_s=limits.lease_ttl_s,
@@ -167,11 +179,22 @@ class WorkerShell:
             clock=clock,
             load=self.load,
             transfers=lambda: transfer_report(self.holder, self.reader, transports),
+            latency=lambda: self.loop.latency.fit(),
             on_gone=self._bury,
+            on_registered_anew=lambda: self.publisher.registered_anew(),
             log=log,
         )
         #: Set once the coordinator has taken this life up.
         self.registered = self._registration.registered
+        self.publisher = BlockPublisher(
+            info=info,
+            ledger=self.ledger,
+            network=network,
+            coordinator_address=coordinator_address,
+            clock=clock,
+            registered=self.registered,
+            log=log,
+        )
         self._peers = PeerWatch(
             info=info,
             network=network,
@@ -179,6 +202,7 @@ class WorkerShell:
             transports=transports,
             prober=self._prober,
             clock=clock,
+            fetches=limits.prefix_cache,
             log=log,
         )
         self._probe = limits.probe
@@ -188,6 +212,26 @@ class WorkerShell:
             clock=clock,
             max_pending_deltas=limits.max_pending_deltas,
             on_given_up=self._gateway_given_up,
+        )
+        self.prefixes = PrefixCache(self.ledger, info.identity, enabled=limits.prefix_cache)
+        self.fetches = PrefixFetches(
+            ledger=self.ledger,
+            prefixes=self.prefixes,
+            reader=self.reader,
+            network=network,
+            clock=clock,
+            worker=as_peer,
+            identity=info.identity,
+            refusal=transports.refusal,
+            on_ended=self._blocks_may_be_free,
+            on_bug=self._found,
+            log=log,
+        )
+        self.fetch_answers = FetchAnswers(
+            prefixes=self.prefixes,
+            holder=self.holder,
+            identity=info.identity,
+            on_blocks_freed=self._blocks_may_be_free,
         )
         sequence_ids = itertools.count()
         room = Room(
@@ -211,16 +255,20 @@ class WorkerShell:
         self.prefill = PrefillQueue(
             engine=engine,
             ledger=self.ledger,
+            prefixes=self.prefixes,
             holder=self.holder,
             room=room,
             own_worker_id=info.worker_id,
             limits=limits.prefill,
             emit=self.outbox.emit,
             send_offer=self._send_offer,
+            start_fetch=self.fetches.start,
             hand_over=self.decode.take_over,
             also_writes=info.role == "mixed",
             on_blocks_freed=self._blocks_may_be_free,
             sequence_ids=sequence_ids,
+            ahead_tokens=limits.budget.max_tokens,
+            reading_s=self._reading_s,
         )
         self.loop = StepLoop(
             engine=engine,
@@ -230,12 +278,15 @@ class WorkerShell:
             watchdog=self._watchdog,
             after_step=self.outbox.flush,
             log=log,
+            tpot_chunks=limits.tpot_chunks,
         )
+        self._max_batch_tokens = limits.budget.max_tokens
 
     def register_on(self, server: Server) -> None:
         server.register(PREFILL, self._fatal_if_broken(self._on_prefill))
         server.register(CANCEL, self._fatal_if_broken(self._on_cancel))
         server.register(HANDOFF, self._fatal_if_broken(self._on_handoff))
+        server.register(FETCH, self._fatal_if_broken(self._on_fetch))
         server.register(AUDIT, self._on_audit)
         server.register(DESCRIBE, self._on_describe)
         server.register_stream(FRAMES, self._on_frames)
@@ -253,12 +304,14 @@ class WorkerShell:
                     tasks.create_task(self.loop.run(), name="step-loop")
                     tasks.create_task(self._sweep(), name="sweep")
                     tasks.create_task(self._keep_registered(), name="heartbeat")
+                    tasks.create_task(self.publisher.run(), name="block-events")
                     tasks.create_task(self._end_on_a_bug(), name="bugs")
                     tasks.create_task(self._watch_over(), name="watchdog")
                     if self._probe:
                         tasks.create_task(self._peers.run(), name="peers")
             finally:
                 await self._leave()
+                await self.fetches.close()
                 await self._prober.close()
 
     async def live(self) -> str:
@@ -305,6 +358,11 @@ class WorkerShell:
             raise TransferAborted(refusal)
         return self.decode.offer(ask, self._clock.now_s())
 
+    async def _on_fetch(self, ask: FetchRequest, context: CallContext) -> FetchReply:
+        self._require(ask.target, "Fetch")
+        await self._note_peer(ask.reader)
+        return await self.fetch_answers.answer(ask)
+
     def _on_frames(self, ask: FramesRequest, context: CallContext) -> AsyncIterator[Frame]:
         self._require(ask.target, "Frames")
         return self.outbox.stream(ask.gateway_id)
@@ -345,11 +403,14 @@ class WorkerShell:
             try:
                 return await handler(ask, context)
             except InvariantBroken as error:
-                self._bug = error
-                self._bug_found.set()
+                self._found(error)
                 raise
 
         return guarded
+
+    def _found(self, bug: InvariantBroken) -> None:
+        self._bug = bug
+        self._bug_found.set()
 
     async def _end_on_a_bug(self) -> None:
         await self._bug_found.wait()
@@ -370,6 +431,11 @@ class WorkerShell:
     ) -> HandoffReply:
         ask = HandoffRequest(target=reader.incarnation, terms=terms, request=request)
         return await self._network.channel(reader.address).call(HANDOFF, ask, timeout_s=timeout_s)
+
+    def _reading_s(self, num_tokens: int, num_computed: int) -> float:
+        return self.loop.latency.reading_s(
+            tokens=num_tokens, num_computed=num_computed, max_tokens=self._max_batch_tokens
+        )
 
     def _blocks_may_be_free(self) -> None:
         self.reader.blocks_freed()
@@ -443,8 +509,11 @@ class WorkerShell:
             **self.ledger.load(),
             waiting_requests=self.prefill.waiting_count + self.decode.waiting_count,
             pending_prompt_tokens=self.prefill.pending_tokens,
+            pending_prompt_pairs=self.prefill.pending_pairs,
             running_requests=self.prefill.running_count + self.decode.running_count,
+            running_decodes=self.decode.open_count,
             context_tokens=self.decode.context_tokens,
+            answers=self.prefill.answer_tallies.report(self.decode.answer_tallies),
             step_age_s=self._watchdog.step_age_s(self._clock.now_s()),
         )
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from contracts.errors import Internal, InvariantBroken, TandemError
 from contracts.failpoints import Failpoint
+from engine.chunk_budget import mixed_budget
 from engine.compose import compose
-from engine.plan import StepPlan
+from engine.live_latency import LiveLatency
+from engine.plan import StepPlan, work_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +29,9 @@ class StepLoop:
 
     A step that raises ends the sequences it held with an error; the loop goes on with the others. Only a state
     that cannot be (InvariantBroken) ends the loop too, and with it the worker.
+
+    What steps take is learned as they end, each with what surrounds it here (`latency`). With that, prompts beside
+    answers are cut so that the answers keep their targets.
     """
 
     def __init__(
@@ -39,7 +44,9 @@ class StepLoop:
         watchdog: Watchdog,
         after_step: Callable[[], None],
         log: Callable[[str], None],
+        tpot_chunks: bool = True,
     ) -> None:
+        """`tpot_chunks`: whether targets of answers cut the prompts beside them."""
         self._engine = engine
         self._sources = sources
         self._budget = budget
@@ -47,7 +54,9 @@ class StepLoop:
         self._watchdog = watchdog
         self._after_step = after_step
         self._log = log
+        self._tpot_chunks = tpot_chunks
         self._work = asyncio.Event()
+        self.latency = LiveLatency()
         self.steps_total = 0
         self.failed_steps_total = 0
 
@@ -59,16 +68,16 @@ class StepLoop:
         while True:
             self._work.clear()
             owners: dict[int, StepSource] = {}
-            grants = self._gather(owners)
+            began_s = self._clock.now_s()
+            grants = self._gather(owners, began_s)
             # Admission and preemption may have spoken (failures); what they said must not wait for a step.
             self._after_step()
             if not grants:
                 await self._work.wait()
                 continue
-            await self._step(grants, owners)
+            await self._step(grants, owners, began_s)
 
-    def _gather(self, owners: dict[int, StepSource]) -> Sequence[Grant]:
-        now_s = self._clock.now_s()
+    def _gather(self, owners: dict[int, StepSource], now_s: float) -> Sequence[Grant]:
         decodes: list[Candidate] = []
         chunks: list[Candidate] = []
         for source in self._sources:
@@ -79,16 +88,20 @@ class StepLoop:
                 owners[candidate.sequence_id] = source
             decodes += more_decodes
             chunks += more_chunks
-        grants = compose(decodes, chunks, self._budget)
+        budget = self._budget
+        if self._tpot_chunks:
+            budget = mixed_budget(decodes, chunks, budget, self.latency.as_latency_model())
+        grants = compose(decodes, chunks, budget)
         # Never none: nothing else would wake the loop for what is left.
         return grants[:-1] if len(grants) > 1 and _SMALLER_STEP.fires() else grants
 
-    async def _step(self, grants: Sequence[Grant], owners: dict[int, StepSource]) -> None:
+    async def _step(self, grants: Sequence[Grant], owners: dict[int, StepSource], began_s: float) -> None:
         started_s = self._clock.now_s()
         plan = StepPlan(
             tuple(owners[grant.sequence_id].build(grant.sequence_id, grant.num_tokens, started_s) for grant in grants)
         )
         self._watchdog.step_started(plan.num_tokens, started_s)
+        done = False
         try:
             result = await self._engine.step(plan)
         except InvariantBroken as error:
@@ -99,10 +112,13 @@ class StepLoop:
             await self._fail(grants, owners, error)
         else:
             self._apply(grants, owners, result)
+            done = True
         finally:
             self._watchdog.step_ended(self._clock.now_s())
         self.steps_total += 1
         self._after_step()
+        if done:
+            self.latency.observe(work_of(plan), self._clock.now_s() - began_s)
 
     def _apply(self, grants: Sequence[Grant], owners: dict[int, StepSource], result: StepResult) -> None:
         now_s = self._clock.now_s()

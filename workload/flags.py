@@ -149,7 +149,7 @@ class WorkloadFlags:
             group=WORKLOAD_GROUP,
             negative="",
             show_default=False,
-            help="NAME:TTFT_MS,TPOT_MS, or a published class. Several: each request draws one. "
+            help="NAME:TTFT_MS,TPOT_MS, ttft=250ms,tpot=100ms, or a published class. Several: each request draws one. "
             "Default: interactive:1000,50.",
         ),
     ] = ()

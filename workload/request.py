@@ -21,3 +21,7 @@ class WorkloadRequest(NamedTuple):
     hash_block_tokens: int = 0
     #: Name of the SLO class it belongs to.
     slo_class: str = "default"
+    #: Who asks.
+    tenant: str = ""
+    #: Larger goes first.
+    priority: int = 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
+from contracts.config import parse_duration_s
 from contracts.errors import ConfigError
 from workload.checks import require_positive
 from workload.nearest import did_you_mean
@@ -43,19 +45,38 @@ PUBLISHED_SLOS: dict[str, SloClass] = _presets(
 )
 
 
+#: Of a class that is given by its targets alone.
+UNNAMED = "default"
+
+_FORMS = "NAME:TTFT_MS,TPOT_MS or ttft=250ms,tpot=100ms"
+
+
 def parse_slo(text: str) -> SloClass:
-    """`NAME:TTFT_MS,TPOT_MS`, as in `interactive:300,50`, or a published name. Raises ConfigError."""
+    """`NAME:TTFT_MS,TPOT_MS`, as in `interactive:300,50`; `ttft=DURATION,tpot=DURATION`, with `NAME:` before it or
+    without; or a published name. Raises ConfigError."""
     name, colon, targets = text.partition(":")
-    if not colon:
-        if name in PUBLISHED_SLOS:
-            return PUBLISHED_SLOS[name]
-        raise ConfigError(
-            f"SLO {text!r}: not NAME:TTFT_MS,TPOT_MS, and no published class{did_you_mean(name, PUBLISHED_SLOS)}"
-        )
-    ttft_ms, comma, tpot_ms = targets.partition(",")
+    if not colon and "=" in text:
+        name, targets = UNNAMED, text
+    elif not colon:
+        if text in PUBLISHED_SLOS:
+            return PUBLISHED_SLOS[text]
+        raise ConfigError(f"SLO {text!r}: not {_FORMS}, and no published class{did_you_mean(text, PUBLISHED_SLOS)}")
+    ttft, comma, tpot = targets.partition(",")
     if not comma:
-        raise ConfigError(f"SLO {text!r}: not NAME:TTFT_MS,TPOT_MS, as in interactive:300,50")
+        raise ConfigError(
+            f"SLO {text!r}: not NAME:TTFT_MS,TPOT_MS, as in interactive:300,50, nor ttft=250ms,tpot=100ms"
+        )
     try:
-        return SloClass(name, float(ttft_ms), float(tpot_ms))
+        if "=" in targets:
+            return SloClass(name, _named_ms("ttft", ttft), _named_ms("tpot", tpot))
+        return SloClass(name, float(ttft), float(tpot))
     except ValueError as error:
-        raise ConfigError(f"SLO {text!r}: {error}; the form is NAME:TTFT_MS,TPOT_MS") from error
+        raise ConfigError(f"SLO {text!r}: {error}; the form is {_FORMS}") from error
+
+
+def _named_ms(name: str, text: str) -> float:
+    """`ttft=250ms` -> 250.0; a number without a unit is in seconds."""
+    found, _, value = (part.strip() for part in text.partition("="))
+    if found != name:
+        raise ValueError(f"{text.strip()!r} stands where {name}= should")
+    return cast("float", parse_duration_s(value)) * 1e3

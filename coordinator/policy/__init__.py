@@ -1,6 +1,6 @@
 """Pure decisions: no clock, no I/O, no logging."""
 
-from coordinator.policy.dispatch import Chosen, DispatchLimits, Refused, choose, dispatch
 from coordinator.policy.fleet_view import FleetView
+from coordinator.policy.settings import AdmissionRule, ConductorSettings, DispatchLimits
 
-__all__ = ["Chosen", "DispatchLimits", "FleetView", "Refused", "choose", "dispatch"]
+__all__ = ["AdmissionRule", "ConductorSettings", "DispatchLimits", "FleetView"]

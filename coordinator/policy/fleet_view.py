@@ -6,8 +6,7 @@ Columns, because a decision looks at every worker: over a thousand rows, numpy i
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, replace
-from itertools import compress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
 
     Flags = NDArray[np.bool_]
     Counts = NDArray[np.int64]
+    Seconds = NDArray[np.float64]
+    #: Token and sequence counts that are expectations.
+    Expected = NDArray[np.float64]
 
 ScalarT = TypeVar("ScalarT", bound=np.generic)
 
@@ -47,6 +49,9 @@ class FleetView:
     is_writer: Flags
     #: Equal numbers: KV means the same (`KvIdentity`).
     kv_class: Counts
+    #: By class: prefill and mixed workers; decode workers.
+    readers_of_class: tuple[Flags, ...]
+    writers_of_class: tuple[Flags, ...]
     #: Longest prompt that fits together with one token of an answer.
     max_prompt_tokens: Counts
     max_context_tokens: Counts
@@ -72,41 +77,16 @@ class FleetView:
                 marked[row] = True
         return marked
 
-    def only(self, wanted: Flags) -> FleetView:
-        """The marked rows, as they are now."""
-        return FleetView(
-            infos=tuple(compress(self.infos, wanted)),
-            can_read=self.can_read[wanted],
-            is_mixed=self.is_mixed[wanted],
-            is_writer=self.is_writer[wanted],
-            kv_class=self.kv_class[wanted],
-            max_prompt_tokens=self.max_prompt_tokens[wanted],
-            max_context_tokens=self.max_context_tokens[wanted],
-            prefill_load_tokens=self.prefill_load_tokens[wanted],
-            decode_load_tokens=self.decode_load_tokens[wanted],
-            waiting_requests=self.waiting_requests[wanted],
-        )
-
-    def booked(self, item: DispatchItem, prefill_row: int, decode_row: int) -> FleetView:
-        """The same with this placement as load; the view itself stays as it is."""
-        prefill_load_tokens = self.prefill_load_tokens.copy()
-        decode_load_tokens = self.decode_load_tokens.copy()
-        waiting_requests = self.waiting_requests.copy()
-        prefill_load_tokens[prefill_row] += prefill_tokens(item)
-        waiting_requests[prefill_row] += 1
-        decode_load_tokens[decode_row] += decode_tokens(item)
-        return replace(
-            self,
-            prefill_load_tokens=prefill_load_tokens,
-            decode_load_tokens=decode_load_tokens,
-            waiting_requests=waiting_requests,
-        )
-
 
 def find_row(worker_id: WorkerId, infos: Sequence[WorkerInfo]) -> tuple[int, bool]:
     """The worker's row among these, in order of worker id, and whether it is there; else the row it would get."""
     row = bisect_left(infos, worker_id, key=_worker_id)
     return row, row < len(infos) and infos[row].worker_id == worker_id
+
+
+def count_of(figure: int) -> int:
+    """What a worker or a request tells, as far as a column can hold it."""
+    return min(max(figure, 0), LARGEST_COUNT)
 
 
 def prefill_tokens(item: DispatchItem) -> int:
@@ -124,12 +104,17 @@ def view_of(
 ) -> FleetView:
     """A view of these workers, in order of worker id. It shows the three columns as they change later."""
     classes: dict[KvIdentity, int] = {}
+    kv_class = _counts(classes.setdefault(info.identity, len(classes)) for info in infos)
+    can_read = _flags(info.role != "decode" for info in infos)
+    is_writer = _flags(info.role == "decode" for info in infos)
     return FleetView(
         infos=tuple(infos),
-        can_read=_flags(info.role != "decode" for info in infos),
+        can_read=can_read,
         is_mixed=_flags(info.role == "mixed" for info in infos),
-        is_writer=_flags(info.role == "decode" for info in infos),
-        kv_class=_counts(classes.setdefault(info.identity, len(classes)) for info in infos),
+        is_writer=is_writer,
+        kv_class=kv_class,
+        readers_of_class=tuple(_read_only(can_read & (kv_class == number)) for number in classes.values()),
+        writers_of_class=tuple(_read_only(is_writer & (kv_class == number)) for number in classes.values()),
         max_prompt_tokens=_counts(
             min(info.max_context_tokens, info.total_blocks * info.identity.layout.block_tokens) - 1 for info in infos
         ),

@@ -150,9 +150,9 @@ class Auditor:
 def _unclean(audit: AuditReply) -> list[str]:
     load = audit.load
     found = list(audit.problems)
-    held = audit.total_blocks - load.free_blocks
+    held = audit.total_blocks - load.available_blocks
     if held:
-        found.append(f"{held} of {audit.total_blocks} blocks are not free ({load.quarantined_blocks} in quarantine)")
+        found.append(f"{held} of {audit.total_blocks} blocks are in use ({load.quarantined_blocks} in quarantine)")
     for count, what in (
         (audit.open_requests, "open requests"),
         (audit.holder_leases, "leases as holder"),

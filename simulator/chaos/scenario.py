@@ -102,7 +102,9 @@ def draw(seed: int) -> Scenario:
     """The scenario of a seed. Each part has a stream of random numbers of its own."""
     rng = random.Random(f"{seed}/cluster")
     cluster = _draw_cluster(rng)
-    asks = _draw_asks(random.Random(f"{seed}/asks"), cluster)
+    snapshot_ttl_s = random.Random(f"{seed}/snapshot").choice([0.5, 60.0, 60.0])
+    cluster = replace(cluster, gateway=replace(cluster.gateway, snapshot_ttl_s=snapshot_ttl_s))
+    asks = _begin_alike(random.Random(f"{seed}/beginnings"), _draw_asks(random.Random(f"{seed}/asks"), cluster))
     # Where nothing may fail, it may not by a short deadline either.
     patient = tuple(replace(ask, deadline_s=PATIENT_DEADLINE_S) for ask in asks)
     if seed % CALM_IN == 0:
@@ -158,6 +160,7 @@ def _draw_cluster(rng: random.Random) -> ClusterSpec:
         gateway=GatewayLimits(max_replays=rng.choice([0, 1, 3, 3]), replay_patience_s=rng.choice([5.0, 30.0])),
         log_messages=True,
         clock_drift=rng.choice([0.0, 0.0, 200e-6]),
+        hint_chance=rng.choice([0.0, 1.0, 1.0]),
     )
 
 
@@ -174,6 +177,19 @@ def _draw_asks(rng: random.Random, cluster: ClusterSpec) -> tuple[Ask, ...]:
         for _ in range(count)
     ]
     return tuple(sorted(asks, key=lambda ask: ask.at_s))
+
+
+def _begin_alike(rng: random.Random, asks: tuple[Ask, ...]) -> tuple[Ask, ...]:
+    """Gives some prompts one of a few beginnings, as far as they are long; in some trials none."""
+    share = rng.choice([0.0, 0.5, 1.0, 1.0])
+    longest = max(len(ask.token_ids) for ask in asks)
+    lengths = [rng.randint(longest // 2, longest) for _ in range(rng.choice([1, 1, 3]))]
+    beginnings = [tuple(rng.choices(range(1000), k=length)) for length in lengths]
+    drawn: list[Ask] = []
+    for ask in asks:
+        alike = rng.choice(beginnings)[: len(ask.token_ids)] if rng.random() < share else ()
+        drawn.append(replace(ask, token_ids=(*alike, *ask.token_ids[len(alike) :])))
+    return tuple(drawn)
 
 
 def _draw_ask(

@@ -94,7 +94,13 @@ class Answers:
 
     def _writes(self, request: Request) -> None:
         sequence_id = request.sequence_id
-        self._writers[sequence_id] = Candidate(sequence_id=sequence_id, num_tokens=1, arrival=sequence_id, started=True)
+        self._writers[sequence_id] = Candidate(
+            sequence_id=sequence_id,
+            num_tokens=1,
+            arrival=sequence_id,
+            started=True,
+            tpot_target_s=request.tpot_target_s,
+        )
         self._writers_changed = True
 
     def _promise(self, request: Request) -> None:
@@ -237,6 +243,11 @@ class Answers:
         return list(self._writers.values())
 
     @property
+    def writing_tokens(self) -> int:
+        """Context of all of these in the next step."""
+        return self.lockstep.context_tokens(0) + sum(request.num_tokens for request in self._loose.values())
+
+    @property
     def must_compose(self) -> bool:
         """Whether the next step may have other writers than the last."""
         return self._writers_changed or bool(self._loose)
@@ -249,6 +260,7 @@ class Answers:
                 num_tokens=request.num_tokens - request.num_computed,
                 arrival=sequence_id,
                 started=True,
+                num_computed=request.num_computed,
             )
             for sequence_id, request in self._reread.items()
         ]
@@ -340,6 +352,7 @@ class Answers:
 
     def _finish(self, request: Request) -> None:
         request.finished_s = self._heap.now_s + self._message_s
+        self._worker.tallies.add(request)
         self._drop(request)
         self._context.on_end(request, Outcome.FINISHED)
 

@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from simulator.heap.results import Outcome
     from simulator.heap.spec import StudySpec
     from simulator.heap.wires import Wires
+    from simulator.heap.worker import Worker
 
 
 @dataclass(slots=True, kw_only=True)
 class Context:
     spec: StudySpec
     layout: BlockLayout
+    #: Tokens of a block of the prefix caches; 0: nothing is known of shared prefixes.
+    hash_block_tokens: int
     heap: EventHeap
     wires: Wires
     recorder: Recorder
@@ -28,3 +31,5 @@ class Context:
     on_end: Callable[[Request, Outcome], None]
     #: Reports that a worker refused a request, and after how many seconds it may be sent again.
     on_refused: Callable[[Request, float], None]
+    #: Reports that something came into or left the prefix cache of a worker.
+    on_cache_changed: Callable[[Worker], None]

@@ -1,4 +1,4 @@
-"""Arrivals, placements, refusals and time-outs, and the workers' heartbeats: what gateway and coordinator do."""
+"""Arrivals, placements, refusals and time-outs: what a gateway does."""
 
 from __future__ import annotations
 
@@ -7,37 +7,35 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from contracts.errors import ERROR_BY_CODE, NoCapacity
-from contracts.ids import RequestId, WorkerId
-from contracts.messages import DispatchItem
-from coordinator.policy.dispatch import Refused, choose
+from contracts.ids import WorkerId
 from gateway.limits import GatewayLimits
 from gateway.replay import Failure, Retry, Stage, decide
+from simulator.heap.prefix_cache import hints_of
 from simulator.heap.request import NEW, Request
 from simulator.heap.results import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-    from coordinator.fleet import Fleet
+    from coordinator.decision import Refused
     from simulator.heap.context import Context
-    from simulator.heap.worker import Worker
     from workload.request import WorkloadRequest
 
 
 class Gateway:
     def __init__(
-        self, context: Context, fleet: Fleet, workers: Sequence[Worker], requests: Iterator[WorkloadRequest]
+        self, context: Context, place: Callable[[Request], Refused | None], requests: Iterator[WorkloadRequest]
     ) -> None:
-        """`workers`: by row of `fleet`."""
+        """`place` asks the coordinator."""
         spec = context.spec
         self._context = context
         self._heap = context.heap
         self._spec = spec
-        self._fleet = fleet
-        self._view = fleet.view()
-        self._workers = workers
+        self._ask = place
         self._requests = requests
         self._limits = GatewayLimits()
+        self._targets = {slo.name: slo for slo in spec.slos}
+        self._default_target = None if spec.default_slo is None else self._targets[spec.default_slo]
         self._to_coordinator_s = spec.gateway_s + spec.message_s
         self._exhausted = False
         self._last_arrival_s = 0.0
@@ -56,17 +54,6 @@ class Gateway:
 
     def start(self) -> None:
         self._await_next()
-        interval_s = self._spec.heartbeat_interval_s
-        for row in range(len(self._workers)):
-            self._heap.at(interval_s * (row + 1) / len(self._workers), self._beat, row)
-
-    def _beat(self, row: int) -> None:
-        """Load as of the moment in which the coordinator hears it; a worker pauses from when it is answered."""
-        if self.done:
-            self._heap.overtaken()
-            return
-        self._fleet.report(row, self._workers[row].load(), self._heap.now_s)
-        self._heap.after(self._spec.heartbeat_interval_s + 2 * self._spec.message_s, self._beat, row)
 
     # --- arrivals and placements ------------------------------------------------------------------
 
@@ -94,7 +81,25 @@ class Gateway:
         room_tokens = max(1, self._spec.max_context_tokens - item.prompt_tokens)
         output_tokens = min(item.output_tokens, room_tokens)
         row = self._context.recorder.add(arrival_s, item.prompt_tokens, output_tokens, item.slo_class)
-        return Request(row, arrival_s, item.prompt_tokens, output_tokens, arrival_s + self._spec.request_timeout_s)
+        request = Request(row, arrival_s, item.prompt_tokens, output_tokens, arrival_s + self._spec.request_timeout_s)
+        request.slo_class, request.tenant, request.priority = item.slo_class, item.tenant, item.priority
+        target = self._targets.get(item.slo_class, self._default_target)
+        if target is not None:
+            request.due_s = arrival_s + target.ttft_ms / 1e3
+            request.tpot_target_s = target.tpot_ms / 1e3
+        if item.hash_ids:
+            request.hash_ids = self._full_blocks(item)
+            request.block_keys = hints_of(request.hash_ids).astype("<u8", copy=False).tobytes()
+        request.was_accepted = row in self._spec.forced
+        return request
+
+    def _full_blocks(self, item: WorkloadRequest) -> tuple[int, ...]:
+        block_tokens = self._context.hash_block_tokens
+        if item.hash_block_tokens != block_tokens:
+            raise ValueError(
+                f"hash ids of blocks of {item.hash_block_tokens} and of {block_tokens} tokens do not mix: {item}"
+            )
+        return item.hash_ids[: item.prompt_tokens // block_tokens]
 
     def _arrive(self, request: Request) -> None:
         self._await_next()
@@ -111,27 +116,20 @@ class Gateway:
         if request.over:
             self._heap.overtaken()
             return
-        item = DispatchItem(
-            request_id=RequestId(str(request.row)),
-            prompt_tokens=request.prompt_tokens,
-            max_tokens=request.output_tokens,
-            avoid=request.history.avoid,
-        )
-        choice = choose(item, self._view, self._spec.dispatch)
-        if isinstance(choice, Refused):
-            error = ERROR_BY_CODE[choice.code](choice.why, retry_after_s=choice.retry_after_s)
+        refused = self._ask(request)
+        if refused is not None:
+            request.refused_why = refused.why
+            error = ERROR_BY_CODE[refused.code](refused.why, retry_after_s=refused.retry_after_s)
             self._fail(request, Failure(Stage.REJECTED, error))
             return
-        now_s = self._heap.now_s
-        self._fleet.book(item, choice.prefill_row, choice.decode_row, now_s)
-        prefill = self._workers[choice.prefill_row]
+        prefill = request.prefill
+        assert prefill is not None, "just placed"
         if request.refusal is not None and request.refusal[0] is prefill:
             # It has just said no, and there is nobody else: it is not asked again.
+            request.prefill = request.decode = None
             self._fail(request, Failure(Stage.REJECTED, request.refusal[1]))
             return
-        request.prefill = prefill
-        request.decode = self._workers[choice.decode_row]
-        self._heap.at(now_s + 2 * self._spec.message_s, prefill.prompts.submit, request)
+        self._heap.at(self._heap.now_s + 2 * self._spec.message_s, prefill.prompts.submit, request)
 
     # --- ends -------------------------------------------------------------------------------------
 
@@ -140,6 +138,7 @@ class Gateway:
         worker = request.prefill
         assert worker is not None, "placed before it was sent"
         request.prefill = request.decode = None
+        request.refused_why = "queue"
         error = NoCapacity(f"the queue of {worker.worker_id} is full", retry_after_s=retry_after_s)
         request.refusal = worker, error
         request.history = request.history.placed()

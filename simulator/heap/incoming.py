@@ -116,6 +116,8 @@ class Incoming:
             self._heap.after(2 * self._message_s, self._confirmed, request)
 
     def _pulled(self, request: Request, num_blocks: int) -> None:
+        if request.flow is not None:
+            request.transfer_s += self._heap.now_s - request.flow.started_s
         request.flow = None
         request.pulled_blocks += num_blocks
         if request.over:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
+from contracts.latency import StepWork
 from engine.compose import Candidate
 from engine.room import Demand
-from prefill.admission import Handoffs, PromptVerdict, admit, handoffs_full, queue_full, retry_after_s
+from prefill.admission import Handoffs, PromptVerdict, admit, handoffs_full, queue_full, reads_enough, retry_after_s
+from prefill.waiting import WaitingQueue
+from simulator.heap.fetches import Fetches
 from simulator.heap.request import PromptStage
 from simulator.heap.results import Outcome
 
@@ -30,16 +32,32 @@ class Prompts:
         self._also_writes = group.role == "mixed"
         self._overlap = context.spec.overlap
         self._budget_blocks = max(1, int(group.prefill.handoff_share * group.num_blocks))
-        #: Prompts without blocks, oldest first, and some that were given up; of the others: how many, their tokens.
-        self._waiting: deque[Request] = deque()
-        self.num_waiting = 0
+        self._hash_block_tokens = context.hash_block_tokens
+        self._fetches = Fetches(context, worker, self._enqueue)
+        self._latency = group.latency
+        #: Prompts without blocks.
+        self._waiting: WaitingQueue[Request] = WaitingQueue(group.prefill.queue)
+        #: Of these, and of those that wait for their prefix: what they hold, computed or not.
         self._waiting_tokens = 0
         #: With blocks and without a first token, by sequence id.
         self.running: dict[int, Request] = {}
-        self._running_tokens = 0
+        #: Of these: tokens that are not part of a step yet; no more are admitted ahead than fill a step.
+        self._unread_tokens = 0
+        self._ahead_tokens = group.budget.max_tokens
+        #: Prompts that got blocks so far.
+        self._num_admitted = 0
+        #: Prompt tokens to be computed, waiting ones included, and the query-key pairs of their attention.
+        self.pending_tokens = 0
+        self.pending_pairs = 0
+        self.cached_tokens = 0
         #: Sealed and not taken.
         self._untaken_count = 0
         self._untaken_blocks = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Without blocks, or without their prefix."""
+        return len(self._waiting) + self._fetches.num_open
 
     @property
     def num_open(self) -> int:
@@ -47,9 +65,9 @@ class Prompts:
         return self.num_waiting + len(self.running)
 
     @property
-    def pending_tokens(self) -> int:
-        """Prompt tokens not computed yet, waiting ones included."""
-        return self._waiting_tokens + self._running_tokens
+    def fetched_blocks(self) -> int:
+        """KV blocks that came from other workers' caches."""
+        return self._fetches.num_blocks
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -68,7 +86,8 @@ class Prompts:
         )
         now_s = self._heap.now_s
         if problem is not None:
-            self._context.on_refused(request, retry_after_s(now_s - self._head().received_s))
+            waited_s = now_s - self._waiting.oldest().received_s if self._waiting else 0.0
+            self._context.on_refused(request, retry_after_s(waited_s))
             return
         request.num_blocks = -(-request.prompt_tokens // self._block_tokens)
         request.hands_over = self._hands_over(request)
@@ -78,18 +97,54 @@ class Prompts:
         if not request.hands_over:
             growth_blocks = self._worker.growth_blocks_of(request, request.num_blocks)
         request.prompt_demand = Demand(arrival_s=now_s, num_blocks=request.num_blocks, growth_blocks=growth_blocks)
-        request.candidate = Candidate(
-            sequence_id=request.sequence_id, num_tokens=request.prompt_tokens, arrival=request.sequence_id
-        )
-        request.num_computed = 0
-        request.prompt_stage = PromptStage.WAITING
-        self._waiting.append(request)
-        self.num_waiting += 1
         self._waiting_tokens += request.prompt_tokens
-        if self.num_waiting == 1:
+        request.counted_tokens = 0
+        self.pending_tokens += request.prompt_tokens
+        self.pending_pairs += _pairs(0, request.prompt_tokens)
+        if self._fetches.begin(request):
+            self._count(request, self._reusable(request, request.fetch_hash_blocks))
+        else:
+            self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
+        """It waits for blocks from now on."""
+        request.prompt_stage = PromptStage.WAITING
+        self._count(request, self._cached(request))
+        num_left = request.prompt_tokens - request.counted_tokens
+        read_s = 0.0
+        if request.due_s is not None:
+            pairs = _pairs(request.counted_tokens, request.prompt_tokens)
+            read_s = self._latency.step_s(StepWork(num_left, pairs, num_chunks=1))
+        waiting = self._waiting
+        waiting.add(
+            request,
+            tokens=num_left,
+            received_s=request.received_s,
+            tenant=request.tenant,
+            due_s=request.due_s,
+            read_s=read_s,
+            priority=request.priority,
+        )
+        if waiting.first(self._heap.now_s) is request:
             # Behind others it changes nothing.
             self._note_head()
             self._worker.wake()
+
+    def _cached(self, request: Request) -> int:
+        """Leading tokens that need not be computed, for their KV is here."""
+        cache = self._worker.prefix_cache
+        return 0 if cache is None else self._reusable(request, cache.leading(request.hash_ids))
+
+    def _reusable(self, request: Request, hash_blocks: int) -> int:
+        """Of a prefix of so many blocks: whole KV blocks, and never the last token, which gives the answer's first."""
+        most = (request.prompt_tokens - 1) // self._block_tokens * self._block_tokens
+        return min(most, hash_blocks * self._hash_block_tokens)
+
+    def _count(self, request: Request, num_tokens: int) -> None:
+        """From now on all but so many of its leading tokens are pending."""
+        self.pending_tokens -= num_tokens - request.counted_tokens
+        self.pending_pairs -= _pairs(0, num_tokens) - _pairs(0, request.counted_tokens)
+        request.counted_tokens = num_tokens
 
     def _hands_over(self, request: Request) -> bool:
         if request.decode is self._worker or request.output_tokens == 1:
@@ -99,9 +154,14 @@ class Prompts:
     def give_up(self, request: Request) -> None:
         """The request is over: forgets it, after the steps that write its blocks."""
         match request.prompt_stage:
+            case PromptStage.FETCHING:
+                self._fetches.give_up(request)
+                self._waiting_tokens -= request.prompt_tokens
+                self._count(request, request.prompt_tokens)
             case PromptStage.WAITING:
                 request.prompt_stage = PromptStage.ABSENT
                 self._left_queue(request)
+                self._count(request, request.prompt_tokens)
                 self._note_head()
                 self._worker.wake()
             case PromptStage.READING if not request.num_steps_in_flight:
@@ -112,34 +172,35 @@ class Prompts:
                 # Not here, or in a step, whose end sees that it is over.
                 pass
 
-    def _head(self) -> Request:
-        """The oldest that waits; there must be one."""
-        while self._waiting[0].prompt_stage is not PromptStage.WAITING:
-            self._waiting.popleft()
-        return self._waiting[0]
-
     def _left_queue(self, request: Request) -> None:
-        self.num_waiting -= 1
+        self._waiting.discard(request)
         self._waiting_tokens -= request.prompt_tokens
 
     # --- steps ------------------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Gives blocks to the prompts at the head, as far as the policy lets it."""
-        worker = self._worker
-        admitted = False
-        while self.num_waiting:
-            request = self._head()
+        """Gives blocks to the prompts whose turn it is, as far as the policy lets it."""
+        waiting, worker = self._waiting, self._worker
+        if not waiting:
+            return
+        noted, admitted, now_s = worker.room.prompt, False, self._heap.now_s
+        while waiting and not self._reads_enough():
+            request = waiting.first(now_s)
             assert request.prompt_demand is not None, "made with its place in the queue"
             verdict = admit(request.prompt_demand, worker.room.view(), self._handoffs(request))
             if verdict is not PromptVerdict.ADMIT:
                 break
-            self._waiting.popleft()
             self._left_queue(request)
             self._take_blocks(request)
+            waiting.charge(request.tenant, request.prompt_tokens - request.cached_tokens)
             admitted = True
-        if admitted:
-            self._note_head()
+        self._note_head()
+        if not admitted and noted is not None and worker.room.prompt != noted:
+            # The head turned out to be late: an offer that waited behind it may be next.
+            worker.incoming.serve()
+
+    def _reads_enough(self) -> bool:
+        return reads_enough(self._unread_tokens, self._ahead_tokens)
 
     def _take_blocks(self, request: Request) -> None:
         worker = self._worker
@@ -147,13 +208,35 @@ class Prompts:
         request.prompt_stage = PromptStage.READING
         request.held_blocks = request.num_blocks
         self.running[request.sequence_id] = request
-        self._running_tokens += request.prompt_tokens
+        self._reuse(request)
         if request.hands_over:
             worker.room.lend(request.num_blocks)
             reader = _reader_of(request)
             self._heap.after(self._message_s, reader.incoming.offered, request)
         else:
             worker.room.promise(request.row, worker.growth_blocks_of(request, request.num_blocks))
+
+    def _reuse(self, request: Request) -> None:
+        """It begins behind what is cached; its reader hears of these blocks with the offer."""
+        cached_tokens = request.cached_tokens = request.num_computed = self._cached(request)
+        self._count(request, cached_tokens)
+        request.announced_blocks = 0
+        if cached_tokens:
+            self.cached_tokens += cached_tokens
+            cache = self._worker.prefix_cache
+            assert cache is not None, "nothing is cached nowhere"
+            cache.use(request.hash_ids)
+            if self._overlap:
+                request.announced_blocks = cached_tokens // self._block_tokens
+        self._num_admitted += 1
+        request.admitted_as = self._num_admitted
+        request.candidate = Candidate(
+            sequence_id=request.sequence_id,
+            num_tokens=request.prompt_tokens - cached_tokens,
+            arrival=request.admitted_as,
+            num_computed=cached_tokens,
+        )
+        self._unread_tokens += request.candidate.num_tokens
 
     def _handoffs(self, request: Request) -> Handoffs | None:
         if not request.hands_over:
@@ -172,9 +255,9 @@ class Prompts:
             return
         room = self._worker.room
         room.prompt = None
-        if not self.num_waiting:
+        if not self._waiting or self._reads_enough():
             return
-        request = self._head()
+        request = self._waiting.first(self._heap.now_s)
         demand, handoffs = request.prompt_demand, self._handoffs(request)
         assert demand is not None, "made with its place in the queue"
         if handoffs is None or not handoffs_full(demand, handoffs, room.lent_blocks):
@@ -191,19 +274,28 @@ class Prompts:
         if not candidate.started:
             request.started_s = start_s
         remaining = candidate.num_tokens - num_tokens
+        num_before = request.prompt_tokens - candidate.num_tokens
         request.candidate = None
         if remaining:
             request.candidate = Candidate(
-                sequence_id=sequence_id, num_tokens=remaining, arrival=sequence_id, started=True
+                sequence_id=sequence_id,
+                num_tokens=remaining,
+                arrival=request.admitted_as,
+                started=True,
+                num_computed=num_before + num_tokens,
             )
+        self._unread_tokens -= num_tokens
         request.num_steps_in_flight += 1
-        return request, request.prompt_tokens - candidate.num_tokens
+        return request, num_before
 
     def apply(self, request: Request, num_tokens: int) -> None:
         """A step with a chunk of it has ended."""
         request.num_steps_in_flight -= 1
+        before = request.num_computed
         request.num_computed += num_tokens
-        self._running_tokens -= num_tokens
+        self._count(request, request.num_computed)
+        if request.hash_ids:
+            self._keep(request, before)
         if request.over:
             if not request.num_steps_in_flight:
                 self._drop(request)
@@ -211,6 +303,17 @@ class Prompts:
             self._first_token(request)
         elif request.hands_over and self._overlap:
             self._announce(request, request.num_computed // self._block_tokens, sealed=False)
+
+    def _keep(self, request: Request, before: int) -> None:
+        """What was computed beyond `before` tokens enters the cache."""
+        cache = self._worker.prefix_cache
+        if cache is None:
+            return
+        first, last = before // self._hash_block_tokens, request.num_computed // self._hash_block_tokens
+        if last > first:
+            cache.put(request.hash_ids[first:last])
+        if request.num_computed == request.prompt_tokens:
+            cache.use(request.hash_ids)
 
     def _announce(self, request: Request, num_blocks: int, *, sealed: bool) -> None:
         reader = _reader_of(request)
@@ -223,6 +326,7 @@ class Prompts:
         request.first_token_s = now_s + self._message_s
         if request.output_tokens == 1:
             request.finished_s = request.first_token_s
+            self._worker.tallies.add(request)
             self._drop(request)
             self._context.on_end(request, Outcome.FINISHED)
         elif request.hands_over:
@@ -255,7 +359,10 @@ class Prompts:
     def _drop(self, request: Request) -> None:
         """Ends it on this side; no step writes its blocks."""
         del self.running[request.sequence_id]
-        self._running_tokens -= request.prompt_tokens - request.num_computed
+        self._count(request, request.prompt_tokens)
+        if request.candidate is not None:
+            self._unread_tokens -= request.candidate.num_tokens
+            request.candidate = None
         request.prompt_stage = PromptStage.ABSENT
         self._free(request)
 
@@ -270,6 +377,11 @@ class Prompts:
         self._note_head()
         worker.incoming.serve()
         worker.wake()
+
+
+def _pairs(num_cached: int, num_tokens: int) -> int:
+    """Query-key pairs of the tokens of a prompt behind the first `num_cached`."""
+    return (num_tokens * (num_tokens + 1) - num_cached * (num_cached + 1)) // 2
 
 
 def _reader_of(request: Request) -> Worker:

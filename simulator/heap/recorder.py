@@ -10,12 +10,14 @@ import numpy as np
 
 from contracts.errors import InvariantBroken
 from simulator.heap.histogram import Histogram
-from simulator.heap.results import Outcome, RequestColumns, TimeLine
+from simulator.heap.load import queue_s, tpot_s
+from simulator.heap.results import REFUSALS, Outcome, RequestColumns, TimeLine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from simulator.heap.request import Request
+    from simulator.heap.spec import StudySpec
     from simulator.heap.worker import Worker
 
 
@@ -36,6 +38,12 @@ class Recorder:
         self._transfer_s = array("f")
         self._preemptions = array("h")
         self._slo_class = array("h")
+        self._predicted_ttft_s = array("d")
+        self._predicted_tpot_s = array("d")
+        self._cached_tokens = array("i")
+        self._fetched_tokens = array("i")
+        self._fetch_s = array("f")
+        self._refusal = array("b")
         #: Index of each SLO class, in order of appearance.
         self._classes: dict[str, int] = {}
         self.itl_s = Histogram()
@@ -55,6 +63,12 @@ class Recorder:
         self._transfer_s.append(0.0)
         self._preemptions.append(0)
         self._slo_class.append(self._classes.setdefault(slo_class, len(self._classes)))
+        self._predicted_ttft_s.append(math.nan)
+        self._predicted_tpot_s.append(math.nan)
+        self._cached_tokens.append(0)
+        self._fetched_tokens.append(0)
+        self._fetch_s.append(0.0)
+        self._refusal.append(-1)
         return len(self._arrival_s) - 1
 
     def end(self, request: Request, outcome: Outcome) -> None:
@@ -72,6 +86,14 @@ class Recorder:
         self._finished_s[row] = request.finished_s
         self._transfer_s[row] = request.transfer_s
         self._preemptions[row] = min(request.preemptions, 32_767)
+        if (predicted := request.predicted) is not None:
+            self._predicted_ttft_s[row] = predicted.ttft_s
+            self._predicted_tpot_s[row] = predicted.tpot_s
+        self._cached_tokens[row] = request.cached_tokens
+        self._fetched_tokens[row] = request.fetched_tokens
+        self._fetch_s[row] = request.fetch_s
+        if request.refused_why:
+            self._refusal[row] = REFUSALS.index(request.refused_why)
 
     @property
     def slo_classes(self) -> tuple[str, ...]:
@@ -92,23 +114,33 @@ class Recorder:
             transfer_s=np.array(self._transfer_s, np.float32),
             preemptions=np.array(self._preemptions, np.int16),
             slo_class=np.array(self._slo_class, np.int16),
+            predicted_ttft_s=np.array(self._predicted_ttft_s, np.float64),
+            predicted_tpot_s=np.array(self._predicted_tpot_s, np.float64),
+            cached_tokens=np.array(self._cached_tokens, np.int32),
+            fetched_tokens=np.array(self._fetched_tokens, np.int32),
+            fetch_s=np.array(self._fetch_s, np.float32),
+            refusal=np.array(self._refusal, np.int8),
         )
 
 
 class Sampler:
     """Takes a sample of all workers whenever it is asked to."""
 
-    def __init__(self, workers: Sequence[Worker]) -> None:
+    def __init__(self, workers: Sequence[Worker], spec: StudySpec) -> None:
         self._workers = workers
+        self._ttft_s = min((slo.ttft_ms for slo in spec.slos), default=math.nan) / 1e3
+        self._tpot_s = min((slo.tpot_ms for slo in spec.slos), default=math.nan) / 1e3
         self._num_blocks = sum(worker.num_blocks for worker in workers)
         self._last_s = 0.0
         self._last_busy_s = [0.0] * len(workers)
-        self._samples: list[tuple[float, int, int, int, float, float, float]] = []
+        self._samples: list[tuple[float, int, int, int, float, float, float, float, float]] = []
 
     def take(self, now_s: float) -> None:
         prompts = answers = preempted = used_blocks = 0
         prefill_busy_s = decode_busy_s = 0.0
         num_prefill = num_decode = 0
+        longest_s = slowest_s = 0.0
+        has_targets = not math.isnan(self._ttft_s)
         for index, worker in enumerate(self._workers):
             worker.sync()
             prompts += worker.prompts.num_open
@@ -120,9 +152,13 @@ class Sampler:
             if worker.role != "decode":
                 prefill_busy_s += delta_s
                 num_prefill += 1
+                if has_targets:
+                    longest_s = max(longest_s, queue_s(worker))
             if worker.role != "prefill":
                 decode_busy_s += delta_s
                 num_decode += 1
+                if has_targets:
+                    slowest_s = max(slowest_s, tpot_s(worker))
         span_s = now_s - self._last_s
         self._last_s = now_s
         self._samples.append(
@@ -134,11 +170,13 @@ class Sampler:
                 _share(prefill_busy_s, num_prefill * span_s),
                 _share(decode_busy_s, num_decode * span_s),
                 used_blocks / self._num_blocks,
+                longest_s / self._ttft_s,
+                slowest_s / self._tpot_s,
             )
         )
 
     def time_line(self) -> TimeLine:
-        columns = list(zip(*self._samples, strict=True)) or [()] * 7
+        columns = list(zip(*self._samples, strict=True)) or [()] * 9
         return TimeLine(
             at_s=np.array(columns[0], np.float64),
             prompts=np.array(columns[1], np.int32),
@@ -147,6 +185,8 @@ class Sampler:
             prefill_busy=np.array(columns[4], np.float32),
             decode_busy=np.array(columns[5], np.float32),
             blocks_used=np.array(columns[6], np.float32),
+            prefill_load=np.array(columns[7], np.float32),
+            decode_load=np.array(columns[8], np.float32),
         )
 
 

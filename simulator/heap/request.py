@@ -10,6 +10,7 @@ from gateway.replay import History
 
 if TYPE_CHECKING:
     from contracts.errors import NoCapacity
+    from contracts.messages import Predicted, PrefixPlan
     from engine.compose import Candidate
     from engine.room import Demand
     from simulator.heap.wires import Flow
@@ -24,12 +25,14 @@ class PromptStage(IntEnum):
     """Where it is on the prefill side."""
 
     ABSENT = 0
+    #: Accepted; its prefix is on its way from another worker.
+    FETCHING = 1
     #: Accepted, without blocks.
-    WAITING = 1
+    WAITING = 2
     #: Has its blocks; its first token is not sampled.
-    READING = 2
+    READING = 3
     #: Read; its blocks stay until the reader has taken them.
-    SEALED = 3
+    SEALED = 4
 
 
 class AnswerStage(IntEnum):
@@ -50,19 +53,30 @@ class Request:
     """Mutable. Times are virtual seconds; NaN until they come."""
 
     __slots__ = (
+        "admitted_as",
         "announced_blocks",
         "answer_demand",
         "answer_stage",
         "arrival_s",
+        "block_keys",
+        "cached_tokens",
         "candidate",
+        "counted_tokens",
         "deadline_s",
         "decode",
         "doomed",
+        "due_s",
+        "fetch_from",
+        "fetch_hash_blocks",
+        "fetch_s",
+        "fetch_since_s",
+        "fetched_tokens",
         "finish_step",
         "finished_s",
         "first_token_s",
         "flow",
         "hands_over",
+        "hash_ids",
         "held_blocks",
         "history",
         "in_step",
@@ -76,20 +90,28 @@ class Request:
         "offset",
         "output_tokens",
         "over",
+        "predicted",
         "preemptions",
         "prefill",
+        "prefix_plan",
+        "priority",
         "prompt_demand",
         "prompt_stage",
         "prompt_tokens",
         "pulled_blocks",
         "received_s",
         "refusal",
+        "refused_why",
         "row",
         "sealed",
         "second_token_s",
         "sequence_id",
+        "slo_class",
         "started_s",
+        "tenant",
+        "tpot_target_s",
         "transfer_s",
+        "was_accepted",
     )
 
     def __init__(self, row: int, arrival_s: float, prompt_tokens: int, output_tokens: int, deadline_s: float) -> None:
@@ -99,6 +121,17 @@ class Request:
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
         self.deadline_s = deadline_s
+        #: What its client says of it; `due_s`: when its first token should be there, None without a target.
+        self.slo_class = ""
+        self.tenant = ""
+        self.priority = 0
+        self.due_s: float | None = None
+        self.tpot_target_s: float | None = None
+        #: Of the full blocks of its prompt: the workload's ids, and what the coordinator is told of them.
+        self.hash_ids: tuple[int, ...] = ()
+        self.block_keys = b""
+        #: It is not refused for its targets.
+        self.was_accepted = False
         #: Finished, or given up: whatever is still on its way about it is of no interest.
         self.over = False
         #: What its client was told so far.
@@ -106,6 +139,10 @@ class Request:
         #: What its gateway knows of it: tries, and the worker without room for it.
         self.history = NEW
         self.refusal: tuple[Worker, NoCapacity] | None = None
+        #: Why it was refused last: a word of `simulator.heap.results.REFUSALS`, empty where it never was.
+        self.refused_why = ""
+        #: What the coordinator expected when it decided last.
+        self.predicted: Predicted | None = None
         self.prefill: Worker | None = None
         self.decode: Worker | None = None
         self.started_s = math.nan
@@ -120,9 +157,23 @@ class Request:
         self.received_s = math.nan
         #: Of the prompt.
         self.num_blocks = 0
+        #: What its placement says of its prefix; that is fetched from another worker, up to that hash block; and what
+        #: came of it.
+        self.prefix_plan: PrefixPlan | None = None
+        self.fetch_from: Worker | None = None
+        self.fetch_hash_blocks = 0
+        self.fetch_since_s = math.nan
+        self.fetch_s = 0.0
+        self.fetched_tokens = 0
+        #: What stood in the worker's cache when it got its blocks.
+        self.cached_tokens = 0
+        #: So many of its tokens its worker does not count as pending any more.
+        self.counted_tokens = 0
         #: Another worker gets the KV.
         self.hands_over = False
         self.prompt_demand: Demand | None = None
+        #: Its number among the prompts that got blocks at this worker.
+        self.admitted_as = 0
         #: What is not part of any step yet; None when everything is.
         self.candidate: Candidate | None = None
         self.num_steps_in_flight = 0

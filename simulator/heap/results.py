@@ -28,6 +28,10 @@ class Outcome(IntEnum):
     FAILED = 3
 
 
+#: Why a request was refused: words of `coordinator.decision.RefusedWhy`, and the full queue of a worker.
+REFUSALS: tuple[str, ...] = ("too_long", "no_prefill", "no_decode", "full", "ttft", "tpot", "queue")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestColumns:
     """Times are seconds since the start of the study; NaN where a request did not come so far."""
@@ -50,6 +54,16 @@ class RequestColumns:
     preemptions: NDArray[np.int16]
     #: Index into `StudyResult.slo_classes`.
     slo_class: NDArray[np.int16]
+    #: What the coordinator expected when it decided last; NaN where it did not say.
+    predicted_ttft_s: NDArray[np.float64]
+    predicted_tpot_s: NDArray[np.float64]
+    #: Prompt tokens that were not computed, for their KV stood in the worker's prefix cache, those included that were
+    #: copied there for it; how many were copied, and the seconds from asking for them to having them.
+    cached_tokens: NDArray[np.int32]
+    fetched_tokens: NDArray[np.int32]
+    fetch_s: NDArray[np.float32]
+    #: Index into `REFUSALS` of the last refusal; -1: never.
+    refusal: NDArray[np.int8]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +78,9 @@ class WorkerUsage:
     #: Prompt tokens computed, recomputation included, and answer tokens written.
     prefill_tokens: int
     decode_tokens: int
+    #: Prompt tokens found in its prefix cache, and KV blocks copied into that from other workers.
+    cached_tokens: int
+    fetched_blocks: int
     peak_blocks: int
     #: Time-weighted mean of blocks that were not free.
     mean_blocks: float
@@ -82,6 +99,10 @@ class TimeLine:
     #: Share of prefill's and of decode's time spent in steps since the last sample; mixed workers count in both.
     prefill_busy: NDArray[np.float32]
     decode_busy: NDArray[np.float32]
+    #: Load as Mooncake defines it, of the worker that has most: seconds of prompts waiting or being read over the TTFT
+    #: target, and the next step over the TPOT target; by the strictest target of the study, NaN without one.
+    prefill_load: NDArray[np.float32]
+    decode_load: NDArray[np.float32]
     #: Share of all KV blocks that were not free.
     blocks_used: NDArray[np.float32]
 
@@ -96,7 +117,9 @@ class StudyResult:
     itl_s: Histogram
     workers: tuple[WorkerUsage, ...]
     time_line: TimeLine
+    #: KV of prompts that went to their decode workers, and of prefixes between prefill workers.
     transfer_bytes: int
+    fetched_bytes: int
     #: Virtual seconds from the start to the end of the last request.
     duration_s: float
     #: Popped from the heap; and engine steps, those taken in closed form included.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from contracts.ids import Incarnation, WorkerId
-from contracts.messages import WorkerInfo
-from coordinator.fleet import Fleet
-from coordinator.membership import MembershipLimits
 from simulator.engine import modelled_identity
 from simulator.heap.context import Context
+from simulator.heap.coordinator import Coordinator
 from simulator.heap.events import EventHeap
 from simulator.heap.gateway import Gateway
 from simulator.heap.recorder import Recorder, Sampler
@@ -20,7 +18,6 @@ from simulator.heap.worker import Worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from contracts.layout import KvIdentity
     from simulator.heap.request import Request
     from simulator.heap.results import Outcome
     from simulator.heap.spec import StudySpec
@@ -54,36 +51,38 @@ class _Study:
         _check(spec)
         identity = modelled_identity(block_tokens=spec.block_tokens)
         heap = EventHeap()
+        coming = iter(requests)
+        first = next(coming, None)
         context = Context(
             spec=spec,
             layout=identity.layout,
+            hash_block_tokens=0 if first is None else first.hash_block_tokens,
             heap=heap,
             wires=Wires(heap, spec.transfer, spec.block_tokens * spec.kv_token_bytes),
             recorder=Recorder(),
             on_end=self._on_end,
             on_refused=self._on_refused,
+            on_cache_changed=self._on_cache_changed,
         )
         self._context = context
         self._progress = progress
         self._workers: list[Worker] = []
-        fleet = Fleet(MembershipLimits().booking_grace_s)
         for group in spec.groups:
             for number in range(group.count):
-                worker = Worker(context, group, f"{group.name}-{number}", len(self._workers))
-                self._workers.append(worker)
-                fleet.add(_info(spec, worker, identity))
-        by_id = {worker.worker_id: worker for worker in self._workers}
-        in_rows = [by_id[info.worker_id] for info in fleet.view().infos]
-        self._gateway = Gateway(context, fleet, in_rows, iter(requests))
-        self._sampler = Sampler(self._workers)
+                self._workers.append(Worker(context, group, f"{group.name}-{number}", len(self._workers)))
+        self._coordinator = Coordinator(context, self._workers, identity, lambda: self._gateway.done)
+        self._gateway = Gateway(context, self._coordinator.place, chain(() if first is None else (first,), coming))
+        self._sampler = Sampler(self._workers, spec)
 
     def run(self) -> StudyResult:
         context, gateway = self._context, self._gateway
         gateway.start()
+        self._coordinator.start()
         context.heap.at(context.spec.sample_interval_s, self._sample, None)
         context.heap.run()
         for worker in self._workers:
             worker.check_empty()
+        fetched_blocks = sum(worker.prompts.fetched_blocks for worker in self._workers)
         return StudyResult(
             spec=context.spec,
             requests=context.recorder.columns(),
@@ -91,7 +90,8 @@ class _Study:
             itl_s=context.recorder.itl_s,
             workers=tuple(worker.usage(gateway.end_s) for worker in self._workers),
             time_line=self._sampler.time_line(),
-            transfer_bytes=context.wires.num_bytes,
+            transfer_bytes=context.wires.num_bytes - fetched_blocks * context.wires.block_bytes,
+            fetched_bytes=fetched_blocks * context.wires.block_bytes,
             duration_s=gateway.end_s,
             num_events=context.heap.num_events,
             num_steps=sum(worker.num_steps for worker in self._workers),
@@ -113,18 +113,8 @@ class _Study:
     def _on_refused(self, request: Request, retry_after_s: float) -> None:
         self._gateway.refuse(request, retry_after_s)
 
-
-def _info(spec: StudySpec, worker: Worker, identity: KvIdentity) -> WorkerInfo:
-    return WorkerInfo(
-        worker_id=WorkerId(worker.worker_id),
-        incarnation=Incarnation(1),
-        role=worker.role,
-        address=worker.worker_id,
-        model="modelled",
-        identity=identity,
-        total_blocks=worker.num_blocks,
-        max_context_tokens=spec.max_context_tokens,
-    )
+    def _on_cache_changed(self, worker: Worker) -> None:
+        self._coordinator.cache_changed(worker)
 
 
 def _check(spec: StudySpec) -> None:
@@ -133,6 +123,8 @@ def _check(spec: StudySpec) -> None:
     names = [group.name for group in spec.groups]
     if len(set(names)) < len(names):
         raise ValueError(f"groups must have names of their own: {', '.join(names)}")
+    if spec.default_slo is not None and all(slo.name != spec.default_slo for slo in spec.slos):
+        raise ValueError(f"the default class {spec.default_slo!r} is none of {', '.join(s.name for s in spec.slos)}")
     for group in spec.groups:
         if group.pipeline_stages < 1 or (group.pipeline_stages > 1 and group.role != "prefill"):
             raise ValueError(f"group {group.name} ({group.role}) with {group.pipeline_stages} pipeline stages")

@@ -78,7 +78,7 @@ class Wires:
     def __init__(self, heap: EventHeap, transfer: TransferModel, block_bytes: int) -> None:
         self._heap = heap
         self._transfer = transfer
-        self._block_bytes = block_bytes
+        self.block_bytes = block_bytes
         #: Of all pulls that have ended.
         self.num_bytes = 0
 
@@ -86,7 +86,7 @@ class Wires:
         self, source: Interface, target: Interface, request: Request, num_blocks: int, on_ended: PullEnded
     ) -> Flow:
         """Starts a pull; `on_ended(request, num_blocks)` is called at its end."""
-        num_bytes = num_blocks * self._block_bytes
+        num_bytes = num_blocks * self.block_bytes
         flow = Flow(source, target, request, num_blocks, num_bytes, on_ended, self._heap.now_s)
         source.flows[flow] = target.flows[flow] = None
         self._share(source)
@@ -129,5 +129,4 @@ class Wires:
         self._share(flow.source)
         self._share(flow.target)
         self.num_bytes += flow.num_bytes
-        flow.request.transfer_s += self._heap.now_s - flow.started_s
         flow.on_ended(flow.request, flow.num_blocks)

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 from contracts.errors import InvariantBroken
 from contracts.latency import StepWork
-from contracts.messages import WorkerLoad
+from engine.chunk_budget import mixed_budget
 from engine.compose import GrantReason, compose
 from engine.room import Room
 from simulator.heap.answers import Answers
 from simulator.heap.incoming import Incoming
+from simulator.heap.load import Tallies
+from simulator.heap.prefix_cache import PrefixCache
 from simulator.heap.prompts import Prompts
 from simulator.heap.results import WorkerUsage
 from simulator.heap.stretch import Stretch
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from contracts.messages import Role
-    from engine.compose import Grant
+    from engine.compose import Candidate, Grant, StepBudget
     from simulator.heap.context import Context
     from simulator.heap.request import Request
     from simulator.heap.spec import WorkerGroup
@@ -49,15 +51,21 @@ class State(IntEnum):
 class Worker:
     def __init__(self, context: Context, group: WorkerGroup, worker_id: str, row: int) -> None:
         self._heap = context.heap
-        self._gap_s = context.spec.between_steps_s
-        self._latency = group.latency
+        self.gap_s = context.spec.between_steps_s
+        self.latency = group.latency
         self._budget = group.budget
         self._num_stages = group.pipeline_stages
+        self._prompts_first = group.prompts_first
+        self._tpot_chunks = group.tpot_chunks
         self.worker_id = worker_id
         self.row = row
         self.role: Role = group.role
         self.num_blocks = group.num_blocks
+        self.max_batch_tokens = group.budget.max_tokens
         self.interface = Interface()
+        self.prefix_cache = self._make_cache(context, group)
+        #: A report of what changed in its prefix cache is on its way.
+        self.tells_blocks = False
         self.available_blocks = group.num_blocks
         self.room = Room(
             layout=context.layout,
@@ -83,12 +91,20 @@ class Worker:
         #: Seconds in steps, before the steps under way.
         self._busy_s = 0.0
         self.num_steps = 0
+        self.tallies = Tallies()
         self._prefill_tokens = 0
         self.decode_tokens = 0
         self._peak_blocks = 0
         #: Integral of blocks that are not free, up to `_counted_s`.
         self._block_seconds = 0.0
         self._counted_s = 0.0
+
+    def _make_cache(self, context: Context, group: WorkerGroup) -> PrefixCache | None:
+        """Of the host's memory; None where there is none, or nothing to find in it."""
+        if group.role == "decode" or not context.hash_block_tokens:
+            return None
+        capacity_blocks = group.prefix_cache_tokens // context.hash_block_tokens
+        return PrefixCache(capacity_blocks, lambda: context.on_cache_changed(self)) if capacity_blocks else None
 
     def __repr__(self) -> str:
         return (
@@ -145,6 +161,10 @@ class Worker:
         if is_member and self._state is State.STRETCH and self._steps_ended():
             self.answers.note_second_token(request, self._stretch.end_s(1))
 
+    def steps_ahead(self) -> int:
+        """How many steps the group of its answers is ahead of what is written down of it."""
+        return self._steps_ended() if self._state is State.STRETCH else 0
+
     def next_sequence_id(self) -> int:
         self._num_sequences += 1
         return self._num_sequences
@@ -176,8 +196,14 @@ class Worker:
         self.prompts.admit()
         chunks = self.prompts.candidates()
         chunks += answers.rereads()
+        if chunks and self._prompts_first:
+            grants = compose((), _whole(chunks, self._budget), self._budget)
+            answers.regroup(grants, 0)
+            self._begin_step(grants)
+            return
         if chunks:
-            grants = compose(answers.writers(), chunks, self._budget)
+            writers = answers.writers()
+            grants = compose(writers, chunks, self._budget_beside(writers, chunks))
             num_writers = sum(grant.reason is GrantReason.DECODE for grant in grants)
             answers.regroup(grants, num_writers)
             self._begin_step(grants)
@@ -190,6 +216,19 @@ class Worker:
         else:
             self._state = State.IDLE
 
+    def _budget_beside(self, writers: Sequence[Candidate], chunks: Sequence[Candidate]) -> StepBudget:
+        """Of a step with chunks, in which the answers keep their targets."""
+        if not self._tpot_chunks or not writers:
+            return self._budget
+        return mixed_budget(
+            writers,
+            chunks,
+            self._budget,
+            self.latency,
+            context_tokens=self.answers.writing_tokens,
+            between_steps_s=self.gap_s,
+        )
+
     def _start_s(self) -> float:
         return max(self._heap.now_s, self._ready_s)
 
@@ -197,12 +236,12 @@ class Worker:
 
     def _begin_stretch(self) -> None:
         group = self.answers.lockstep
-        base_s, per_token_s = self._latency.decode_terms(group.size)
+        base_s, per_token_s = self.latency.decode_terms(group.size)
         self._stretch = Stretch(
             self._start_s(),
             base_s + per_token_s * group.context_tokens(0),
             per_token_s * group.size,
-            self._gap_s,
+            self.gap_s,
         )
         _check_duration(self._stretch.first_s, self)
         self._ended_at_s = -1.0
@@ -223,7 +262,7 @@ class Worker:
         self._busy_s += stretch.busy_s(self._heap.now_s, num_steps - 1)
         self.num_steps += num_steps
         self.decode_tokens += num_steps * answers.lockstep.size
-        self._ready_s = self._heap.now_s + self._gap_s
+        self._ready_s = self._heap.now_s + self.gap_s
         answers.wrote(stretch, num_steps)
         answers.end_finished()
         self._gather()
@@ -249,11 +288,11 @@ class Worker:
             num_pairs += granted * before + 0.5 * granted * (granted + 1)
         group = answers.lockstep
         context_tokens = group.context_tokens(0) if group.size else 0
-        duration_s = self._latency.step_s(StepWork(num_tokens, num_pairs, len(chunks), group.size, context_tokens))
+        duration_s = self.latency.step_s(StepWork(num_tokens, num_pairs, len(chunks), group.size, context_tokens))
         _check_duration(duration_s, self)
         self._prefill_tokens += num_tokens
         self._state = State.STEP
-        self._stretch = Stretch(start_s, duration_s / self._num_stages, 0.0, self._gap_s)
+        self._stretch = Stretch(start_s, duration_s / self._num_stages, 0.0, self.gap_s)
         self._planned_steps = 1
         if self._num_stages == 1:
             self._heap.at(start_s + duration_s, self._step_ends, chunks)
@@ -270,7 +309,7 @@ class Worker:
     def _stage_done(self) -> None:
         self._busy_s += self._stretch.first_s
         self.num_steps += 1
-        self._ready_s = self._heap.now_s + self._gap_s
+        self._ready_s = self._heap.now_s + self.gap_s
 
     def _hand_out(self, chunks: Chunks) -> None:
         answers = self.answers
@@ -308,17 +347,9 @@ class Worker:
 
     # --- figures ----------------------------------------------------------------------------------
 
-    def load(self) -> WorkerLoad:
-        """As a live worker reports it, as far as the dispatch policy looks at it."""
-        answers, prompts = self.answers, self.prompts
-        ahead = self._steps_ended() if self._state is State.STRETCH else 0
-        return WorkerLoad(
-            waiting_requests=prompts.num_waiting + self.incoming.num_open + answers.num_preempted,
-            pending_prompt_tokens=prompts.pending_tokens,
-            running_requests=len(prompts.running) + answers.num_running,
-            context_tokens=answers.context_tokens(ahead) + self.incoming.num_tokens,
-            free_blocks=self.available_blocks,
-        )
+    def step_age_s(self) -> float:
+        """How long the step that reads prompts has been running; 0 where none is."""
+        return max(0.0, self._heap.now_s - self._stretch.start_s) if self._state is State.STEP else 0.0
 
     def busy_until_now_s(self) -> float:
         """Seconds spent in steps so far, of pipelines in their first stage."""
@@ -347,6 +378,8 @@ class Worker:
             busy_s=self._busy_s,
             steps=self.num_steps,
             prefill_tokens=self._prefill_tokens,
+            cached_tokens=self.prompts.cached_tokens,
+            fetched_blocks=self.prompts.fetched_blocks,
             decode_tokens=self.decode_tokens,
             peak_blocks=self._peak_blocks,
             mean_blocks=self._block_seconds / counted_s if counted_s else 0.0,
@@ -357,3 +390,15 @@ class Worker:
 def _check_duration(duration_s: float, worker: Worker) -> None:
     if not duration_s > 0.0:
         raise ValueError(f"the latency model of {worker.worker_id} gives a step of {duration_s} s; it must be > 0")
+
+
+def _whole(chunks: Sequence[Candidate], budget: StepBudget) -> list[Candidate]:
+    """Those that the budget holds whole, begun ones first, by arrival, nobody passed; the first in any case."""
+    chosen: list[Candidate] = []
+    tokens_left = budget.max_tokens
+    for chunk in sorted(chunks, key=lambda each: (not each.started, each.arrival, each.sequence_id)):
+        tokens_left -= chunk.num_tokens
+        if chosen and tokens_left < 0:
+            break
+        chosen.append(chunk)
+    return chosen

@@ -150,7 +150,7 @@ def _published(text: str) -> Costs:
     if fit is None:
         raise ConfigError(f"--latency {text}: there is no such setting{did_you_mean(setting, DISTSERVE_OPT)}")
     model, _, devices = setting.rpartition("-tp")
-    shape, num_devices = _model(model)[1], int(devices)
+    shape, num_devices = model_shape(model)[1], int(devices)
     return Costs(
         text=f"DistServe's published fit of {model} on {num_devices} x A100-80G",
         facts={"source": "distserve", "setting": setting, "coefficients": fit},
@@ -163,18 +163,11 @@ def _published(text: str) -> Costs:
 
 
 def _roofline(flags: LatencyFlags, config_model: str | None) -> Costs:
-    name, shape = _model(flags.model) if flags.model is not None else _default_model(config_model)
+    name, shape = model_shape(flags.model) if flags.model is not None else _default_model(config_model)
     device_name = flags.device or DEFAULT_DEVICE
-    device = _device(device_name)
+    device = device_spec(device_name)
     tensor_parallel = 1 if flags.tensor_parallel is None else flags.tensor_parallel
-    try:
-        reached = Efficiencies(
-            compute=DEFAULT_COMPUTE_EFFICIENCY if flags.compute_efficiency is None else flags.compute_efficiency,
-            memory=DEFAULT_MEMORY_EFFICIENCY if flags.memory_efficiency is None else flags.memory_efficiency,
-            overhead_s=(flags.step_overhead_ms or 0.0) / 1e3,
-        )
-    except ValueError as error:
-        raise ConfigError(f"--compute-efficiency, --memory-efficiency, --step-overhead-ms: {error}") from error
+    reached = efficiencies_of(flags)
     try:
         latency = Roofline(shape, device, reached, tensor_parallel=tensor_parallel)
         kv_tokens = kv_blocks_that_fit(shape, device, block_tokens=1, tensor_parallel=tensor_parallel)
@@ -206,11 +199,23 @@ def _roofline(flags: LatencyFlags, config_model: str | None) -> Costs:
     )
 
 
+def efficiencies_of(flags: LatencyFlags) -> Efficiencies:
+    """Those of a roofline. Raises ConfigError that names the flags."""
+    try:
+        return Efficiencies(
+            compute=DEFAULT_COMPUTE_EFFICIENCY if flags.compute_efficiency is None else flags.compute_efficiency,
+            memory=DEFAULT_MEMORY_EFFICIENCY if flags.memory_efficiency is None else flags.memory_efficiency,
+            overhead_s=(flags.step_overhead_ms or 0.0) / 1e3,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--compute-efficiency, --memory-efficiency, --step-overhead-ms: {error}") from error
+
+
 def _default_model(config_model: str | None) -> tuple[str, ModelShape]:
     if config_model is None:
-        return _model(DEFAULT_MODEL)
+        return model_shape(DEFAULT_MODEL)
     try:
-        return _model(config_model)
+        return model_shape(config_model)
     except ConfigError as error:
         raise ConfigError(
             f"the cluster file's model {config_model!r} has no roofline: give --profile FILE (from tandem profile), "
@@ -218,7 +223,8 @@ def _default_model(config_model: str | None) -> tuple[str, ModelShape]:
         ) from error
 
 
-def _model(name: str) -> tuple[str, ModelShape]:
+def model_shape(name: str) -> tuple[str, ModelShape]:
+    """A known model, or a checkpoint folder, by `--model`. Raises ConfigError that names the flag."""
     shape = _by_name(MODELS, name)
     if shape is not None:
         return name, shape
@@ -239,7 +245,8 @@ def _by_name(known: Mapping[_Name, _Value], name: str) -> _Value | None:
     return next((value for key, value in known.items() if key == name), None)
 
 
-def _device(name: str) -> DeviceSpec:
+def device_spec(name: str) -> DeviceSpec:
+    """By `--device`. Raises ConfigError that names the flag."""
     device = _by_name(DEVICES, name)
     if device is None:
         raise ConfigError(f"--device {name}: unknown{did_you_mean(name, DEVICES)}")

@@ -8,8 +8,11 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
+from contracts.config import AdmissionForm, DispatchPolicyName  # noqa: TC001 (read at run time as well)
+
 CLUSTER_GROUP = Group("Cluster", sort_key=1)
 LATENCY_GROUP = Group("Latency (one of --profile, --model, --latency)", sort_key=2)
+POLICY_GROUP = Group("Policies", sort_key=3)
 REPORT_GROUP = Group("Report", sort_key=4)
 
 
@@ -98,7 +101,11 @@ class LatencyFlags:
 
     tensor_parallel: Annotated[
         int | None,
-        Parameter(name="--tensor-parallel", group=LATENCY_GROUP, help="Devices of one worker. Default: 1."),
+        Parameter(
+            name="--tensor-parallel",
+            group=LATENCY_GROUP,
+            help="Devices that share each layer of one worker. Default: 1; tandem plan tries all.",
+        ),
     ] = None
 
     compute_efficiency: Annotated[
@@ -129,6 +136,46 @@ class LatencyFlags:
     latency: Annotated[
         str | None,
         Parameter(name="--latency", group=LATENCY_GROUP, help="A published fit, such as distserve:opt-13b-tp1."),
+    ] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyFlags:
+    """How requests are placed and admitted, and what prompts share."""
+
+    dispatch: Annotated[
+        DispatchPolicyName | None,
+        Parameter(name="--dispatch", group=POLICY_GROUP, help="Dispatch policy. Default: the file's, else ttft_min."),
+    ] = None
+
+    admission: Annotated[
+        AdmissionForm | None,
+        Parameter(
+            name="--admission",
+            group=POLICY_GROUP,
+            help="Refuse requests that are predicted to miss the workload's targets. Default: the file's, if it says "
+            "one, else none.",
+        ),
+    ] = None
+
+    prefix_cache: Annotated[
+        int | None,
+        Parameter(
+            name="--prefix-cache",
+            group=POLICY_GROUP,
+            help="Tokens of earlier prompts that each prefill or mixed worker keeps in host memory. Default: 0.",
+        ),
+    ] = None
+
+    max_output: Annotated[
+        int | None,
+        Parameter(
+            name="--max-output",
+            group=POLICY_GROUP,
+            help="Answer that every client allows, in tokens. Default: each as long as its answer will be, so that "
+            "the coordinator knows.",
+        ),
     ] = None
 
 

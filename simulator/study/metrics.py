@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from contracts.errors import ConfigError
-from simulator.heap.results import Outcome
+from simulator.heap.results import REFUSALS, Outcome
 from workload.figures import Attainment, LatencySummary, summarise
 
 if TYPE_CHECKING:
@@ -65,10 +65,38 @@ class TransferUsage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixUsage:
+    """What prompts found in the prefix caches of their workers, as shares of all prompt tokens that were read."""
+
+    cached_share: float
+    #: Of these: copied from another worker for the prompt.
+    fetched_share: float
+    num_fetches: int
+    fetched_bytes: int
+    #: From asking for a prefix to having it.
+    mean_fetch_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionErrors:
+    """What the coordinator expected of requests that finished, less what came: seconds; NaN where it expected
+    nothing. Medians tell the bias, the shares how many came later than expected."""
+
+    ttft_median_s: float
+    ttft_p90_abs_s: float
+    ttft_later_share: float
+    tpot_median_s: float
+    tpot_p90_abs_s: float
+    tpot_later_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudyMetrics:
     num_requests: int
     num_finished: int
     num_rejected: int
+    #: By the reason that was given last.
+    rejected_for: dict[str, int]
     num_timed_out: int
     num_failed: int
     num_preemptions: int
@@ -97,6 +125,8 @@ class StudyMetrics:
     output_tokens_per_s: float
     pools: tuple[PoolUsage, ...]
     transfer: TransferUsage
+    prefixes: PrefixUsage
+    predictions: PredictionErrors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +193,7 @@ def measure(result: StudyResult, slos: Sequence[SloClass]) -> StudyMetrics:
         num_requests=len(rows.arrival_s),
         num_finished=int(num_outcomes[Outcome.FINISHED]),
         num_rejected=int(num_outcomes[Outcome.REJECTED]),
+        rejected_for=_rejected_for(rows),
         num_timed_out=int(num_outcomes[Outcome.TIMED_OUT]),
         num_failed=int(num_outcomes[Outcome.FAILED]),
         num_preemptions=int(rows.preemptions.sum()),
@@ -184,6 +215,8 @@ def measure(result: StudyResult, slos: Sequence[SloClass]) -> StudyMetrics:
         output_tokens_per_s=_total(rows.output_tokens, latencies.finished) / result.duration_s,
         pools=tuple(_pool(group, result) for group in result.spec.groups),
         transfer=_transfer(rows, result),
+        prefixes=_prefixes(rows, result),
+        predictions=_predictions(rows, latencies),
     )
 
 
@@ -272,3 +305,45 @@ def _transfer(rows: RequestColumns, result: StudyResult) -> TransferUsage:
         mean_bytes_per_s=result.transfer_bytes / result.duration_s,
         mean_flow_bytes_per_s=result.transfer_bytes / total_s if total_s else math.nan,
     )
+
+
+def _rejected_for(rows: RequestColumns) -> dict[str, int]:
+    reasons = rows.refusal[(rows.outcome == Outcome.REJECTED) & (rows.refusal >= 0)]
+    counts = np.bincount(reasons, minlength=len(REFUSALS))
+    return {reason: int(count) for reason, count in zip(REFUSALS, counts, strict=True) if count}
+
+
+def _prefixes(rows: RequestColumns, result: StudyResult) -> PrefixUsage:
+    read = np.isfinite(rows.started_s)
+    prompt_tokens = max(1, _total(rows.prompt_tokens, read))
+    fetched = rows.fetched_tokens > 0
+    return PrefixUsage(
+        cached_share=_total(rows.cached_tokens, read) / prompt_tokens,
+        fetched_share=_total(rows.fetched_tokens, read) / prompt_tokens,
+        num_fetches=int(fetched.sum()),
+        fetched_bytes=result.fetched_bytes,
+        mean_fetch_ms=float(rows.fetch_s[fetched].mean()) * 1e3 if fetched.any() else math.nan,
+    )
+
+
+def _predictions(rows: RequestColumns, latencies: RequestLatencies) -> PredictionErrors:
+    ttft_s = (rows.predicted_ttft_s - latencies.ttft_s)[latencies.finished]
+    tpot_s = (rows.predicted_tpot_s - latencies.tpot_s)[latencies.finished]
+    ttft_s, tpot_s = ttft_s[np.isfinite(ttft_s)], tpot_s[np.isfinite(tpot_s)]
+    return PredictionErrors(
+        ttft_median_s=_quantile(ttft_s, 0.5),
+        ttft_p90_abs_s=_quantile(np.abs(ttft_s), 0.9),
+        ttft_later_share=_later_share(ttft_s),
+        tpot_median_s=_quantile(tpot_s, 0.5),
+        tpot_p90_abs_s=_quantile(np.abs(tpot_s), 0.9),
+        tpot_later_share=_later_share(tpot_s),
+    )
+
+
+def _quantile(values: NDArray[np.float64], share: float) -> float:
+    return float(np.quantile(values, share)) if len(values) else math.nan
+
+
+def _later_share(errors_s: NDArray[np.float64]) -> float:
+    """Of those that came later than expected."""
+    return float((errors_s < 0).mean()) if len(errors_s) else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,8 @@ def report_text(report: Report) -> str:
                 f"{metrics.output_tokens_per_s:,.0f} output tokens/s written",
             ),
             ("transfer", _transfer(metrics)),
+            *_prefixes(metrics),
+            *_predictions(metrics),
             ("run", _run(report.run, metrics)),
         ),
         facts(*(("warning", warning) for warning in report.warnings)),
@@ -97,8 +100,9 @@ def report_text(report: Report) -> str:
 
 def _outcome(metrics: StudyMetrics) -> str:
     parts = [f"{metrics.num_finished:,} of {metrics.num_requests:,} requests finished"]
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in metrics.rejected_for.items())
     for count, what in (
-        (metrics.num_rejected, "refused"),
+        (metrics.num_rejected, f"refused ({reasons})" if reasons else "refused"),
         (metrics.num_timed_out, "timed out"),
         (metrics.num_failed, "failed for want of KV blocks"),
     ):
@@ -179,6 +183,31 @@ def _transfer(metrics: StudyMetrics) -> str:
         f"{transfer.mean_bytes_per_s / 1e9:,.2f} GB/s on average; one takes {transfer.mean_ms:,.1f} ms "
         f"at {transfer.mean_flow_bytes_per_s / 1e9:,.1f} GB/s"
     )
+
+
+def _prefixes(metrics: StudyMetrics) -> Iterator[tuple[str, str]]:
+    prefixes = metrics.prefixes
+    if not prefixes.cached_share:
+        return
+    text = f"{prefixes.cached_share:.1%} of the prompt tokens read were found in a cache"
+    if prefixes.num_fetches:
+        text += (
+            f", {prefixes.fetched_share:.1%} had been copied there: {prefixes.num_fetches:,} copies, "
+            f"{prefixes.fetched_bytes / 1e9:,.1f} GB, {prefixes.mean_fetch_ms:,.1f} ms each"
+        )
+    yield "prefixes", text
+
+
+def _predictions(metrics: StudyMetrics) -> Iterator[tuple[str, str]]:
+    errors = metrics.predictions
+    if not math.isnan(errors.ttft_median_s):
+        yield (
+            "predicted",
+            f"TTFT {1e3 * errors.ttft_median_s:+,.1f} ms in the median ({errors.ttft_later_share:.0%} came later than "
+            f"predicted; nine in ten within {1e3 * errors.ttft_p90_abs_s:,.1f} ms), TPOT "
+            f"{1e3 * errors.tpot_median_s:+,.1f} ms ({errors.tpot_later_share:.0%} later; within "
+            f"{1e3 * errors.tpot_p90_abs_s:,.1f} ms)",
+        )
 
 
 def _run(run: RunFigures, metrics: StudyMetrics) -> str:

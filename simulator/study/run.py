@@ -24,7 +24,8 @@ from workload.traffic import build_traffic
 
 if TYPE_CHECKING:
     from simulator.heap.results import StudyResult
-    from simulator.study.flags import ClusterFlags, LatencyFlags, ReportFlags
+    from simulator.heap.spec import StudySpec
+    from simulator.study.flags import ClusterFlags, LatencyFlags, PolicyFlags, ReportFlags
     from simulator.study.setup import ClusterSetup
     from workload.flags import WorkloadFlags
     from workload.goodput import GoodputSearch
@@ -43,13 +44,19 @@ _MIN_SAMPLE_S = 0.05
 
 
 def run_study(
-    cluster: ClusterFlags, latency: LatencyFlags, workload: WorkloadFlags, report: ReportFlags, *, command: str
+    cluster: ClusterFlags,
+    latency: LatencyFlags,
+    policy: PolicyFlags,
+    workload: WorkloadFlags,
+    report: ReportFlags,
+    *,
+    command: str,
 ) -> int:
     """Simulates, prints the report and writes the files; returns the exit code. Raises ConfigError before it starts."""
     if not 0 < report.target_attainment <= 1:
         raise ConfigError(f"--target-attainment {report.target_attainment:g}: must be above 0, at most 1")
-    setup = build_setup(cluster, latency)
     traffic = build_traffic(workload)
+    setup = build_setup(cluster, latency, policy, traffic.slos)
     if report.find_goodput and traffic.totals.rate_rps is None:
         raise ConfigError("--find-goodput: all requests of the workload come at once, it has no rate to scale")
     _check_text(command)
@@ -68,7 +75,7 @@ def run_study(
         warnings=(
             *setup.warnings,
             *traffic.warnings,
-            *_unmodelled(traffic),
+            *unmodelled(traffic, setup.spec),
             *unserved_warnings(metrics),
             *_too_long(result),
             *_search_warnings(searched, traffic),
@@ -159,18 +166,19 @@ def _search(setup: ClusterSetup, traffic: Traffic, metrics: StudyMetrics, target
     )
 
 
-def _unmodelled(traffic: Traffic) -> tuple[str, ...]:
+def unmodelled(traffic: Traffic, spec: StudySpec) -> tuple[str, ...]:
     """What the workload asks for, and the study leaves out or assumes."""
     warnings: list[str] = []
     if traffic.cancel is not None:
         warnings.append("cancellations are not simulated: every answer is written whole")
     if traffic.totals.num_chats:
         warnings.append("a chat's next turn comes when its SLO class allows: answers are taken to last just so long")
-    share = _repeated_share(traffic)
+    has_cache = any(group.prefix_cache_tokens for group in spec.groups)
+    share = 0.0 if has_cache else _repeated_share(traffic)
     if share > 0:
         warnings.append(
             f"no prefix cache is modelled: every prompt is computed whole, though {share:.1%} of the prompt tokens "
-            f"repeat an earlier request's"
+            f"repeat an earlier request's; --prefix-cache gives the workers one"
         )
     return tuple(warnings)
 

@@ -10,18 +10,24 @@ from contracts.config import PoolConfig, parse_size
 from contracts.config_loader import load_config
 from contracts.errors import ConfigError
 from contracts.transfer_models import LinkTransfer
+from coordinator.policy.settings import AdmissionRule, ConductorSettings
 from engine.compose import StepBudget
+from prefill import PrefillLimits
+from prefill.ordering import QueueRules
 from simulator.heap.spec import StudySpec, WorkerGroup
 from simulator.study.costs import choose_costs
+from simulator.study.flags import PolicyFlags
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from contracts.config import ClusterConfig
     from contracts.config_loader import LoadedConfig
     from contracts.messages import Role
     from simulator.study.costs import Costs
     from simulator.study.flags import ClusterFlags, LatencyFlags
+    from workload.slo import SloClass
 
 #: Of each role, in one study.
 MAX_WORKERS = 100_000
@@ -66,9 +72,16 @@ def parse_workers(text: str) -> dict[Role, int]:
     return counts
 
 
-def build_setup(cluster: ClusterFlags, latency: LatencyFlags) -> ClusterSetup:
-    """Raises ConfigError that names the flag or the file's key."""
-    _check(cluster)
+def build_setup(
+    cluster: ClusterFlags,
+    latency: LatencyFlags,
+    policy: PolicyFlags | None = None,
+    slos: Sequence[SloClass] = (),
+) -> ClusterSetup:
+    """`slos`: what the coordinator is told of the workload's targets. Raises ConfigError that names the flag or the
+    file's key."""
+    policy = policy or PolicyFlags()
+    _check(cluster, policy)
     loaded = load_config(cluster.config, {}, {})
     config = loaded.config
     costs = choose_costs(latency, config_model=None if cluster.config is None else config.model)
@@ -81,9 +94,13 @@ def build_setup(cluster: ClusterFlags, latency: LatencyFlags) -> ClusterSetup:
             latency=costs.latency,
             num_blocks=_num_blocks(pool, cluster, costs, loaded),
             num_devices=costs.num_devices,
+            prefix_cache_tokens=policy.prefix_cache or 0,
+            prefill=PrefillLimits(queue=_queue(config)),
+            tpot_chunks=config.engine.queue.tpot_chunks,
             budget=StepBudget(
                 max_tokens=cluster.max_batch_tokens or pool.max_batch_tokens or config.engine.max_batch_tokens,
                 max_sequences=cluster.max_sequences or pool.max_sequences or config.engine.max_sequences,
+                saturation_tokens=config.engine.queue.saturation_tokens,
             ),
         )
         for pool, count in pools
@@ -100,6 +117,9 @@ def build_setup(cluster: ClusterFlags, latency: LatencyFlags) -> ClusterSetup:
         between_steps_s=costs.between_steps_s,
         gateway_s=costs.gateway_s,
         request_timeout_s=config.gateway.request_timeout_s,
+        conductor=_conductor(policy, loaded),
+        slos=tuple(slos),
+        max_output_tokens=policy.max_output,
     )
     return ClusterSetup(
         spec=spec,
@@ -110,11 +130,48 @@ def build_setup(cluster: ClusterFlags, latency: LatencyFlags) -> ClusterSetup:
     )
 
 
-def _check(cluster: ClusterFlags) -> None:
-    for name in ("kv_blocks", "max_batch_tokens", "max_sequences"):
-        value: int | None = getattr(cluster, name)
+def _check(cluster: ClusterFlags, policy: PolicyFlags) -> None:
+    for flags, name in (
+        (cluster, "kv_blocks"),
+        (cluster, "max_batch_tokens"),
+        (cluster, "max_sequences"),
+        (policy, "max_output"),
+    ):
+        value: int | None = getattr(flags, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if policy.prefix_cache is not None and policy.prefix_cache < 0:
+        raise ConfigError(f"--prefix-cache {policy.prefix_cache}: must not be negative")
+
+
+def _conductor(policy: PolicyFlags, loaded: LoadedConfig) -> ConductorSettings:
+    """Nothing is refused for targets unless somebody asks for it: a study is about all of its requests."""
+    coordinator = loaded.config.coordinator
+    dispatch, admission = coordinator.dispatch, coordinator.admission
+    says_form = ("coordinator", "admission", "form") in loaded.sources
+    return ConductorSettings(
+        policy=policy.dispatch or dispatch.policy,
+        decode=dispatch.decode,
+        fetch_ratio=dispatch.fetch_ratio,
+        local_prefill_tokens=dispatch.local_prefill_tokens,
+        admission=AdmissionRule(
+            form=policy.admission or (admission.form if says_form else "none"),
+            ttft_share=admission.ttft_share,
+            tpot_share=admission.tpot_share,
+            hysteresis=admission.hysteresis,
+        ),
+        max_directory_blocks=coordinator.max_directory_blocks,
+    )
+
+
+def _queue(config: ClusterConfig) -> QueueRules:
+    queue = config.engine.queue
+    return QueueRules(
+        order=queue.order,
+        ageing_s=queue.ageing_s,
+        fair=queue.fair,
+        tenant_weights={tenant.name: tenant.weight for tenant in config.gateway.tenants},
+    )
 
 
 def _pools(pools: Sequence[PoolConfig], workers: str | None) -> list[tuple[PoolConfig, int]]:
@@ -196,8 +253,19 @@ def _text(spec: StudySpec, link: LinkTransfer) -> str:
         f"steps of at most {group.budget.max_tokens:,} tokens and {group.budget.max_sequences:,} sequences"
         for group in spec.groups
     ]
+    lines += _policy_lines(spec)
     lines.append(f"links of {link.bandwidth_bytes_s * link.efficiency / 1e9:g} GB/s and {link.latency_s * 1e3:g} ms")
     return "\n".join(lines)
+
+
+def _policy_lines(spec: StudySpec) -> list[str]:
+    conductor = spec.conductor
+    form = conductor.admission.form
+    admission = "" if form == "none" else f", admission by {form} load"
+    cache_tokens = max(group.prefix_cache_tokens for group in spec.groups)
+    cache = f", prefix caches of {cache_tokens:,} tokens" if cache_tokens else ""
+    order = next(group.prefill.queue.order for group in spec.groups if group.role != "decode")
+    return [f"dispatch {conductor.policy}{admission}, queues {order}{cache}"]
 
 
 def _facts(spec: StudySpec, costs: Costs, config: Path | None) -> dict[str, object]:
@@ -210,6 +278,7 @@ def _facts(spec: StudySpec, costs: Costs, config: Path | None) -> dict[str, obje
                 "num_workers": group.count,
                 "num_devices_per_worker": group.num_devices,
                 "num_blocks": group.num_blocks,
+                "prefix_cache_tokens": group.prefix_cache_tokens,
                 "max_batch_tokens": group.budget.max_tokens,
                 "max_sequences": group.budget.max_sequences,
                 "prefill_limits": group.prefill,
@@ -225,7 +294,10 @@ def _facts(spec: StudySpec, costs: Costs, config: Path | None) -> dict[str, obje
                 "kv_token_bytes",
                 "block_tokens",
                 "max_context_tokens",
-                "dispatch",
+                "conductor",
+                "slos",
+                "max_output_tokens",
+                "block_events_s",
                 "heartbeat_interval_s",
                 "message_s",
                 "between_steps_s",

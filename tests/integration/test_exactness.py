@@ -7,20 +7,13 @@ run at once.
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.support.cluster import running_cluster
-from tests.support.oracle import NUM_NEW, Oracle, make_oracle
-from tests.support.tiny_models import VOCAB_SIZE
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.support.oracle import NUM_NEW, Oracle, make_oracle, write_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +39,6 @@ CASES = [
     Case("qwen2", "colocated.yaml", 32, 512),
     Case("qwen3", "colocated.yaml", 16, 100),
 ]
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A word per token id: tiny models have weights and no text."""
-    vocabulary = {f"t{token}": token for token in range(VOCAB_SIZE)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"unk_token": "t0"}))
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ async def assert_clean(cluster: ClusterProcess) -> None:
         audits = await cluster.audit()
         assert all(audit.problems == () for audit in audits.values()), audits
         return all(
-            audit.load.free_blocks == audit.total_blocks
+            audit.load.available_blocks == audit.total_blocks
             and (audit.open_requests, audit.holder_leases, audit.reader_leases) == (0, 0, 0)
             for audit in audits.values()
         )

@@ -97,7 +97,7 @@ async def completes(base_url: str) -> bool:
 
 def holds_nothing(audit: AuditReply) -> bool:
     assert audit.problems == ()
-    return audit.load.free_blocks == audit.total_blocks and (
+    return audit.load.available_blocks == audit.total_blocks and (
         audit.open_requests,
         audit.holder_leases,
         audit.reader_leases,

@@ -19,11 +19,13 @@ from contracts.errors import NoCapacity
 from contracts.latency import DecodeTerms
 from contracts.requests import SamplingParams
 from contracts.transfer_models import LinkTransfer
+from coordinator.conductor import Conductor, ConductorSettings
 from engine.compose import StepBudget
 from gateway.core import Submission
 from prefill import PrefillLimits
 from simulator import Program, StepTiming, run
 from simulator.cluster import ClusterSpec, SimulatedCluster
+from simulator.heap.costs import StudyCosts
 from simulator.heap.results import Outcome
 from simulator.heap.spec import StudySpec, WorkerGroup
 from simulator.heap.study import simulate
@@ -31,6 +33,7 @@ from tests.support.heap_studies import audit, tpot_s, ttft_s
 from workload.request import WorkloadRequest
 
 if TYPE_CHECKING:
+    from contracts.config import DispatchPolicyName
     from contracts.latency import StepWork
     from contracts.messages import Role
     from simulator.heap.results import StudyResult
@@ -101,8 +104,17 @@ async def restart_apart(cluster: SimulatedCluster, worker_ids: list[str]) -> Non
     await asyncio.sleep(start_s + PROBED_S - loop.time())
 
 
-def shells_spec(roles: dict[str, Role], num_blocks: int) -> ClusterSpec:
+def shells_spec(roles: dict[str, Role], num_blocks: int, policy: DispatchPolicyName = "ttft_min") -> ClusterSpec:
+    """Its coordinator knows what steps and pulls cost, as that of the heap does."""
+    study = heap_spec(roles, num_blocks, policy=policy)
+
+    def conductor() -> Conductor:
+        return Conductor(
+            costs=StudyCosts(study), slos={}, default_slo=None, settings=study.settings(0), rng=random.Random(0)
+        )
+
     return ClusterSpec(
+        conductor=conductor,
         roles=roles,
         num_blocks=num_blocks,
         block_tokens=BLOCK_TOKENS,
@@ -146,40 +158,43 @@ def in_shells(requests: list[WorkloadRequest], spec: ClusterSpec) -> list[tuple[
     return run(main, seed=1)
 
 
-def in_heap(
-    requests: list[WorkloadRequest],
+def heap_spec(
     roles: dict[str, Role],
     num_blocks: int,
     prefill: PrefillLimits = DEFAULT_PREFILL,
-) -> StudyResult:
+    policy: DispatchPolicyName = "ttft_min",
+) -> StudySpec:
     budget = StepBudget(max_tokens=MAX_BATCH_TOKENS, max_sequences=MAX_SEQUENCES)
     names: dict[str, Role] = {worker_id[0]: role for worker_id, role in roles.items()}
-    result = simulate(
-        StudySpec(
-            groups=tuple(
-                WorkerGroup(
-                    name=name,
-                    role=role,
-                    count=sum(worker_id[0] == name for worker_id in roles),
-                    latency=SameTiming(TIMING),
-                    num_blocks=num_blocks,
-                    budget=budget,
-                    prefill=prefill,
-                )
-                for name, role in names.items()
-            ),
-            transfer=LINK,
-            kv_token_bytes=KV_TOKEN_BYTES,
-            block_tokens=BLOCK_TOKENS,
-            max_context_tokens=1024,
-            message_s=MESSAGE_S,
+    return StudySpec(
+        groups=tuple(
+            WorkerGroup(
+                name=name,
+                role=role,
+                count=sum(worker_id[0] == name for worker_id in roles),
+                latency=SameTiming(TIMING),
+                num_blocks=num_blocks,
+                budget=budget,
+                prefill=prefill,
+            )
+            for name, role in names.items()
         ),
-        requests,
+        transfer=LINK,
+        kv_token_bytes=KV_TOKEN_BYTES,
+        block_tokens=BLOCK_TOKENS,
+        max_context_tokens=1024,
+        message_s=MESSAGE_S,
+        conductor=ConductorSettings(policy=policy),
     )
+
+
+def in_heap(requests: list[WorkloadRequest], spec: StudySpec) -> StudyResult:
+    result = simulate(spec, requests)
     audit(result)
     return result
 
 
+@pytest.mark.parametrize("policy", ["least_loaded", "ttft_min"])
 @pytest.mark.parametrize(
     ("roles", "rate", "num_blocks", "tolerance"),
     [
@@ -195,11 +210,11 @@ def in_heap(
     ],
 )
 def test_both_simulators_see_the_same_latencies(
-    roles: dict[str, Role], rate: float, num_blocks: int, tolerance: float
+    roles: dict[str, Role], rate: float, num_blocks: int, tolerance: float, policy: DispatchPolicyName
 ) -> None:
     requests = workload(random.Random(0), rate=rate, count=80)
-    served = [each for each in in_shells(requests, shells_spec(roles, num_blocks)) if each is not None]
-    result = in_heap(requests, roles, num_blocks)
+    served = [each for each in in_shells(requests, shells_spec(roles, num_blocks, policy)) if each is not None]
+    result = in_heap(requests, heap_spec(roles, num_blocks, policy=policy))
     assert len(served) == len(requests)
     assert (result.requests.outcome == Outcome.FINISHED).all()
     assert float(np.mean(ttft_s(result))) == pytest.approx(fmean(ttft for ttft, _ in served), rel=tolerance)
@@ -210,7 +225,7 @@ def refused_in_both(requests: list[WorkloadRequest]) -> tuple[list[bool], list[b
     """By the shells and by the heap, where two prompts may wait at each of two prefill workers."""
     prefill = PrefillLimits(max_waiting=2)
     asked = in_shells(requests, replace(shells_spec(TWO_PAIRS, 64), prefill=prefill))
-    result = in_heap(requests, TWO_PAIRS, 64, prefill)
+    result = in_heap(requests, heap_spec(TWO_PAIRS, 64, prefill))
     return [each is None for each in asked], (result.requests.outcome == Outcome.REJECTED).tolist()
 
 

@@ -50,7 +50,7 @@ class Load:
 
 
 def is_clean(audit: AuditReply) -> bool:
-    return audit.problems == () and audit.load.free_blocks == audit.total_blocks and audit.open_requests == 0
+    return audit.problems == () and audit.load.available_blocks == audit.total_blocks and audit.open_requests == 0
 
 
 async def until_clean(cluster: SimulatedCluster, worker_ids: set[str], within_s: float) -> None:

@@ -19,6 +19,7 @@ FOUND_WITHIN = {
     "reuse-lease-id": 80,
     "lose-heartbeat-timer": 10,
     "announce-block-being-written": 10,
+    "name-what-is-scheduled": 30,
     "wait-while-holding": 60,
 }
 

@@ -1,176 +1,169 @@
-"""The dispatch policy worker by worker: slow, plain, and the model that the one in columns is compared with."""
+"""The dispatch policies worker by worker: slow, plain, and the model that those in columns are compared with.
+
+Only what a policy is about: where a request goes. Sequential prices instead of tables, loops instead of columns.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from contracts.messages import Peer, Placement, Rejection
+from contracts.latency import StepWork
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-    from contracts.messages import DispatchItem, WorkerInfo, WorkerLoad
+    from contracts.latency import LatencyModel, TransferModel
+    from contracts.messages import DispatchItem, WorkerInfo
     from coordinator.policy import DispatchLimits
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerView:
-    """A live worker, as the last heartbeat and the placements since then tell it."""
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """A live worker, as its last report and the placements since then tell it."""
 
     info: WorkerInfo
-    load: WorkerLoad
-    #: Prompt tokens placed here for prefill, not yet in a heartbeat.
-    booked_prompt_tokens: int = 0
-    #: Context tokens (prompt and allowed output) placed here for decode, not yet in a heartbeat.
-    booked_context_tokens: int = 0
-    #: Requests among the above that wait for prefill.
-    booked_requests: int = 0
-
-    @property
-    def peer(self) -> Peer:
-        return Peer(worker_id=self.info.worker_id, incarnation=self.info.incarnation, address=self.info.address)
+    prefill_load_tokens: int = 0
+    decode_load_tokens: int = 0
+    waiting_requests: int = 0
+    #: Leading blocks of the prompt in question.
+    held_blocks: int = 0
+    #: Seconds until it has read what it was given, and until its planned fetches from it are over.
+    queue_s: float = 0.0
+    source_wait_s: float = 0.0
 
     def can_hold(self, prompt_tokens: int) -> bool:
         """Whether the prompt and one token of an answer fit into all its blocks and into its context."""
         needed = self.info.identity.layout.blocks_for(prompt_tokens + 1)
         return prompt_tokens < self.info.max_context_tokens and needed <= self.info.total_blocks
 
-    @property
-    def prefill_load_tokens(self) -> int:
-        return self.load.pending_prompt_tokens + self.booked_prompt_tokens
+    def understands(self, other: Row) -> bool:
+        return self.info.identity.mismatch(other.info.identity) is None
 
-    @property
-    def decode_load_tokens(self) -> int:
-        return self.load.context_tokens + self.booked_context_tokens
-
-    @property
-    def waiting_requests(self) -> int:
-        return self.load.waiting_requests + self.booked_requests
+    def book(self, item: DispatchItem) -> None:
+        """Its prompt is read here."""
+        self.prefill_load_tokens += item.prompt_tokens
+        self.waiting_requests += 1
 
 
-def reference_dispatch(
-    items: Sequence[DispatchItem], workers: Iterable[WorkerView], limits: DispatchLimits
-) -> list[Placement | Rejection]:
-    """One verdict for each item, in order. Earlier items of the call count as load for later ones."""
-    views = {view.info.worker_id: view for view in workers}
-    verdicts: list[Placement | Rejection] = []
-    for item in items:
-        verdict = _place(item, list(views.values()), limits)
-        verdicts.append(verdict)
-        if isinstance(verdict, Placement):
-            prefill = views[verdict.prefill.worker_id]
-            views[prefill.info.worker_id] = replace(
-                prefill,
-                booked_prompt_tokens=prefill.booked_prompt_tokens + item.prompt_tokens,
-                booked_requests=prefill.booked_requests + 1,
-            )
-            decode = views[verdict.decode.worker_id]
-            views[decode.info.worker_id] = replace(
-                decode,
-                booked_context_tokens=decode.booked_context_tokens + item.prompt_tokens + item.max_tokens,
-            )
-    return verdicts
+class Pair(NamedTuple):
+    reader: str
+    writer: str
 
 
-def _place(item: DispatchItem, views: list[WorkerView], limits: DispatchLimits) -> Placement | Rejection:
-    usable = [view for view in views if view.can_hold(item.prompt_tokens)]
-    if views and not usable:
-        return _too_long(item, views)
-    readers = sorted(
-        (view for view in usable if view.info.role != "decode"),
-        key=lambda view: (view.info.worker_id in item.avoid, view.prefill_load_tokens, view.info.worker_id),
-    )
+class Fetch(NamedTuple):
+    source: str
+    blocks: int
+
+
+class Ttft(NamedTuple):
+    seconds: float
+    fetch: Fetch | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    latency: LatencyModel
+    max_batch_tokens: int
+    transfer: TransferModel
+    kv_token_bytes: int
+    block_tokens: int
+
+    def read_s(self, num_tokens: int, held_blocks: int) -> float:
+        seconds, position = 0.0, held_blocks * self.block_tokens
+        while position < num_tokens:
+            chunk = min(self.max_batch_tokens, num_tokens - position)
+            seconds += self.latency.step_s(StepWork(chunk, chunk * position + 0.5 * chunk * (chunk + 1), 1))
+            position += chunk
+        return seconds
+
+
+# --- least loaded -------------------------------------------------------------------------------------
+
+
+def least_loaded(item: DispatchItem, rows: Sequence[Row], limits: DispatchLimits) -> Pair | str:
+    """A pair of worker ids, or the word for why there is none."""
+    usable = [row for row in rows if row.can_hold(item.prompt_tokens)]
+    if rows and not usable:
+        return "too_long"
+    readers = [row for row in usable if row.info.role != "decode"]
     if not readers:
-        return _not_ready(item, "prefill", views, limits)
-    open_readers = [view for view in readers if view.waiting_requests < limits.max_waiting_requests]
+        return "no_prefill"
+    open_readers = [row for row in readers if row.waiting_requests < limits.max_waiting_requests]
     if not open_readers:
-        return _full(item, min(readers, key=lambda view: view.prefill_load_tokens), len(readers))
-    pair = _pair_for(item, open_readers, usable)
-    if pair is None:
-        return _not_ready(item, "decode", views, limits)
-    reader, writer = pair
-    again = dict.fromkeys(view.info.worker_id for view in pair if view.info.worker_id in item.avoid)
-    reason = (
-        f"least loaded: prefill {reader.prefill_load_tokens} tokens pending of {len(readers)} workers, "
-        f"decode {writer.decode_load_tokens} context tokens"
-        + (f"; nobody else than {', '.join(again)}, to be avoided" if again else "")
+        return "full"
+    in_order = sorted(
+        open_readers,
+        key=lambda row: (row.info.worker_id in item.avoid, row.prefill_load_tokens, row.info.worker_id),
     )
-    return Placement(request_id=item.request_id, prefill=reader.peer, decode=writer.peer, reason=reason)
+    return _fewest_avoided(item, in_order, usable) or "no_decode"
 
 
-def _pair_for(
-    item: DispatchItem, readers: list[WorkerView], usable: list[WorkerView]
-) -> tuple[WorkerView, WorkerView] | None:
+def _fewest_avoided(item: DispatchItem, readers: Sequence[Row], usable: Sequence[Row]) -> Pair | None:
     """The first reader that has a writer, both not avoided; else the pair with the fewest avoided."""
-    best: tuple[WorkerView, WorkerView] | None = None
+    best: Pair | None = None
     fewest = 3
     for reader in readers:
-        writer = _writer_for(item, reader, usable)
+        writer = _least_loaded_writer(item, reader, usable)
         if writer is None:
             continue
-        num_avoided = sum(view.info.worker_id in item.avoid for view in (reader, writer))
+        pair = Pair(reader.info.worker_id, writer.info.worker_id)
+        num_avoided = sum(worker_id in item.avoid for worker_id in pair)
         if num_avoided < fewest:
-            best, fewest = (reader, writer), num_avoided
+            best, fewest = pair, num_avoided
         if not fewest:
             break
     return best
 
 
-def _writer_for(item: DispatchItem, reader: WorkerView, usable: list[WorkerView]) -> WorkerView | None:
-    """The decode worker for a prompt read by `reader`: itself when mixed, else the least loaded whose KV
-    means the same; not avoided before avoided, one that can hold the whole answer before one that cannot. None
-    when there is none."""
+def _least_loaded_writer(item: DispatchItem, reader: Row, usable: Sequence[Row]) -> Row | None:
     whole_tokens = item.prompt_tokens + item.max_tokens
     if reader.info.role == "mixed":
         return reader
-    writers = [
-        view
-        for view in usable
-        if view.info.role == "decode" and reader.info.identity.mismatch(view.info.identity) is None
-    ]
+    writers = [row for row in usable if row.info.role == "decode" and reader.understands(row)]
 
-    def preference(view: WorkerView) -> tuple[bool, bool, int, str]:
-        is_avoided = view.info.worker_id in item.avoid
-        too_small = view.info.max_context_tokens < whole_tokens
-        return (is_avoided, too_small, view.decode_load_tokens, view.info.worker_id)
+    def preference(row: Row) -> tuple[bool, bool, int, str]:
+        is_avoided = row.info.worker_id in item.avoid
+        too_small = row.info.max_context_tokens < whole_tokens
+        return (is_avoided, too_small, row.decode_load_tokens, row.info.worker_id)
 
     return min(writers, key=preference, default=None)
 
 
-def _not_ready(item: DispatchItem, role: str, views: list[WorkerView], limits: DispatchLimits) -> Rejection:
-    present = ", ".join(f"{view.info.worker_id} ({view.info.role})" for view in views) or "none"
-    return Rejection(
-        request_id=item.request_id,
-        code="not_ready",
-        message=f"no {role} worker can take the request (workers up: {present})",
-        retry_after_s=limits.not_ready_retry_after_s,
-    )
+# --- shortest time to the first token -----------------------------------------------------------------
 
 
-def _too_long(item: DispatchItem, views: list[WorkerView]) -> Rejection:
-    largest = max(
-        min(view.info.max_context_tokens, view.info.total_blocks * view.info.identity.layout.block_tokens)
-        for view in views
-    )
-    return Rejection(
-        request_id=item.request_id,
-        code="context_length_exceeded",
-        message=(
-            f"a prompt of {item.prompt_tokens} tokens and an answer fit into no worker; "
-            f"the largest holds {largest} tokens"
-        ),
-        retry_after_s=0.0,
-    )
+def ttfts(
+    item: DispatchItem, rows: Sequence[Row], prices: Prices, limits: DispatchLimits, fetch_ratio: float | None
+) -> dict[str, Ttft]:
+    """Of each worker that could read the prompt. Mooncake's algorithm 1, with fetches that run during the queue."""
+    found: dict[str, Ttft] = {}
+    for row in rows:
+        may_read = row.info.role != "decode" and row.can_hold(item.prompt_tokens)
+        if not may_read or row.waiting_requests >= limits.max_waiting_requests:
+            continue
+        has_writer = row.info.role == "mixed" or any(
+            other.info.role == "decode" and other.understands(row) and other.can_hold(item.prompt_tokens)
+            for other in rows
+        )
+        if has_writer:
+            found[row.info.worker_id] = _ttft(item, row, rows, prices, fetch_ratio)
+    return found
 
 
-def _full(item: DispatchItem, least: WorkerView, num_readers: int) -> Rejection:
-    return Rejection(
-        request_id=item.request_id,
-        code="no_capacity",
-        message=(
-            f"all {num_readers} prefill workers have full queues; the least loaded, {least.info.worker_id}, has "
-            f"{least.waiting_requests} requests and {least.prefill_load_tokens} prompt tokens waiting"
-        ),
-        retry_after_s=1.0,
-    )
+def _ttft(item: DispatchItem, row: Row, rows: Sequence[Row], prices: Prices, fetch_ratio: float | None) -> Ttft:
+    alone_s = prices.read_s(item.prompt_tokens, row.held_blocks)
+    alone = Ttft(item.waited_s + row.queue_s + alone_s, None)
+    sources = [other for other in rows if other.info.role != "decode" and other.understands(row) and other.held_blocks]
+    if fetch_ratio is None or not sources:
+        return alone
+    best = min(sources, key=lambda other: (-other.held_blocks, other.source_wait_s, other.info.worker_id))
+    if best.held_blocks <= fetch_ratio * row.held_blocks:
+        return alone
+    num_bytes = (best.held_blocks - row.held_blocks) * prices.block_tokens * prices.kv_token_bytes
+    fetch_s = best.source_wait_s + prices.transfer.transfer_s(num_bytes, 1)
+    rest_s = prices.read_s(item.prompt_tokens, best.held_blocks)
+    if fetch_s >= alone_s - rest_s:
+        return alone
+    seconds = item.waited_s + max(row.queue_s, fetch_s) + rest_s
+    return Ttft(seconds, Fetch(best.info.worker_id, best.held_blocks))

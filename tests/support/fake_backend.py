@@ -32,7 +32,9 @@ from contracts.messages import (
     MembersReply,
     Peer,
     Placement,
+    Predicted,
     PrefillRequest,
+    PrefixPlan,
     Rejection,
     RequestKey,
     Role,
@@ -75,6 +77,13 @@ class Script:
     reply: Callable[[GenerateRequest], Sequence[int]] = count_up
     #: Coordinator: refuses every request with (code, message, retry_after_s).
     rejection: tuple[str, str, float] | None = None
+    #: The word that goes with it.
+    reject_reason: str = ""
+    #: Coordinator: was just started, no worker has registered yet.
+    is_ignorant: bool = False
+    #: What the coordinator tells of its placements.
+    predicted: Predicted | None = None
+    prefix: PrefixPlan | None = None
     #: Prefill workers: refuse every request.
     prefill_error: TandemError | None = None
     #: By id: prefill workers that refuse every request.
@@ -177,6 +186,11 @@ class FakeWorker:
         for outbox in self._outboxes.values():
             outbox.put_nowait(deltas)
 
+    def tell(self, gateway_id: GatewayId, delta: TokenDelta) -> None:
+        """A frame to one gateway, if it listens."""
+        if gateway_id in self._outboxes:
+            self._outboxes[gateway_id].put_nowait((delta,))
+
     async def wait_cancelled(self, request_id: RequestId | None = None) -> None:
         """Returns once a Cancel (for this request) has arrived."""
         async with self._news:
@@ -245,14 +259,14 @@ class FakeWorker:
         first = start = len(request.token_ids) - request.num_prompt_tokens
         if self.script.failing_steps.get(request.request_id, 0) > 0:
             self.script.failing_steps[request.request_id] -= 1
-            self.send(failure(request, start, "internal", "the step failed"))
+            self.tell(request.gateway_id, failure(request, start, "internal", "the step failed"))
             return
         while start < len(reply):
             await self._gates.pass_through(start)
             stop = min(len(reply), start + (1 if start == first else self.script.tokens_per_frame))
             worker = self if start == first else decode
             last = stop == len(reply)
-            worker.send(self._delta(request, reply, start, stop, finish if last else None))
+            worker.tell(request.gateway_id, self._delta(request, reply, start, stop, finish if last else None))
             start = stop
             await asyncio.sleep(0)
 
@@ -333,14 +347,21 @@ class FakeCluster:
 
     def _verdict(self, item: DispatchItem) -> Placement | Rejection:
         request_id = item.request_id
+        if self.script.is_ignorant:
+            return Rejection(request_id=request_id, code="not_ready", message="nobody is up", retry_after_s=1.0)
         if self.script.rejection is not None:
             code, message, retry_after_s = self.script.rejection
-            return Rejection(request_id=request_id, code=code, message=message, retry_after_s=retry_after_s)
+            reason = self.script.reject_reason
+            return Rejection(
+                request_id=request_id, code=code, message=message, retry_after_s=retry_after_s, reason=reason
+            )
         return Placement(
             request_id=request_id,
             prefill=self._first("prefill", item.avoid).peer,
             decode=self._first("decode", item.avoid).peer,
             reason="scripted",
+            prefix=self.script.prefix,
+            predicted=self.script.predicted,
         )
 
     def _first(self, role: Role, avoid: tuple[WorkerId, ...]) -> FakeWorker:
@@ -351,4 +372,6 @@ class FakeCluster:
         members = tuple(
             Member(info=worker.info(), load=WorkerLoad(), heartbeat_age_s=0.1) for worker in self.workers.values()
         )
+        if self.script.is_ignorant:
+            members = ()
         return MembersReply(members=members)

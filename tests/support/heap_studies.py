@@ -115,7 +115,7 @@ def audit(result: StudyResult) -> None:
     written = sum(worker.decode_tokens for worker in result.workers)
     read = sum(worker.prefill_tokens for worker in result.workers)
     expected_written = int((columns.output_tokens[finished] - 1).sum())
-    expected_read = int(columns.prompt_tokens[finished].sum())
+    expected_read = int((columns.prompt_tokens - columns.cached_tokens)[finished].sum())
     if (finished | rejected).all():
         assert written == result.itl_s.weight == expected_written, "every token once"
         recomputed = bool(columns.preemptions.any())
@@ -123,6 +123,8 @@ def audit(result: StudyResult) -> None:
     else:
         assert written >= expected_written
         assert read >= expected_read
+    assert ((0 <= columns.cached_tokens) & (columns.cached_tokens < columns.prompt_tokens)).all()
+    assert (columns.refusal[rejected] >= 0).all(), "a refusal has a reason"
     assert sum(worker.steps for worker in result.workers) == result.num_steps
     assert sum(worker.preemptions for worker in result.workers) == columns.preemptions.sum()
     spaces = [group.num_blocks for group in result.spec.groups for _ in range(group.count)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.support.tiny_models import VOCAB_SIZE, load_reference, make_tiny_model
 
@@ -77,3 +79,12 @@ def _generate(model: Any, prompt: list[int]) -> list[int]:
     )
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A word per token id: tiny models have weights and no text."""
+    vocabulary = {f"t{token}": token for token in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"unk_token": "t0"}))

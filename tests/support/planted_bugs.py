@@ -1,4 +1,4 @@
-"""Eight classic bugs of disaggregated serving, planted in the production classes for the time of a trial.
+"""Classic bugs of disaggregated serving, planted in the production classes for the time of a trial.
 
 Each is a subclass as a tired developer would have written it, put in the place of the class that a worker is made
 of; nothing in production code knows of it. `python -m tests.support.planted_bugs --bug NAME --seeds N` says which
@@ -35,11 +35,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping
     from types import ModuleType
 
+    from contracts.ids import BlockId
     from contracts.messages import ConfirmRequest, PrefillRequest
     from engine.plan import Sampled
     from kvtransfer.holder_events import Refuse
     from kvtransfer.reader_events import AbortReason, ReaderInstruction
     from kvtransfer.reader_lease import ReaderLease
+    from prefill.prompts import Prompt
 
 
 class SkipsGenerationCheck(Holder):
@@ -133,6 +135,19 @@ class AnnouncesBlockBeingWritten(PrefillQueue):
             self._holder.advance(prompt.lease_id, self._layout.blocks_for(prompt.sequence.num_computed))
 
 
+class NamesWhatIsScheduled(PrefillQueue):
+    """Gives a prompt's blocks their keys when they are allocated: whoever finds them reads on behind tokens that are
+    not there yet, or never will be.
+
+    Right where one step computes both in order, as in vLLM; not here, and wrong there too once the first one is
+    cancelled. Shows as wrong tokens of another prompt with the same beginning.
+    """
+
+    def _take_blocks(self, prompt: Prompt, cached: list[BlockId], now_s: float) -> None:
+        super()._take_blocks(prompt, cached, now_s)
+        self._prefixes.name(prompt.chain, prompt.sequence.block_ids, prompt.num_named, len(prompt.chain))
+
+
 class WaitsWhileHolding(Reader):
     """An offer that waits takes what blocks there are, and holds them until the rest comes free.
 
@@ -166,7 +181,7 @@ class PlantedBug:
 
 
 _WRONG_TOKEN = r"token \d+ is \d+, not \d+"
-_LEAK = r"\d+ of \d+ blocks are not free"
+_LEAK = r"\d+ of \d+ blocks are in use"
 
 BUGS: Mapping[str, PlantedBug] = {
     "skip-generation-check": PlantedBug(
@@ -201,6 +216,9 @@ BUGS: Mapping[str, PlantedBug] = {
     ),
     "announce-block-being-written": PlantedBug(
         module=worker.shell, attribute="PrefillQueue", instead=AnnouncesBlockBeingWritten, symptom=_WRONG_TOKEN
+    ),
+    "name-what-is-scheduled": PlantedBug(
+        module=worker.shell, attribute="PrefillQueue", instead=NamesWhatIsScheduled, symptom=_WRONG_TOKEN
     ),
     "wait-while-holding": PlantedBug(
         module=kvtransfer.reader_service,

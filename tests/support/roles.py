@@ -95,10 +95,13 @@ class RecordingHolder:
         *,
         send_offer: Callable[[LeaseTerms, float], Awaitable[HandoffReply]],
         on_ended: EndedCallback,
+        num_final_blocks: int = 0,
         max_age_s: float | None = None,
     ) -> LeaseId:
         self.opened += 1
         self.calls.append(("open", len(blocks), reader.worker_id))
+        if num_final_blocks:
+            self.calls.append(("advance", f"lease-{self.opened}", num_final_blocks))
         lease_id = LeaseId(f"lease-{self.opened}")
         self.on_ended[lease_id] = on_ended
         self.send_offer[lease_id] = send_offer

@@ -29,6 +29,12 @@ class Row(NamedTuple):
     queue_s: float = 0.0
     second_token_gap_s: float = math.nan
     transfer_s: float = 0.0
+    predicted_ttft_s: float = math.nan
+    predicted_tpot_s: float = math.nan
+    cached_tokens: int = 0
+    fetched_tokens: int = 0
+    fetch_s: float = 0.0
+    refusal: int = -1
 
 
 def make_result(
@@ -61,8 +67,11 @@ def make_result(
             prefill_busy=np.full(10, 0.4, np.float32),
             decode_busy=np.full(10, 0.9, np.float32),
             blocks_used=np.linspace(0, 1, 10, dtype=np.float32),
+            prefill_load=np.full(10, np.nan, np.float32),
+            decode_load=np.full(10, np.nan, np.float32),
         ),
         transfer_bytes=transfer_bytes,
+        fetched_bytes=sum(row.fetched_tokens for row in rows) * 1000,
         duration_s=duration_s,
         num_events=123,
         num_steps=70,
@@ -98,6 +107,12 @@ def _columns(rows: tuple[Row, ...]) -> RequestColumns:
         transfer_s=np.array([row.transfer_s for row in rows], np.float32),
         preemptions=np.zeros(len(rows), np.int16),
         slo_class=np.array([row.slo_class for row in rows], np.int16),
+        predicted_ttft_s=float64([row.predicted_ttft_s for row in rows]),
+        predicted_tpot_s=float64([row.predicted_tpot_s for row in rows]),
+        cached_tokens=np.array([row.cached_tokens for row in rows], np.int32),
+        fetched_tokens=np.array([row.fetched_tokens for row in rows], np.int32),
+        fetch_s=np.array([row.fetch_s for row in rows], np.float32),
+        refusal=np.array([row.refusal for row in rows], np.int8),
     )
 
 
@@ -118,6 +133,8 @@ def _usage(
         steps=steps,
         prefill_tokens=prefill_tokens,
         decode_tokens=decode_tokens,
+        cached_tokens=0,
+        fetched_blocks=0,
         peak_blocks=peak_blocks,
         mean_blocks=mean_blocks,
         preemptions=0,

@@ -73,5 +73,5 @@ async def check_books(cluster: SimulatedCluster) -> None:
     assert cluster.core.num_open == 0
     for worker_id, audit in (await cluster.audits()).items():
         assert audit.problems == (), worker_id
-        assert audit.load.free_blocks == audit.total_blocks, (worker_id, audit)
+        assert audit.load.available_blocks == audit.total_blocks, (worker_id, audit)
         assert (audit.open_requests, audit.holder_leases, audit.reader_leases) == (0, 0, 0), (worker_id, audit)

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
     from tests.support.commands import Tandem
 
-#: The flags people know from vLLM, and the keys they set.
+#: The flags people know from vLLM and those of our own, and the keys they set.
 KNOWN_FLAGS = {
+    "--admission": "coordinator.admission.form",
     "--api-key": "gateway.api_keys",
     "--block-size": "block_tokens",
+    "--default-slo-class": "default_slo_class",
     "--device": "pools.*.device",
+    "--dispatch-policy": "coordinator.dispatch.policy",
     "--dtype": "dtype",
     "--host": "gateway.host",
     "--kv-cache-memory-bytes": "pools.*.kv_memory",

@@ -108,17 +108,83 @@ def test_a_variable_can_replace_the_list_of_pools() -> None:
     assert (pool.name, pool.role, pool.workers) == ("all-in-one", "mixed", 2)
 
 
-def test_every_key_can_be_a_variable() -> None:
+TENANTS_AND_CLASSES = """
+slo:
+  interactive: {ttft_ms: 300, tpot_ms: 50}
+  very-long.1: {ttft_ms: 30000, tpot_ms: 200}
+default_slo_class: interactive
+gateway:
+  api_keys: [sk-default]
+  tenants:
+  - {name: acme, api_keys: [sk-a, sk-b], weight: 2.5, slo_class: interactive}
+  - {name: Big-Co, api_keys: [sk-c]}
+"""
+
+
+@pytest.mark.parametrize("with_tenants", [False, True])
+def test_every_key_can_be_a_variable(tmp_path: Path, with_tenants: bool) -> None:
     """Taking each value that is shown as the variable of its key gives the same configuration."""
-    loaded = load(ROOT / "configs" / "2p2d.yaml")
+    path = ROOT / "configs" / "2p2d.yaml"
+    if with_tenants:
+        path = write(tmp_path / "c.yaml", TENANTS_AND_CLASSES)
+    loaded = load(path)
+
+    def is_told(key: str, value: str) -> bool:
+        return not key.endswith(".name") and "redacted" not in value
+
     environ = {
         "TANDEM_" + row.key.upper().replace("-", "_").replace(".", "__"): row.value
         for row in loaded.rows()
-        if not row.key.endswith(".name")
+        if is_told(row.key, row.value)
     }
-    again = load(ROOT / "configs" / "2p2d.yaml", environ)
+    again = load(path, environ)
     assert again.config == loaded.config
-    assert {row.source.kind for row in again.rows() if not row.key.endswith(".name")} == {"env"}
+    assert {row.source.kind for row in again.rows() if is_told(row.key, row.value)} == {"env"}
+
+
+def test_nested_sections_classes_and_tenants_can_be_set_and_are_shown(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", TENANTS_AND_CLASSES)
+    environ = {
+        "TANDEM_COORDINATOR__ADMISSION__FORM": "current",
+        "TANDEM_SLO__INTERACTIVE__TTFT_MS": "250",
+        "TANDEM_SLO__VERY_LONG__1__TPOT_MS": "150",
+        "TANDEM_SLO__NEW": "{ttft_ms: 1, tpot_ms: 2}",
+        "TANDEM_SLO__NEW__TPOT_MS": "3",
+        "TANDEM_GATEWAY__TENANTS__BIG_CO__API_KEYS": "[sk-x, sk-y, sk-z]",
+        "TANDEM_GATEWAY__TENANTS__ACME__WEIGHT": "4",
+    }
+    overrides = [("engine.queue.order", "shortest"), ("gateway.tenants.*.max_priority", "7")]
+    loaded = load(path, environ, overrides=overrides)
+    config, shown = loaded.config, rows(loaded)
+    assert config.coordinator.admission.form == "current"
+    assert {name: (one.ttft_ms, one.tpot_ms) for name, one in config.slo.items()} == {
+        "interactive": (250, 50),
+        "very-long.1": (30000, 150),
+        "new": (1, 3),
+    }
+    assert [(one.weight, one.max_priority, len(one.api_keys)) for one in config.gateway.tenants] == [
+        (4, 7, 2),
+        (1, 7, 3),
+    ]
+    assert config.engine.queue.order == "shortest"
+    assert shown["coordinator.admission.form"] == ("current", "TANDEM_COORDINATOR__ADMISSION__FORM")
+    assert shown["coordinator.admission.hysteresis"] == ("0.02", "default")
+    assert shown["slo.interactive.ttft_ms"] == ("250.0", "TANDEM_SLO__INTERACTIVE__TTFT_MS")
+    assert shown["slo.interactive.tpot_ms"] == ("50.0", str(path))
+    assert shown["slo.new.ttft_ms"] == ("1.0", "TANDEM_SLO__NEW")
+    assert shown["gateway.tenants.Big-Co.max_priority"] == ("7", "--set gateway.tenants.*.max_priority")
+    assert shown["gateway.tenants.Big-Co.api_keys"] == ("(3 redacted)", "TANDEM_GATEWAY__TENANTS__BIG_CO__API_KEYS")
+    assert not any("sk-" in value for value, _ in shown.values())
+
+
+def test_a_section_set_as_a_whole_leaves_nothing_of_the_earlier_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "gateway: {port: 1, host: h}\nslo: {a: {ttft_ms: 1, tpot_ms: 1}}\n")
+    loaded = load(path, {"TANDEM_GATEWAY": "{port: 2}", "TANDEM_SLO": "{}"})
+    shown = rows(loaded)
+    assert (loaded.config.gateway.host, loaded.config.slo) == ("127.0.0.1", {})
+    assert shown["gateway.host"] == ("127.0.0.1", "default")
+    assert shown["gateway.port"] == ("2", "TANDEM_GATEWAY")
+    assert shown["slo"] == ("{}", "TANDEM_SLO")
 
 
 def test_secrets_are_counted_and_not_shown() -> None:
@@ -146,6 +212,14 @@ def test_a_secret_of_the_wrong_type_is_not_repeated() -> None:
         ("pools: [{name: a, role: mixd}]", "{file}: pools.a.role = 'mixd': Input should be 'prefill'"),
         ("pools: [{name: a, role: mixed, kv_memory: 2 gigs}]", "{file}: pools.a.kv_memory = '2 gigs': "),
         ("pools: [{name: a, role: prefill}]", "{file}: no pool has the role 'decode'"),
+        (
+            "coordinator: {admission: {from: none}}",
+            "{file}: coordinator.admission.from: unknown key; did you mean 'form'?",
+        ),
+        ("slo: {chat: {ttft: 3}}", "{file}: slo.chat.ttft_ms: this key is required"),
+        ("slo: {chat: {ttft_ms: 3, tpot_ms: 0}}", "{file}: slo.chat.tpot_ms = 0: Input should be greater than 0"),
+        ("gateway: {tenants: [{name: a}]}", "{file}: gateway.tenants.a.api_keys: this key is required"),
+        ("gateway: {tenants: [{name: a, wieght: 2}]}", "{file}: gateway.tenants.a.api_keys: this key is required"),
         ("pools: []", "{file}: pools = []: Tuple should have at least 1 item"),
         ("pools: [none.yaml]", "{folder}/none.yaml: cannot be read: No such file or directory"),
         ("a: 1\na: 2", "{file}: line 2: the key 'a' stands twice"),
@@ -165,6 +239,34 @@ def test_a_mistake_in_a_pool_file_names_that_file(tmp_path: Path) -> None:
     assert refusal(path).startswith(f"{pool}: pools.p.workers = 0: Input should be greater than")
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("TANDEM_GATEWAY__TENANTS", "{name: acme, api_keys: [sk-hidden]}"),
+        ("TANDEM_GATEWAY__TENANTS", "sk-hidden"),
+        ("TANDEM_GATEWAY", "sk-hidden"),
+        ("TANDEM_GATEWAY__TENANTS", "[[sk-hidden]]"),
+        ("TANDEM_GATEWAY__TENANTS", "[{name: acme, api_keys: {sk-hidden: 1}}]"),
+        ("TANDEM_GATEWAY", "{api_keys: [same-sk-hidden, same-sk-hidden]}"),
+    ],
+)
+def test_secrets_in_misshapen_values_are_not_repeated(variable: str, value: str) -> None:
+    message = refusal(None, {variable: value})
+    assert message.startswith(variable)
+    assert "sk-hidden" not in message
+
+
+def test_yaml_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "gateway: &g {host: *g}\nslo: &s {a: *s}\npools: &p [*p]\n")
+    assert "pools" in refusal(path)
+
+
+def test_what_the_whole_tree_must_agree_on_names_all_it_compared(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "slo: {chat: {ttft_ms: 1, tpot_ms: 1}}\n")
+    message = refusal(path, {"TANDEM_DEFAULT_SLO_CLASS": "caht"})
+    assert message == f"{path}, TANDEM_DEFAULT_SLO_CLASS: no SLO class is named 'caht'; `slo` has chat"
+
+
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     assert refusal(tmp_path / "no.yaml") == f"{tmp_path}/no.yaml: cannot be read: No such file or directory"
     binary = tmp_path / "b.yaml"
@@ -180,6 +282,11 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         ("TANDEM_MODLE", "TANDEM_MODLE: unknown key 'modle'; did you mean 'model'?"),
         ("TANDEM_POOLS__DECOD__WORKERS", "there is no pool 'decod'; did you mean 'decode'?"),
         ("TANDEM_POOLS__DECODE__WORKER", "unknown key 'pools.decode.worker'; did you mean 'workers'?"),
+        ("TANDEM_GATEWAY__PORT__X", "unknown key 'gateway.port.x'; gateway.port is a value"),
+        ("TANDEM_COORDINATOR__DISPATCH__POLCY", "unknown key 'coordinator.dispatch.polcy'; did you mean 'policy'?"),
+        ("TANDEM_SLO__CHAT__TTFT", "unknown key 'slo.chat.ttft'; did you mean 'ttft_ms'?"),
+        ("TANDEM_GATEWAY__TENANTS__ACME__WEIGHT", "there is no tenant 'acme'; known are none"),
+        ("TANDEM_POOLS__DECODE", "pools.decode cannot be set as a whole; name one of its keys"),
         ("TANDEM_GATEWAY__PORT", "TANDEM_GATEWAY__PORT: gateway.port = 'x': Input should be a valid integer"),
     ],
 )

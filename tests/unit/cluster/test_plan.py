@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.launch import decode_launch, decode_status, encode_line
+from cluster.launch import QueueOptions, decode_launch, decode_status, encode_line
 from cluster.plan import Site, plan_launches, worker_environ
 from contracts.config import ClusterConfig
 from contracts.errors import ConfigError
@@ -78,3 +78,28 @@ def test_threads_are_limited_before_any_library_is_loaded() -> None:
     assert environ["OMP_NUM_THREADS"] == environ["MKL_NUM_THREADS"] == "3"
     assert environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert environ["PATH"] == "/bin"
+
+
+def test_the_prefix_cache_is_on_unless_it_is_switched_off() -> None:
+    assert [launch.prefix_cache for launch in plan_launches(config(), SITE)] == [True, True]
+    off = plan_launches(config(engine={"prefix_cache": False}), SITE)
+    assert [launch.prefix_cache for launch in off] == [False, False]
+
+
+def test_queue_settings_and_uneven_weights_reach_the_workers() -> None:
+    assert [launch.queue for launch in plan_launches(config(), SITE)] == [QueueOptions()] * 2
+    tenants = [
+        {"name": "a", "api_keys": ["k1"], "weight": 2.5},
+        {"name": "b", "api_keys": ["k2"]},
+    ]
+    queue = {"order": "shortest", "ageing_s": "2s", "fair": False, "saturation_tokens": 300, "tpot_chunks": False}
+    launches = plan_launches(config(engine={"queue": queue}, gateway={"tenants": tenants}), SITE)
+    for launch in launches:
+        assert decode_launch(encode_line(launch)).queue == QueueOptions(
+            order="shortest",
+            ageing_s=2.0,
+            fair=False,
+            tenant_weights={"a": 2.5},
+            saturation_tokens=300,
+            tpot_chunks=False,
+        )

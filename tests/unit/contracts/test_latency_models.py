@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contracts.latency import StepWork
-from contracts.latency_models import DISTSERVE_OPT, CostCurve, DistServeLatency, FittedLatency
+from contracts.latency_models import DISTSERVE_OPT, CostCurve, DistServeLatency, FittedLatency, from_fit
+from contracts.messages import LatencyFit
 
 if TYPE_CHECKING:
     from contracts.latency import LatencyModel
@@ -183,3 +184,30 @@ def test_distserve_chunks_pay_the_square_once_and_the_base_each(sizes: list[int]
 
 def test_distserve_decode() -> None:
     assert DISTSERVE_OPT["opt-66b-tp8"].step_s(decodes(40, 20_000)) == pytest.approx((23.16 + 4.54 + 1.92) / 1e3)
+
+
+FIT = LatencyFit(0.008, 5e-5, 6e-8, 0.009, 1.5e-4, 4e-7, num_prefill_steps=40, num_decode_steps=70)
+
+
+def test_a_workers_own_fit_as_a_model() -> None:
+    model = from_fit(FIT)
+    assert model is not None
+    assert model.step_s(prompt(100, 1000)) == pytest.approx(0.008 + 100 * 5e-5 + (100_000 + 5050) * 6e-8)
+    assert model.step_s(decodes(8, 4000)) == pytest.approx(0.009 + 8 * 1.5e-4 + 4000 * 4e-7)
+
+
+def test_what_a_worker_has_not_seen_is_borrowed() -> None:
+    only_prompts = from_fit(msgspec.structs.replace(FIT, num_decode_steps=0))
+    only_answers = from_fit(msgspec.structs.replace(FIT, num_prefill_steps=0))
+    assert only_prompts is not None
+    assert only_answers is not None
+    assert only_prompts.step_s(decodes(1, 101)) == pytest.approx(only_prompts.step_s(prompt(1, 100)))
+    assert only_answers.step_s(prompt(1, 100)) == pytest.approx(only_answers.step_s(decodes(1, 101)))
+    assert from_fit(msgspec.structs.replace(FIT, num_prefill_steps=0, num_decode_steps=0)) is None
+
+
+@pytest.mark.parametrize("seconds", [-1e-9, math.inf, math.nan])
+@pytest.mark.parametrize("name", FIT.__struct_fields__[:6])
+def test_a_fit_that_is_no_cost_is_refused(name: str, seconds: float) -> None:
+    with pytest.raises(ValueError, match="cost"):
+        from_fit(msgspec.structs.replace(FIT, **{name: seconds}))

@@ -1,8 +1,7 @@
-"""The dispatch policy: pure, so every case is a table of workers and a verdict."""
+"""Dispatch by load: every case is a table of workers and a verdict."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import get_args
 
 import msgspec
@@ -11,19 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.ids import Incarnation, RequestId, WorkerId
-from contracts.layout import BlockLayout, KvIdentity
 from contracts.messages import DispatchItem, Placement, Rejection, Role, WorkerInfo, WorkerLoad
-from coordinator.fleet import Fleet
-from coordinator.policy import DispatchLimits, dispatch
-from tests.support.dispatch_reference import WorkerView, reference_dispatch
+from coordinator.conductor import Conductor, ConductorSettings, DispatchLimits
+from coordinator.decision import Refused
+from tests.support.conductors import LAYOUT, ROLES, Costs, conductor_of, identity, info_of, item_of
+from tests.support.dispatch_reference import Pair, Row, least_loaded
 
 Worker = tuple[WorkerInfo, WorkerLoad]
-
-LAYOUT = BlockLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=16, dtype="float32")
-
-
-def identity(fingerprint: str = "m") -> KvIdentity:
-    return KvIdentity(model_fingerprint=fingerprint, layout=LAYOUT, rope_base=10000.0, protocol_version=1)
 
 
 def worker(
@@ -36,44 +29,27 @@ def worker(
     fingerprint: str = "m",
     blocks: int = 1000,
 ) -> Worker:
-    info = WorkerInfo(
-        worker_id=WorkerId(name),
-        incarnation=Incarnation(1),
-        role=role,
-        address=f"{name}:1",
-        model="m",
-        identity=identity(fingerprint),
-        total_blocks=blocks,
-        max_context_tokens=min(8192, blocks * LAYOUT.block_tokens),
-    )
     load = WorkerLoad(pending_prompt_tokens=pending, context_tokens=context, waiting_requests=waiting)
-    return info, load
+    return info_of(name, role=role, fingerprint=fingerprint, blocks=blocks), load
 
 
-def fleet(*workers: Worker) -> Fleet:
-    made = Fleet(booking_grace_s=0.25)
-    for info, load in workers:
-        made.add(info)
-        made.report(made.row_of(info.worker_id), load, 0.0)
-    return made
+def fleet(*workers: Worker, limits: DispatchLimits | None = None) -> Conductor:
+    """Nothing is known of what anything costs."""
+    chosen = ConductorSettings(policy="least_loaded", limits=limits or DispatchLimits())
+    return conductor_of(workers, costs=Costs(common=None), settings=chosen)
 
 
-def item(name: str = "r", tokens: int = 100, avoid: tuple[str, ...] = ()) -> DispatchItem:
-    return DispatchItem(
-        request_id=RequestId(name),
-        prompt_tokens=tokens,
-        max_tokens=16,
-        avoid=tuple(WorkerId(each) for each in avoid),
-    )
+def verdict_of(conductor: Conductor, ask: DispatchItem) -> Placement | Rejection:
+    return conductor.in_words(ask, conductor.decide(ask, 0.0), 0.0)
 
 
 def place(ask: DispatchItem, *workers: Worker) -> Placement | Rejection:
-    return dispatch([ask], fleet(*workers).view(), DispatchLimits())[0]
+    return verdict_of(fleet(*workers), ask)
 
 
 def test_least_loaded_of_each_role() -> None:
     verdict = place(
-        item(),
+        item_of(),
         worker("p0", "prefill", pending=500),
         worker("p1", "prefill", pending=20),
         worker("d0", "decode", context=10),
@@ -81,40 +57,49 @@ def test_least_loaded_of_each_role() -> None:
     )
     assert isinstance(verdict, Placement)
     assert (verdict.prefill.worker_id, verdict.decode.worker_id) == ("p1", "d1")
-    assert "20 tokens pending of 2 workers" in verdict.reason
+    assert verdict.reason == ("least_loaded: 20 prompt tokens pending, 125 context tokens with this request"), (
+        "the load before this placement, and after it"
+    )
+    assert verdict.predicted is None, "nothing is known of what steps cost"
 
 
 def test_ties_go_to_the_smaller_worker_id() -> None:
     verdict = place(
-        item(), worker("p1", "prefill"), worker("p0", "prefill"), worker("d1", "decode"), worker("d0", "decode")
+        item_of(), worker("p1", "prefill"), worker("p0", "prefill"), worker("d1", "decode"), worker("d0", "decode")
     )
     assert isinstance(verdict, Placement)
     assert (verdict.prefill.worker_id, verdict.decode.worker_id) == ("p0", "d0")
 
 
 def test_mixed_worker_keeps_its_prompt() -> None:
-    verdict = place(item(), worker("m0", "mixed"), worker("d0", "decode"))
+    verdict = place(item_of(), worker("m0", "mixed"), worker("d0", "decode"))
     assert isinstance(verdict, Placement)
     assert verdict.prefill == verdict.decode
     assert verdict.prefill.worker_id == "m0"
 
 
 def test_no_prefill_worker() -> None:
-    verdict = place(item(), worker("d0", "decode"))
+    verdict = place(item_of(), worker("d0", "decode"))
     assert isinstance(verdict, Rejection)
-    assert verdict.code == "not_ready"
+    assert (verdict.code, verdict.reason) == ("not_ready", "no_prefill")
     assert verdict.message == "no prefill worker can take the request (workers up: d0 (decode))"
 
 
+def test_nobody_at_all() -> None:
+    verdict = place(item_of(blocks=range(3)))
+    assert isinstance(verdict, Rejection)
+    assert verdict.message == "no prefill worker can take the request (workers up: none)"
+
+
 def test_no_compatible_decode_worker() -> None:
-    verdict = place(item(), worker("p0", "prefill"), worker("d0", "decode", fingerprint="other"))
+    verdict = place(item_of(), worker("p0", "prefill"), worker("d0", "decode", fingerprint="other"))
     assert isinstance(verdict, Rejection)
     assert "no decode worker" in verdict.message
 
 
 def test_an_incompatible_pair_is_passed_over() -> None:
     verdict = place(
-        item(),
+        item_of(),
         worker("p0", "prefill", fingerprint="old"),
         worker("p1", "prefill", pending=1000),
         worker("d0", "decode"),
@@ -124,9 +109,9 @@ def test_an_incompatible_pair_is_passed_over() -> None:
 
 
 def test_full_queues_say_how_full() -> None:
-    verdict = place(item(), worker("p0", "prefill", pending=7, waiting=512), worker("d0", "decode"))
+    verdict = place(item_of(), worker("p0", "prefill", pending=7, waiting=512), worker("d0", "decode"))
     assert isinstance(verdict, Rejection)
-    assert verdict.code == "no_capacity"
+    assert (verdict.code, verdict.reason) == ("no_capacity", "full")
     assert "p0, has 512 requests and 7 prompt tokens waiting" in verdict.message
 
 
@@ -151,11 +136,10 @@ def test_full_queues_say_how_full() -> None:
 )
 def test_workers_to_avoid_come_last(workers: str, avoid: tuple[str, ...], chosen: tuple[str, str]) -> None:
     """The avoided ones are the idle ones here."""
-    roles: dict[str, Role] = {"p": "prefill", "d": "decode", "m": "mixed"}
     verdict = place(
-        item(avoid=avoid),
+        item_of(avoid=avoid),
         *(
-            worker(name, roles[name[0]], pending=0 if name in avoid else 99, context=0 if name in avoid else 99)
+            worker(name, ROLES[name[0]], pending=0 if name in avoid else 99, context=0 if name in avoid else 99)
             for name in workers.split()
         ),
     )
@@ -166,7 +150,7 @@ def test_workers_to_avoid_come_last(workers: str, avoid: tuple[str, ...], chosen
 
 def test_a_full_worker_is_no_alternative_to_an_avoided_one() -> None:
     verdict = place(
-        item(avoid=("p0",)), worker("p0", "prefill"), worker("p1", "prefill", waiting=512), worker("d0", "decode")
+        item_of(avoid=("p0",)), worker("p0", "prefill"), worker("p1", "prefill", waiting=512), worker("d0", "decode")
     )
     assert isinstance(verdict, Placement)
     assert verdict.prefill.worker_id == "p0"
@@ -179,7 +163,7 @@ def test_a_reader_whose_writer_is_avoided_comes_after_one_whose_is_not() -> None
         worker("d0", "decode", fingerprint="a"),
         worker("d1", "decode", fingerprint="b"),
     )
-    verdict = place(item(avoid=("d0",)), *workers)
+    verdict = place(item_of(avoid=("d0",)), *workers)
     assert isinstance(verdict, Placement)
     assert (verdict.prefill.worker_id, verdict.decode.worker_id) == ("p1", "d1")
 
@@ -191,44 +175,44 @@ def test_of_pairs_with_equally_many_avoided_the_first_reader_has_it() -> None:
         worker("d0", "decode", fingerprint="a"),
         worker("d1", "decode", fingerprint="b"),
     )
-    verdict = place(item(avoid=("d0", "d1")), *workers)
+    verdict = place(item_of(avoid=("d0", "d1")), *workers)
     assert isinstance(verdict, Placement)
     assert (verdict.prefill.worker_id, verdict.decode.worker_id) == ("p0", "d0")
 
 
 def test_of_equally_full_queues_one_not_avoided_is_named() -> None:
-    verdict = place(item(avoid=("p0",)), worker("p0", "prefill", waiting=512), worker("p1", "prefill", waiting=600))
+    verdict = place(item_of(avoid=("p0",)), worker("p0", "prefill", waiting=512), worker("p1", "prefill", waiting=600))
     assert isinstance(verdict, Rejection)
     assert "the least loaded, p1, has 600 requests" in verdict.message
 
 
 def test_a_prompt_goes_where_it_fits() -> None:
     workers = (worker("p0", "prefill"), worker("d0", "decode", blocks=4), worker("d1", "decode", context=999))
-    verdict = place(item(tokens=100), *workers)
+    verdict = place(item_of(100), *workers)
     assert isinstance(verdict, Placement)
     assert verdict.decode.worker_id == "d1", "d0 is idle and too small"
 
 
 def test_a_worker_for_the_whole_answer_comes_first() -> None:
     workers = (worker("p0", "prefill"), worker("d0", "decode", blocks=7), worker("d1", "decode", context=999))
-    verdict = place(item(tokens=100), *workers)
+    verdict = place(item_of(100), *workers)
     assert isinstance(verdict, Placement)
     assert verdict.decode.worker_id == "d1", "d0 holds 112 tokens, prompt and answer are 116"
 
 
 def test_one_that_cannot_hold_the_prompt_is_none_for_a_part_of_the_answer() -> None:
     workers = (worker("p0", "prefill"), worker("d0", "decode", blocks=6), worker("d1", "decode", blocks=7, context=999))
-    verdict = place(item(tokens=100), *workers)
+    verdict = place(item_of(100), *workers)
     assert isinstance(verdict, Placement)
     assert verdict.decode.worker_id == "d1", "neither holds the whole answer"
-    verdict = place(item(tokens=100), *workers[:2])
+    verdict = place(item_of(100), *workers[:2])
     assert isinstance(verdict, Rejection)
     assert "no decode worker" in verdict.message
 
 
 def test_not_avoided_comes_before_room_for_the_whole_answer() -> None:
     verdict = place(
-        item(tokens=100, avoid=("d1",)),
+        item_of(100, avoid=("d1",)),
         worker("p0", "prefill"),
         worker("d0", "decode", blocks=7),
         worker("d1", "decode"),
@@ -238,15 +222,15 @@ def test_not_avoided_comes_before_room_for_the_whole_answer() -> None:
 
 
 def test_what_fits_nowhere_is_not_worth_repeating() -> None:
-    verdict = place(item(tokens=200), worker("p0", "prefill", blocks=4), worker("d0", "decode", blocks=8))
+    verdict = place(item_of(200), worker("p0", "prefill", blocks=4), worker("d0", "decode", blocks=8))
     assert isinstance(verdict, Rejection)
-    assert verdict.code == "context_length_exceeded"
+    assert (verdict.code, verdict.reason) == ("context_length_exceeded", "too_long")
     assert verdict.message.endswith("fit into no worker; the largest holds 128 tokens")
 
 
-def test_a_burst_in_one_call_is_spread() -> None:
-    workers = [worker("p0", "prefill"), worker("p1", "prefill"), worker("d0", "decode"), worker("d1", "decode")]
-    verdicts = dispatch([item(f"r{n}") for n in range(10)], fleet(*workers).view(), DispatchLimits())
+def test_a_burst_is_spread() -> None:
+    made = fleet(worker("p0", "prefill"), worker("p1", "prefill"), worker("d0", "decode"), worker("d1", "decode"))
+    verdicts = [verdict_of(made, item_of(name=f"r{n}")) for n in range(10)]
     chosen = [verdict.prefill.worker_id for verdict in verdicts if isinstance(verdict, Placement)]
     assert chosen.count(WorkerId("p0")) == chosen.count(WorkerId("p1")) == 5
 
@@ -259,15 +243,56 @@ def test_a_burst_in_one_call_is_spread() -> None:
 def test_each_choice_is_a_least_loaded_one(pendings: list[int], contexts: list[int], tokens: list[int]) -> None:
     workers = [worker(f"p{n}", "prefill", pending=load) for n, load in enumerate(pendings)]
     workers += [worker(f"d{n}", "decode", context=load) for n, load in enumerate(contexts)]
-    items = [item(f"r{n}", count) for n, count in enumerate(tokens)]
     prefill = {f"p{n}": load for n, load in enumerate(pendings)}
     decode = {f"d{n}": load for n, load in enumerate(contexts)}
-    for ask, verdict in zip(items, dispatch(items, fleet(*workers).view(), DispatchLimits()), strict=True):
+    made = fleet(*workers)
+    for n, count in enumerate(tokens):
+        ask = item_of(count, name=f"r{n}")
+        verdict = verdict_of(made, ask)
         assert isinstance(verdict, Placement)
         assert prefill[verdict.prefill.worker_id] == min(prefill.values())
         assert decode[verdict.decode.worker_id] == min(decode.values())
         prefill[verdict.prefill.worker_id] += ask.prompt_tokens
         decode[verdict.decode.worker_id] += ask.prompt_tokens + ask.max_tokens
+
+
+# --- who may be used ----------------------------------------------------------------------------------------
+
+
+def usable(made: Conductor, *names: str) -> tuple[DispatchItem, Placement | Rejection]:
+    ask = item_of()
+    flags = made.fleet.view().rows_of([WorkerId(name) for name in names])
+    return ask, made.in_words(ask, made.decide(ask, 0.0, flags), 0.0)
+
+
+def test_the_others_get_nothing() -> None:
+    made = fleet(worker("p0", "prefill"), worker("p1", "prefill", pending=9), worker("d0", "decode"))
+    _, verdict = usable(made, "p1", "d0")
+    assert isinstance(verdict, Placement)
+    assert verdict.prefill.worker_id == "p1"
+
+
+@pytest.mark.parametrize(
+    ("names", "why", "says"),
+    [
+        (("d0",), "no_prefill", "workers up: d0 (decode)"),
+        (("p0",), "no_decode", "workers up: p0 (prefill)"),
+        ((), "no_prefill", "workers up: none"),
+        (("p1",), "full", "all 1 prefill workers have full queues; the least loaded, p1"),
+        (("p2",), "too_long", "the largest holds 32 tokens"),
+    ],
+)
+def test_words_are_about_those_that_may_be_used(names: tuple[str, ...], why: str, says: str) -> None:
+    made = fleet(
+        worker("p0", "prefill"),
+        worker("p1", "prefill", waiting=512),
+        worker("p2", "prefill", blocks=2),
+        worker("d0", "decode"),
+    )
+    _, verdict = usable(made, *names)
+    assert isinstance(verdict, Rejection)
+    assert verdict.reason == why
+    assert says in verdict.message
 
 
 # --- beside the policy worker by worker ---------------------------------------------------------------------
@@ -307,35 +332,38 @@ some_items = st.lists(
         max_tokens=st.sampled_from([1, 10, 40]),
         avoid=st.lists(st.sampled_from("abcdefghz").map(WorkerId), max_size=4).map(tuple),
     ),
-    max_size=6,
+    max_size=8,
 )
 
 
-def book_in_both(made: Fleet, views: list[WorkerView], ask: DispatchItem, prefill_row: int, decode_row: int) -> None:
-    made.book(ask, prefill_row, decode_row, 0.0)
-    reader = views[prefill_row]
-    views[prefill_row] = replace(
-        reader,
-        booked_prompt_tokens=reader.booked_prompt_tokens + ask.prompt_tokens,
-        booked_requests=reader.booked_requests + 1,
-    )
-    writer = views[decode_row]
-    views[decode_row] = replace(
-        writer, booked_context_tokens=writer.booked_context_tokens + ask.prompt_tokens + ask.max_tokens
-    )
-
-
 @settings(max_examples=80, deadline=None)
-@given(workers=some_workers(), placed=some_items, items=some_items, max_waiting=st.integers(2, 12), data=st.data())
+@given(workers=some_workers(), items=some_items, max_waiting=st.integers(1, 6), knows_costs=st.booleans())
 def test_decides_as_the_policy_worker_by_worker(
-    workers: list[Worker], placed: list[DispatchItem], items: list[DispatchItem], max_waiting: int, data: st.DataObject
+    workers: list[Worker], items: list[DispatchItem], max_waiting: int, knows_costs: bool
 ) -> None:
-    made = fleet(*workers)
-    views = [WorkerView(info=info, load=load) for info, load in workers]
-    for ask in placed if workers else ():
-        rows = st.integers(0, len(workers) - 1)
-        book_in_both(made, views, ask, data.draw(rows), data.draw(rows))
     limits = DispatchLimits(max_waiting_requests=max_waiting)
-    before = made.view().prefill_load_tokens.tolist()
-    assert dispatch(items, made.view(), limits) == reference_dispatch(items, views, limits)
-    assert made.view().prefill_load_tokens.tolist() == before, "deciding books nothing"
+    made = conductor_of(
+        workers,
+        costs=Costs() if knows_costs else Costs(common=None),
+        settings=ConductorSettings(policy="least_loaded", limits=limits),
+    )
+    rows = {
+        str(info.worker_id): Row(
+            info=info,
+            prefill_load_tokens=load.pending_prompt_tokens,
+            decode_load_tokens=load.context_tokens,
+            waiting_requests=load.waiting_requests,
+        )
+        for info, load in workers
+    }
+    for ask in items:
+        expected = least_loaded(ask, list(rows.values()), limits)
+        decision = made.decide(ask, 0.0)
+        if isinstance(decision, Refused):
+            assert decision.why == expected
+            continue
+        infos = made.fleet.view().infos
+        assert Pair(infos[decision.prefill_row].worker_id, infos[decision.decode_row].worker_id) == expected
+        assert isinstance(expected, Pair)
+        rows[expected.reader].book(ask)
+        rows[expected.writer].decode_load_tokens += ask.prompt_tokens + ask.max_tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -76,18 +75,6 @@ def test_a_view_is_a_window_and_its_columns_are_read_only() -> None:
     for column in (view.can_read, view.max_prompt_tokens, view.prefill_load_tokens, view.waiting_requests):
         with pytest.raises(ValueError, match="read-only"):
             column[0] = 0
-
-
-def test_a_view_with_one_more_placement_leaves_the_fleet_alone() -> None:
-    fleet = fleet_of(info_of("p"), info_of("d"))
-    booked = fleet.view().booked(ask(7, 2), prefill_row=1, decode_row=0)
-    assert booked.prefill_load_tokens.tolist() == [0, 7]
-    assert booked.decode_load_tokens.tolist() == [9, 0]
-    assert booked.waiting_requests.tolist() == [0, 1]
-    assert not fleet.view().prefill_load_tokens.any()
-    fleet.book(ask(7, 2), prefill_row=1, decode_row=0, now_s=0.0)
-    for name in ("prefill_load_tokens", "decode_load_tokens", "waiting_requests"):
-        assert np.array_equal(getattr(fleet.view(), name), getattr(booked, name)), name
 
 
 def test_absurd_figures_count_as_very_many() -> None:

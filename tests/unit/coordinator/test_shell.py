@@ -1,4 +1,4 @@
-"""The coordinator's shell, on virtual time: what a worker hears of the others, and what a bug in its upkeep does."""
+"""The coordinator's shell, on virtual time: what workers and gateways hear, and what a bug in its upkeep does."""
 
 from __future__ import annotations
 
@@ -7,26 +7,45 @@ import random
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 import pytest
 
-from contracts.errors import StaleIncarnation
-from contracts.ids import Incarnation, WorkerId
+from contracts.errors import BadRequest, StaleIncarnation
+from contracts.ids import GatewayId, Incarnation, RequestId, WorkerId
 from contracts.messages import (
+    BLOCK_EVENTS,
+    DEREGISTER,
+    DISPATCH,
     HEARTBEAT,
+    MEMBERS,
     REGISTER,
+    BlockEvents,
+    BlockEventsReply,
+    DeregisterRequest,
+    DispatchItem,
+    DispatchRequest,
+    Empty,
     HeartbeatReply,
     HeartbeatRequest,
+    LinkReport,
+    MembersReply,
+    Placement,
+    Rejection,
+    TransferReport,
     WorkerInfo,
     WorkerLife,
     WorkerLoad,
 )
 from coordinator import CoordinatorShell
+from coordinator.decision import Chosen, Refused
+from coordinator.live_costs import LiveCosts
+from coordinator.shell import default_conductor
 from rpc import MemoryNetwork
 from simulator import Program, VirtualClock, run
 from simulator.engine import modelled_identity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
 INFO = WorkerInfo(
     worker_id=WorkerId("w0"),
@@ -40,24 +59,79 @@ INFO = WorkerInfo(
 )
 
 
+HINTS = bytes(range(16))
+
+
 class Office:
     """A coordinator that listens, and calls to it."""
 
     def __init__(self) -> None:
         self.network = MemoryNetwork(rng=random.Random(1), host="c")
         self.said: list[str] = []
-        self.shell = CoordinatorShell(VirtualClock(), log=self.said.append)
+        self.decided: list[tuple[DispatchItem, Chosen | Refused, float]] = []
+        self.costs = LiveCosts()
+        self.shell = CoordinatorShell(
+            VirtualClock(),
+            conductor=default_conductor(self.costs),
+            on_decision=lambda item, decision, now_s: self.decided.append((item, decision, now_s)),
+            on_transfers=self.costs.observe_transfers,
+            log=self.said.append,
+        )
         server = self.network.server("c:1")
         self.shell.register_on(server)
         self.start = server.start
 
-    async def register(self, name: str) -> None:
-        info = msgspec.structs.replace(INFO, worker_id=WorkerId(name))
+    async def register(self, name: str, incarnation: int = 1) -> None:
+        info = msgspec.structs.replace(INFO, worker_id=WorkerId(name), incarnation=Incarnation(incarnation))
         await self.network.channel("c:1").call(REGISTER, info, timeout_s=1)
 
-    async def beat(self, name: str) -> HeartbeatReply:
-        beat = HeartbeatRequest(worker_id=WorkerId(name), incarnation=Incarnation(1), load=WorkerLoad())
+    async def beat(
+        self, name: str, *, load: WorkerLoad | None = None, transfers: TransferReport | None = None
+    ) -> HeartbeatReply:
+        beat = HeartbeatRequest(
+            worker_id=WorkerId(name),
+            incarnation=Incarnation(1),
+            load=load or WorkerLoad(free_blocks=8),
+            transfers=transfers,
+        )
         return await self.network.channel("c:1").call(HEARTBEAT, beat, timeout_s=1)
+
+    async def tell(self, name: str, start: int, keys: bytes, stored: bytes, incarnation: int = 1) -> BlockEventsReply:
+        events = BlockEvents(
+            worker_id=WorkerId(name), incarnation=Incarnation(incarnation), start=start, keys=keys, stored=stored
+        )
+        return await self.network.channel("c:1").call(BLOCK_EVENTS, events, timeout_s=1)
+
+    async def ask(self, *names: str, **more: object) -> tuple[Placement | Rejection, ...]:
+        items = tuple(
+            DispatchItem(request_id=RequestId(name), prompt_tokens=40, max_tokens=4, **more)  # type: ignore[arg-type]
+            for name in names
+        )
+        ask = DispatchRequest(gateway_id=GatewayId("g"), items=items)
+        return (await self.network.channel("c:1").call(DISPATCH, ask, timeout_s=1)).verdicts
+
+    async def members(self) -> MembersReply:
+        return await self.network.channel("c:1").call(MEMBERS, Empty(), timeout_s=1)
+
+    async def keep_up(self, *names: str, for_s: float) -> None:
+        for _ in range(round(for_s / 0.5)):
+            await asyncio.sleep(0.5)
+            for name in names:
+                await self.beat(name)
+
+
+def with_office(body: Callable[[Office], Awaitable[None]]) -> None:
+    async def main(program: Program) -> None:
+        office = Office()
+        await office.start()
+        async with office.shell:
+            await body(office)
+
+    run(main, seed=1)
+
+
+def where(verdict: Placement | Rejection) -> str:
+    return verdict.prefill.worker_id if isinstance(verdict, Placement) else f"{verdict.code}: {verdict.message}"
 
 
 def test_a_heartbeat_is_answered_with_who_is_gone() -> None:
@@ -102,3 +176,178 @@ def test_a_bug_in_its_upkeep_ends_the_body(monkeypatch: pytest.MonkeyPatch) -> N
         assert caught.group_contains(ZeroDivisionError)
 
     run(main, seed=1)
+
+
+# --- requests -------------------------------------------------------------------------------------------
+
+
+def test_a_burst_is_spread_and_each_decision_is_heard() -> None:
+    async def body(office: Office) -> None:
+        for name in ("w0", "w1"):
+            await office.register(name)
+        verdicts = await office.ask("a", "b", "c", "d")
+        assert sorted(where(verdict) for verdict in verdicts) == ["w0", "w0", "w1", "w1"]
+        assert [verdict.request_id for verdict in verdicts] == ["a", "b", "c", "d"]
+        infos = office.shell.conductor.fleet.view().infos
+        assert [item.request_id for item, _, _ in office.decided] == ["a", "b", "c", "d"]
+        for verdict, (_, decision, _) in zip(verdicts, office.decided, strict=True):
+            assert isinstance(decision, Chosen)
+            assert infos[decision.prefill_row].worker_id == where(verdict)
+
+    with_office(body)
+
+
+def test_verdicts_are_counted_by_reason_and_timed() -> None:
+    async def body(office: Office) -> None:
+        (verdict,) = await office.ask("early")
+        assert isinstance(verdict, Rejection)
+        assert verdict.reason == "no_prefill"
+        await office.register("w0")
+        await office.ask("a", "b")
+        figures = (await office.members()).coordinator
+        assert figures is not None
+        assert figures.verdicts_total == {"no_prefill": 1, "placement": 2}
+        assert figures.decisions_within[-1] == 3
+        assert len(figures.decisions_within) == len(figures.decision_bounds_s)
+        assert list(figures.decisions_within) == sorted(figures.decisions_within)
+
+    with_office(body)
+
+
+def test_a_suspect_gets_what_nobody_else_can_take_and_nothing_more() -> None:
+    async def body(office: Office) -> None:
+        for name in ("w0", "w1"):
+            await office.register(name)
+        await office.keep_up("w1", for_s=2.0)
+        assert [(member.info.worker_id, member.state) for member in (await office.members()).members] == [
+            ("w0", "suspect"),
+            ("w1", "up"),
+        ]
+        assert [where(verdict) for verdict in await office.ask("a", "b", "c")] == ["w1"] * 3
+        # The other's queue is full: better a suspect than a refusal.
+        await office.beat("w1", load=WorkerLoad(waiting_requests=512, free_blocks=8))
+        (verdict,) = await office.ask("d")
+        assert where(verdict) == "w0"
+        assert isinstance(verdict, Placement)
+        assert "nobody else than w0, to be avoided" in verdict.reason
+        await office.beat("w0")
+        assert (await office.members()).members[0].state == "up"
+
+    with_office(body)
+
+
+def test_where_all_are_suspects_it_is_as_if_none_were() -> None:
+    async def body(office: Office) -> None:
+        for name in ("w0", "w1"):
+            await office.register(name)
+        await asyncio.sleep(2.0)
+        assert sorted(where(verdict) for verdict in await office.ask("a", "b")) == ["w0", "w1"]
+        # One that has just failed is worse than one that is late.
+        assert [where(verdict) for verdict in await office.ask("c", avoid=(WorkerId("w0"),))] == ["w1"]
+
+    with_office(body)
+
+
+def test_who_said_goodbye_gets_nothing_more() -> None:
+    async def body(office: Office) -> None:
+        for name in ("w0", "w1"):
+            await office.register(name)
+        leave = DeregisterRequest(worker_id=WorkerId("w0"), incarnation=Incarnation(1), reason="ends")
+        await office.network.channel("c:1").call(DEREGISTER, leave, timeout_s=1)
+        assert [where(verdict) for verdict in await office.ask("a", "b")] == ["w1", "w1"]
+        assert office.said[-1] == "worker left: w0 incarnation 1: ends"
+
+    with_office(body)
+
+
+def test_while_everybody_is_silent_nobody_gets_requests() -> None:
+    async def body(office: Office) -> None:
+        for name in ("w0", "w1"):
+            await office.register(name)
+        await asyncio.sleep(5.0)
+        (verdict,) = await office.ask("a")
+        assert isinstance(verdict, Rejection)
+        assert verdict.code == "not_ready"
+        await office.beat("w1")
+        assert where((await office.ask("b"))[0]) == "w1"
+        assert (await office.members()).members[0].info.worker_id == "w1"
+
+    with_office(body)
+
+
+def test_a_new_life_on_the_same_address_is_a_new_worker() -> None:
+    async def body(office: Office) -> None:
+        for name in ("w0", "w1"):
+            await office.register(name)
+        await office.tell("w0", 0, HINTS, b"\1\1")
+        assert len(await office.ask(*"abcd")) == 4
+        await office.register("w0", incarnation=2)
+        fleet = office.shell.fleet()
+        assert [info.incarnation for info in fleet.infos] == [2, 1]
+        assert fleet.prefill_load_tokens.tolist()[0] == 0, "what was placed on its last life is not its load"
+        match = office.shell.conductor.directory.match(np.frombuffer(HINTS, np.uint64))
+        assert match.best == 0, "nor does it hold what that one held"
+        with pytest.raises(StaleIncarnation):
+            await office.tell("w0", 2, HINTS, b"\1\1")
+
+    with_office(body)
+
+
+# --- what workers tell ----------------------------------------------------------------------------------
+
+
+def test_block_events_place_prompts_and_gaps_are_asked_for() -> None:
+    async def body(office: Office) -> None:
+        assert await office.tell("w1", 0, HINTS, b"\1\1") == BlockEventsReply(known=False)
+        for name in ("w0", "w1"):
+            await office.register(name)
+        assert (await office.tell("w1", 0, HINTS, b"\1\1")).expected == 2
+        assert (await office.tell("w1", 5, HINTS, b"\1\1")).expected == 2, "2, 3 and 4 are missing"
+        (verdict,) = await office.ask("a", block_keys=HINTS)
+        assert isinstance(verdict, Placement)
+        assert where(verdict) == "w1"
+        assert verdict.prefix is not None
+        assert verdict.prefix.local_blocks == 2
+        figures = (await office.members()).coordinator
+        assert figures is not None
+        assert (figures.directory_blocks, figures.block_events_total, figures.block_gaps_total) == (2, 2, 1)
+
+    with_office(body)
+
+
+def test_events_that_make_no_sense_are_refused() -> None:
+    async def body(office: Office) -> None:
+        await office.register("w0")
+        with pytest.raises(BadRequest, match="keys has 3 bytes"):
+            await office.tell("w0", 0, b"abc", b"\1")
+
+    with_office(body)
+
+
+def test_what_left_workers_held_is_swept_when_there_is_time() -> None:
+    async def body(office: Office) -> None:
+        await office.register("w0")
+        for start in range(0, 4000, 1000):
+            keys = b"".join((start + number + 1).to_bytes(8, "little") for number in range(1000))
+            await office.tell("w0", start, keys, b"\1" * 1000)
+        await office.register("w0", incarnation=2)
+        figures = (await office.members()).coordinator
+        assert figures is not None
+        assert figures.directory_blocks == 4000
+        await asyncio.sleep(5.0)
+        figures = (await office.members()).coordinator
+        assert figures is not None
+        assert figures.directory_blocks == 0
+
+    with_office(body)
+
+
+def test_measured_links_become_costs() -> None:
+    async def body(office: Office) -> None:
+        await office.register("w0")
+        link = LinkReport(peer=WorkerId("w1"), transport="shm", bandwidth_bytes_per_s=5e9, latency_s=1e-4, chosen=True)
+        assert office.costs.transfer.bandwidth_bytes_s == 1e9
+        await office.beat("w0", transfers=TransferReport(links=(link,)))
+        assert office.costs.transfer.bandwidth_bytes_s == 5e9
+
+    with_office(body)

@@ -359,3 +359,32 @@ def test_whatever_is_preempted_or_cancelled_indices_are_gapless_and_no_block_is_
     for name in names:
         indices = [delta.index for delta in side.deltas.seen if delta.request_id == name]
         assert indices == list(range(1, len(indices) + 1))
+
+
+def test_a_handoff_that_is_sealed_without_a_first_token_fails_and_leaves_nothing() -> None:
+    side = Side()
+    request = generate(prompt=6)
+    lease_id = side.offer(request)
+    blocks = side.ledger.allocate("r#1", 2)
+    assert blocks is not None
+    side.reader.adopted(lease_id, blocks, Seal(num_tokens=6))
+    error = side.deltas.seen[-1].error
+    assert error is not None
+    assert (error.code, side.batch.running_count) == ("bad_request", 0)
+    side.assert_clean()
+
+
+def test_answers_that_end_of_themselves_are_tallied_by_the_length_of_their_prompts() -> None:
+    side = Side()
+    for name, prompt, max_tokens in (("a", 6, 3), ("b", 7, 2), ("c", 2, 4), ("cancelled", 6, 5)):
+        side.adopt(generate(name, prompt=prompt, max_tokens=max_tokens))
+    side.step()
+    side.batch.cancel(key("cancelled"), "test")
+    while side.step():
+        pass
+    assert [(tally.answers, tally.output_tokens) for tally in side.batch.answer_tallies.report()] == [
+        (0, 0),
+        (0, 0),
+        (1, 4),
+        (2, 5),
+    ]

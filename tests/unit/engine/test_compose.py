@@ -99,3 +99,44 @@ def test_a_prompt_takes_as_many_steps_as_its_tokens_need(length: int, max_tokens
         remaining -= grants[-1].num_tokens
         steps += 1
     assert steps == -(-length // max_tokens)
+
+
+def _new(*num_tokens: int) -> list[Candidate]:
+    return [Candidate(sequence_id=each, num_tokens=tokens, arrival=each) for each, tokens in enumerate(num_tokens)]
+
+
+def _granted(decodes: list[Candidate], chunks: list[Candidate], budget: StepBudget) -> list[tuple[int, int]]:
+    return [(grant.sequence_id, grant.num_tokens) for grant in compose(decodes, chunks, budget)]
+
+
+def test_new_prompts_share_a_step_up_to_saturation_and_a_longer_one_has_its_own() -> None:
+    budget = StepBudget(max_tokens=100, max_sequences=8, saturation_tokens=30)
+    assert _granted([], _new(10, 20, 5), budget) == [(0, 10), (1, 20)]
+    assert _granted([], _new(10, 21, 5), budget) == [(0, 10)], "nobody is passed by a later arrival"
+    assert _granted([], _new(70, 5), budget) == [(0, 70)]
+    assert _granted([], _new(170, 5), budget) == [(0, 100)], "longer ones are cut as ever"
+
+
+def test_saturation_counts_prompts_only_and_what_began_goes_on() -> None:
+    budget = StepBudget(max_tokens=100, max_sequences=80, saturation_tokens=30)
+    decodes = [Candidate(sequence_id=50 + each, num_tokens=1, arrival=0) for each in range(25)]
+    begun = [Candidate(sequence_id=90 + each, num_tokens=20, arrival=each, started=True) for each in range(2)]
+    assert _granted(decodes, _new(10, 20, 1), budget)[25:] == [(0, 10), (1, 20)]
+    assert _granted([], [*begun, *_new(5)], budget) == [(90, 20), (91, 20)]
+    assert _granted([], [*begun[:1], *_new(10, 1)], budget) == [(90, 20), (0, 10)]
+
+
+@given(_queues(), _BUDGETS, st.integers(1, 60))
+def test_saturation_only_ever_leaves_new_prompts_out(
+    queues: tuple[list[Candidate], list[Candidate]], budget: StepBudget, saturation_tokens: int
+) -> None:
+    limits = StepBudget(
+        max_tokens=budget.max_tokens, max_sequences=budget.max_sequences, saturation_tokens=saturation_tokens
+    )
+    without, grants = compose(*queues, budget), compose(*queues, limits)
+    assert grants == without[: len(grants)]
+    assert all(grant.reason is GrantReason.ADMIT for grant in without[len(grants) :])
+    assert bool(grants) == bool(without)
+    prompts = [grant for grant in grants if grant.reason is not GrantReason.DECODE]
+    shares = len(prompts) > 1 and prompts[-1].reason is GrantReason.ADMIT
+    assert not shares or sum(grant.num_tokens for grant in prompts) <= saturation_tokens

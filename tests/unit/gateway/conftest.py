@@ -73,11 +73,13 @@ async def cluster(network: MemoryNetwork, roles: dict[str, Role], script: Script
 
 
 @asynccontextmanager
-async def run_core(network: MemoryNetwork, cluster: FakeCluster, limits: GatewayLimits) -> AsyncGenerator[GatewayCore]:
+async def run_core(
+    network: MemoryNetwork, cluster: FakeCluster, limits: GatewayLimits, gateway_id: str = "gw"
+) -> AsyncGenerator[GatewayCore]:
     process = network.process("127.0.0.1")
     silent = structlog.make_filtering_bound_logger(logging.CRITICAL)
     log = structlog.wrap_logger(structlog.ReturnLogger(), wrapper_class=silent)
-    async with GatewayCore(process, LiveClock(), GatewayId("gw"), cluster.address, limits, log) as core:
+    async with GatewayCore(process, LiveClock(), GatewayId(gateway_id), cluster.address, limits, log) as core:
         yield core
     await process.close()
 

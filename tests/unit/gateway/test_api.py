@@ -420,8 +420,9 @@ async def test_timelines_are_bounded(cluster: FakeCluster) -> None:
 
     log = TimelineLog(2)
     for name in ("a", "b", "a", "c"):
-        log.add(name, ())
-    assert [name for name in "abc" if log.get(name) is not None] == ["a", "c"]
+        log.add("tenant", name, ())
+    assert [name for name in "abc" if log.get("tenant", name) is not None] == ["a", "c"]
+    assert log.get("other", "a") is None
 
 
 def test_settings_hide_keys() -> None:

@@ -95,6 +95,7 @@ async def test_a_rejection_is_raised_with_its_numbers(
     assert caught.value.retry_after_s == 2.5
 
 
+@pytest.mark.parametrize("roles", [{}])
 async def test_a_dead_coordinator_means_not_ready(core: GatewayCore, cluster: FakeCluster) -> None:
     cluster.kill_coordinator()
     with pytest.raises(NotReady, match="the coordinator did not answer"):

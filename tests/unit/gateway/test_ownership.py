@@ -117,7 +117,7 @@ def cancels_of(instructions: list[ev.Instruction]) -> list[ev.SendCancel]:
 
 def test_the_way_of_a_request() -> None:
     request = machine()
-    item = request.dispatch_item
+    item = request.dispatch_item(0.0)
     assert (item.prompt_tokens, item.max_tokens, item.avoid) == (3, 100, ())
     assert request.handle(ev.Placed(placement()), 1.0) == [ev.OpenStreams(ONE, placement())]
     sent = msgspec.structs.replace(request.request, deadline_s=8.0)

@@ -765,3 +765,38 @@ def test_a_lost_answer_does_not_end_what_was_confirmed(error: TandemError) -> No
     ended, _ = bench.feed(AckArrived(AckRequest(lease_ids=(LEASE,), holder_incarnation=HOLDER.incarnation)))
     assert isinstance(ended, LeaseEnded)
     assert ended.outcome is LeaseOutcome.RELEASED
+
+
+# --- leases over blocks that stood before -------------------------------------------------------------------------
+
+
+def test_what_was_final_before_the_lease_comes_with_the_offer() -> None:
+    bench = Bench()
+    (offer,) = bench.feed(Opened(terms=terms(), reader=READER, blocks=bench.blocks, num_final_blocks=2))
+    assert isinstance(offer, SendOffer)
+    assert offer.terms.progress is not None
+    assert (len(offer.terms.progress.blocks), offer.terms.progress.seal) == (2, None)
+    assert bench.feed(OfferAnswered(LEASE, expected=2)) == []
+
+
+def test_a_whole_lease_is_offered_once_all_of_it_is_prepared() -> None:
+    bench = Bench(prepares=True)
+    opened = Opened(terms=terms(), reader=READER, blocks=bench.blocks, seal=SEAL, whole=True)
+    (prepare,) = bench.feed(opened)
+    assert isinstance(prepare, PrepareBlocks)
+    assert bench.after(1.0) == []
+    (offer,) = bench.feed(Prepared(LEASE, Preparation()))
+    assert isinstance(offer, SendOffer)
+    assert offer.terms.progress is not None
+    assert (len(offer.terms.progress.blocks), offer.terms.progress.seal) == (3, SEAL)
+    assert bench.feed(OfferAnswered(LEASE, expected=3)) == [], "nothing is left to say"
+    assert bench.feed(CONFIRM) == [Answer(ConfirmReply(stands=True))]
+
+
+def test_a_whole_lease_needs_a_seal_and_fits_into_one_offer() -> None:
+    for opened in (
+        Opened(terms=terms(), reader=READER, blocks=Bench().blocks, whole=True),
+        Opened(terms=terms(num_blocks=4097), reader=READER, blocks=(Bench().blocks[0],) * 4097, seal=SEAL, whole=True),
+    ):
+        with pytest.raises(InvariantBroken, match="no offer can carry all"):
+            Bench().feed(opened)

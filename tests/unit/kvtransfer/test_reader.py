@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -920,3 +921,33 @@ def test_an_offer_that_contradicts_itself_starts_nothing(body: ProgressRequest) 
     bench = Bench()
     assert isinstance(refused(bench, carrying(body)), BadRequest)
     assert bench.reader.idle
+
+
+# --- offers that do not wait --------------------------------------------------------------------------------------
+
+
+def test_an_offer_that_does_not_wait_is_refused_without_room_and_leaves_nothing() -> None:
+    bench = Bench()
+    bench.ledger.allocate("others", 6)
+    (refused,) = bench.feed(replace(offered(), waits=False))
+    assert isinstance(refused, RefuseOffer)
+    assert isinstance(refused.error, NoCapacity)
+    assert (bench.reader.num_leases, bench.reader.num_waiting) == (0, 0)
+
+
+def test_an_offer_that_does_not_wait_takes_what_is_there_also_before_those_that_wait() -> None:
+    bench = Bench()
+    bench.ledger.allocate("others", 5)
+    bench.feed(offered(LeaseId("p0/7/2"), num_blocks=4))
+    assert bench.reader.num_waiting == 1
+    instructions = bench.feed(replace(offered(), waits=False))
+    assert any(isinstance(each, Verdict) and each.reply.verdict == "reserved" for each in instructions)
+    assert bench.reader.num_waiting == 1
+    assert len(bench.ledger.reserved_blocks(LEASE)) == 3
+
+
+def test_an_offer_that_does_not_wait_is_not_asked_about() -> None:
+    ledger = Ledger(8)
+    reader = Reader(ledger, IDENTITY, ("memory",), may_reserve=lambda: False)
+    reader.handle(replace(offered(), waits=False), 100.0)
+    assert ledger.is_reserved(LEASE)

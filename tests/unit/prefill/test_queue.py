@@ -13,16 +13,21 @@ from hypothesis import strategies as st
 
 from contracts.errors import BadRequest, DeadlineExceeded, IncompatiblePeer, Internal, NoCapacity, TandemError
 from contracts.ids import Incarnation, LeaseId, RequestId, WorkerId
-from contracts.messages import HandoffReply, LeaseTerms, Peer, PrefillRequest
+from contracts.messages import HandoffReply, LeaseTerms, Peer, PrefillRequest, PrefixPlan
 from engine.plan import Sampled
 from engine.room import Demand
+from kvstore.prefix_cache import PrefixCache
 from kvtransfer import LeaseOutcome, Ledger
 from prefill import PrefillLimits, PrefillQueue
 from tests.support.roles import EOS, IDENTITY, READER, Deltas, Facts, RecordingHolder, generate, key, room_over
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from contracts.ids import BlockId
     from contracts.requests import GenerateRequest
     from engine.sequence import Sequence
+    from kvstore.prefix_cache import KeyChain
 
 
 TERMS = LeaseTerms(
@@ -41,10 +46,15 @@ class Side:
 
     num_blocks: int = 16
     also_writes: bool = False
+    prefix_cache: bool = True
     limits: PrefillLimits = field(default_factory=PrefillLimits)
     handed_over: list[Sequence] = field(default_factory=list["Sequence"])
     #: What the reader answers; None: accepted.
     answer: TandemError | None = None
+    #: Fetches asked for: (source, blocks that stand here, up to which block); and who waits for those begun.
+    fetches: list[tuple[str, int, int]] = field(default_factory=list[tuple[str, int, int]])
+    waiters: list[Callable[[float], None]] = field(default_factory=list["Callable[[float], None]"])
+    may_fetch: bool = True
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.num_blocks)
@@ -54,12 +64,14 @@ class Side:
         self.queue = PrefillQueue(
             engine=Facts(num_blocks=self.num_blocks),
             ledger=self.ledger,
+            prefixes=PrefixCache(self.ledger, IDENTITY, enabled=self.prefix_cache),
             holder=cast("Any", self.holder),
             own_worker_id="p0",
             room=self.room,
             limits=self.limits,
             emit=self.deltas,
             send_offer=self._send_offer,
+            start_fetch=self._start_fetch,
             hand_over=lambda sequence, now_s: self.handed_over.append(sequence),
             also_writes=self.also_writes,
             on_blocks_freed=lambda: None,
@@ -73,9 +85,21 @@ class Side:
             raise self.answer
         return HandoffReply(verdict="reserved")
 
-    def submit(self, request: GenerateRequest, *, local: bool = False, now_s: float = 0.0) -> None:
+    def _start_fetch(
+        self, chain: KeyChain, local: list[BlockId], stop: int, source: Peer, waiter: Callable[[float], None]
+    ) -> Callable[[], None] | None:
+        self.fetches.append((source.worker_id, len(local), stop))
+        if not self.may_fetch:
+            return None
+        self.waiters.append(waiter)
+        return lambda: self.waiters.remove(waiter)
+
+    def submit(
+        self, request: GenerateRequest, *, local: bool = False, now_s: float = 0.0, prefix: PrefixPlan | None = None
+    ) -> None:
         own = Peer(worker_id=cast("Any", "p0"), incarnation=Incarnation(1), address="p0:1")
-        ask = PrefillRequest(target=Incarnation(1), request=request, decode=own if local else READER)
+        decode = own if local else READER
+        ask = PrefillRequest(target=Incarnation(1), request=request, decode=decode, prefix=prefix)
         self.queue.submit(ask, now_s)
 
     def step(self, num_tokens: int, token_id: int | None = None, now_s: float = 1.0) -> None:
@@ -88,7 +112,7 @@ class Side:
 
     def assert_clean(self) -> None:
         self.ledger.check()
-        assert self.ledger.load()["free_blocks"] == self.num_blocks
+        assert self.ledger.available_blocks == self.num_blocks
         assert self.queue.open_count == 0
         assert self.queue.pending_tokens == 0
         view = self.room.view()
@@ -201,7 +225,7 @@ def test_kv_that_nobody_takes_stops_the_computing_at_its_budget() -> None:
         side.submit(generate(name, prompt=16))
     for _ in range(3):
         side.step(16, token_id=7)
-    assert side.ledger.load()["free_blocks"] == 16, "a recording holder pins nothing"
+    assert side.ledger.available_blocks == 16, "a recording holder pins nothing"
     for name in ("d", "e"):
         side.submit(generate(name, prompt=4))
     assert side.queue.candidates(2.0) == ([], [])
@@ -432,3 +456,269 @@ def test_whatever_ends_the_books_are_clean_and_the_budget_holds(
         side.holder.end(next(iter(side.holder.on_ended)), LeaseOutcome.RELEASED)
         work()
     side.assert_clean()
+
+
+# --- the prefix cache -----------------------------------------------------------------------------------------------
+
+
+def read_whole(side: Side, name: str, *, prompt: int, now_s: float = 0.0, salt: str = "") -> None:
+    """Submits a prompt for another worker, reads it in one step, and has it taken."""
+    request = msgspec.structs.replace(generate(name, prompt=prompt), cache_salt=salt)
+    side.submit(request, now_s=now_s)
+    _, chunks = side.queue.candidates(now_s)
+    side.step(chunks[0].num_tokens, token_id=7, now_s=now_s)
+    side.holder.end(LeaseId(f"lease-{side.holder.opened}"), LeaseOutcome.RELEASED)
+
+
+def test_a_prompt_that_begins_like_another_computes_only_what_is_new() -> None:
+    side = Side()
+    read_whole(side, "a", prompt=10)
+    assert side.ledger.load()["cached_blocks"] == 2, "the tail is not full"
+    side.submit(generate("b", prompt=14))
+    assert side.queue.pending_tokens == 6, "what is found does not count"
+    _, chunks = side.queue.candidates(0.0)
+    assert [chunk.num_tokens for chunk in chunks] == [6]
+    side.step(6, token_id=7)
+    assert side.holder.calls[-3:] == [("open", 4, "d0"), ("advance", "lease-2", 2), ("seal", "lease-2", 4, 14)]
+    phases = side.deltas.seen[-1].phases
+    assert phases is not None
+    assert phases.cached_tokens == 8
+    side.holder.end(LeaseId("lease-2"), LeaseOutcome.RELEASED)
+    side.assert_clean()
+
+
+def test_a_prompt_known_whole_computes_its_last_block_again() -> None:
+    side = Side()
+    read_whole(side, "a", prompt=12)
+    side.submit(generate("b", prompt=12))
+    _, chunks = side.queue.candidates(0.0)
+    assert [chunk.num_tokens for chunk in chunks] == [4]
+    side.queue.cancel(key("b"), "test")
+    side.assert_clean()
+
+
+def test_blocks_of_a_prompt_that_is_still_read_are_shared_as_far_as_they_are_final() -> None:
+    side = Side()
+    side.submit(generate("a", prompt=12))
+    side.step(6)
+    side.submit(generate("b", prompt=12))
+    _, chunks = side.queue.candidates(0.0)
+    assert [chunk.num_tokens for chunk in chunks] == [6, 8]
+    a, b = side.ledger.blocks_of("a#1"), side.ledger.blocks_of("b#1")
+    assert (a[0], len(set(a) | set(b))) == (b[0], 5)
+    assert side.room.view().lent_blocks == 5, "a shared block is lent once"
+    side.queue.cancel(key("a"), "test")
+    assert side.room.view().lent_blocks == 3
+    side.queue.cancel(key("b"), "test")
+    side.assert_clean()
+
+
+def test_a_failed_step_leaves_only_what_was_final_before() -> None:
+    side = Side()
+    side.submit(generate("a", prompt=12))
+    side.step(4)
+    _, chunks = side.queue.candidates(0.0)
+    side.queue.build(chunks[0].sequence_id, 8, 0.0)
+    side.queue.fail(chunks[0].sequence_id, Internal("the step failed"))
+    assert side.ledger.load()["cached_blocks"] == 1
+    side.assert_clean()
+
+
+def test_prompts_with_other_salts_share_nothing() -> None:
+    side = Side()
+    read_whole(side, "a", prompt=10, salt="tenant-a")
+    for salt, num_tokens in (("tenant-b", 10), ("tenant-a", 2)):
+        side.submit(msgspec.structs.replace(generate(salt, prompt=10), cache_salt=salt))
+        assert side.queue.candidates(0.0)[1][0].num_tokens == num_tokens
+        side.queue.cancel(key(salt), "test")
+    side.assert_clean()
+
+
+def test_without_the_cache_nothing_is_kept() -> None:
+    side = Side(prefix_cache=False)
+    read_whole(side, "a", prompt=10)
+    assert side.ledger.load()["free_blocks"] == side.num_blocks
+    side.submit(generate("b", prompt=10))
+    assert side.queue.candidates(0.0)[1][0].num_tokens == 10
+    side.queue.cancel(key("b"), "test")
+    side.assert_clean()
+
+
+def test_shared_blocks_that_others_hold_take_no_room() -> None:
+    """5 of 8 blocks are held; 3 more suffice for a prompt of 7 whose first 4 are among them."""
+    side = Side(num_blocks=8)
+    side.submit(generate("a", prompt=20))
+    side.step(16)
+    side.submit(generate("b", prompt=28))
+    assert len(side.queue.candidates(0.0)[1]) == 2
+    assert side.ledger.available_blocks == 0
+    for name in ("a", "b"):
+        side.queue.cancel(key(name), "test")
+    side.assert_clean()
+
+
+def test_cached_blocks_that_a_prompt_shares_count_as_taken() -> None:
+    """A prompt of 7 whose first 4 are cached needs 7 of the available ones, not 3."""
+    side = Side(num_blocks=8)
+    read_whole(side, "a", prompt=16)
+    side.submit(generate("other", prompt=8))
+    assert side.ledger.load()["cached_blocks"] == 4
+    request = msgspec.structs.replace(generate("x", prompt=8), token_ids=tuple(range(500, 508)))
+    side.queue.cancel(key("other"), "test")
+    side.submit(request)
+    side.queue.candidates(0.0)
+    assert side.ledger.available_blocks == 6
+    side.submit(generate("b", prompt=28))
+    assert len(side.queue.candidates(0.0)[1]) == 1
+    assert side.queue.waiting_count == 1
+    side.queue.cancel(key("x"), "test")
+    assert [chunk.num_tokens for chunk in side.queue.candidates(0.0)[1]] == [12]
+    side.queue.cancel(key("b"), "test")
+    side.assert_clean()
+
+
+def test_an_answer_of_one_token_is_tallied() -> None:
+    side = Side()
+    side.submit(generate(prompt=5, max_tokens=1))
+    side.step(5, token_id=9)
+    assert [(tally.answers, tally.output_tokens) for tally in side.queue.answer_tallies.report()] == [
+        (0, 0),
+        (0, 0),
+        (0, 0),
+        (1, 1),
+    ]
+
+
+def test_pending_pairs_count_from_what_is_cached() -> None:
+    side = Side()
+    read_whole(side, "a", prompt=8)
+    side.submit(generate("b", prompt=12))
+    assert side.queue.pending_pairs == 4 * 8 + 10
+    side.queue.candidates(0.0)
+    assert side.queue.pending_pairs == 4 * 8 + 10
+    side.queue.cancel(key("b"), "test")
+    assert side.queue.pending_pairs == 0
+
+
+# --- prefixes from other workers ------------------------------------------------------------------------------------
+
+SOURCE = Peer(worker_id=WorkerId("p1"), incarnation=Incarnation(1), address="p1:1")
+
+
+def from_source(blocks: int, *, local: int = 0) -> PrefixPlan:
+    return PrefixPlan(local_blocks=local, source=SOURCE, source_blocks=blocks)
+
+
+def arrive(side: Side, num_tokens: int) -> None:
+    """As a fetch that brings the first blocks of a prompt of `generate`."""
+    prefixes = PrefixCache(side.ledger, IDENTITY)
+    chain = prefixes.chain(generate(prompt=num_tokens).token_ids, "")
+    blocks = side.ledger.allocate("fetch", len(chain))
+    assert blocks is not None
+    prefixes.name(chain, blocks, 0, len(chain))
+    side.ledger.release_all("fetch")
+
+
+def test_a_prompt_is_queued_when_its_beginning_has_come_and_computes_the_rest() -> None:
+    side = Side()
+    side.submit(generate("a", prompt=14), prefix=from_source(9), now_s=1.0)
+    assert side.fetches == [("p1", 0, 3)], "the last token is computed here"
+    assert side.queue.candidates(1.0) == ([], [])
+    assert (side.queue.waiting_count, side.ledger.load()["free_blocks"]) == (1, 16), "it waits without blocks"
+    arrive(side, 12)
+    side.waiters[0](1.5)
+    assert [chunk.num_tokens for chunk in side.queue.candidates(2.0)[1]] == [2]
+    side.step(2, token_id=7, now_s=2.0)
+    phases = side.deltas.seen[-1].phases
+    assert phases is not None
+    assert (phases.queue_s, phases.fetch_s, phases.cached_tokens) == (1.0, 0.5, 12)
+    side.holder.end(LeaseId("lease-1"), LeaseOutcome.RELEASED)
+    side.assert_clean()
+
+
+def test_a_fetch_that_brings_nothing_costs_only_the_computing() -> None:
+    side = Side()
+    side.submit(generate("a", prompt=14), prefix=from_source(3))
+    side.waiters[0](0.5)
+    assert [chunk.num_tokens for chunk in side.queue.candidates(1.0)[1]] == [14]
+    side.queue.cancel(key("a"), "test")
+    side.assert_clean()
+
+
+def test_others_are_read_while_a_prompt_waits_for_its_beginning_and_it_keeps_its_turn() -> None:
+    side = Side(num_blocks=8)
+    side.submit(generate("a", prompt=14), prefix=from_source(3), now_s=0.0)
+    for name, base in (("b", 100), ("c", 200)):
+        tokens = tuple(range(base, base + 14))
+        side.submit(msgspec.structs.replace(generate(name, prompt=14), token_ids=tokens), now_s=1.0)
+    assert len(side.queue.candidates(1.0)[1]) == 2
+    side.waiters[0](1.5)
+    assert side.queue.waiting_count == 1
+    for name in ("a", "b", "c"):
+        side.queue.cancel(key(name), "test")
+    side.assert_clean()
+
+
+def test_a_cancelled_prompt_waits_for_no_fetch() -> None:
+    side = Side()
+    side.submit(generate("a", prompt=14), prefix=from_source(3))
+    side.queue.cancel(key("a"), "test")
+    assert side.waiters == []
+    side.submit(generate("b", prompt=14, deadline_s=1.0), prefix=from_source(3))
+    side.queue.expire(2.0)
+    assert side.waiters == []
+    assert side.deltas.seen[-1].finish == "error"
+    side.assert_clean()
+
+
+def test_prompts_that_wait_for_fetches_count_in_the_bound_of_the_queue() -> None:
+    side = Side(limits=PrefillLimits(max_waiting=1))
+    side.submit(generate("a", prompt=14), prefix=from_source(3), now_s=0.0)
+    with pytest.raises(NoCapacity, match="p0 has 1 prompts waiting") as refused:
+        side.submit(generate("b"), now_s=7.0)
+    assert refused.value.retry_after_s == 7.0
+
+
+@pytest.mark.parametrize(
+    ("here", "plan", "stop"),
+    [
+        (0, from_source(3), 3),
+        (4, from_source(3), 3),
+        (4, from_source(3, local=1), 3),
+        (8, from_source(3), 0),
+        (12, from_source(3), 0),
+        (8, from_source(3, local=2), 3),
+        (4, PrefixPlan(local_blocks=1), 0),
+        (4, PrefixPlan(source_blocks=3), 0),
+    ],
+)
+def test_what_is_fetched_is_what_still_gains_at_least_half(here: int, plan: PrefixPlan, stop: int) -> None:
+    side = Side()
+    if here:
+        arrive(side, here)
+    side.submit(generate("a", prompt=14), prefix=plan)
+    assert side.fetches == ([("p1", here // 4, stop)] if stop else [])
+    assert len(side.queue.candidates(0.0)[1]) == (0 if stop else 1)
+
+
+def test_a_fetch_takes_no_room_that_is_promised_or_waited_for() -> None:
+    side = Side(num_blocks=8)
+    side.room.promise("answer", 6)
+    side.submit(generate("a", prompt=14), prefix=from_source(3))
+    side.room.forget("answer")
+    side.room.offer = Demand(arrival_s=0.0, num_blocks=1)
+    side.submit(generate("b", prompt=14), prefix=from_source(3))
+    side.room.offer = None
+    side.room.starving = True
+    side.submit(generate("c", prompt=14), prefix=from_source(3))
+    assert side.fetches == []
+    side.room.starving = False
+    side.submit(generate("d", prompt=14), prefix=from_source(3))
+    assert len(side.fetches) == 1
+
+
+def test_a_prompt_that_may_not_be_fetched_for_is_queued_at_once() -> None:
+    side = Side(may_fetch=False)
+    side.submit(generate("a", prompt=14), prefix=from_source(3))
+    assert len(side.fetches) == 1
+    assert [chunk.num_tokens for chunk in side.queue.candidates(0.0)[1]] == [14]

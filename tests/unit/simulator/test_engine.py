@@ -13,9 +13,8 @@ from contracts.errors import InvariantBroken
 from contracts.ids import BlockId
 from contracts.latency import StepWork
 from contracts.requests import SamplingParams
-from engine.plan import SampleSpec, SequenceStep, StepPlan
+from engine.plan import SampleSpec, SequenceStep, StepPlan, work_of
 from simulator import ModelledEngine, ModelTiming, StepTiming, expected_tokens, modelled_identity, run
-from simulator.engine import work_of
 from tests.support.affine_latency import AffineLatency
 
 if TYPE_CHECKING:

@@ -28,6 +28,11 @@ def test_text_form() -> None:
     assert parse_slo("batch:1e4,200.5") == SloClass("batch", 10_000, 200.5)
 
 
+def test_targets_by_name_have_units() -> None:
+    assert parse_slo("ttft=250ms,tpot=0.1") == SloClass("default", 250, 100)
+    assert parse_slo("chat: ttft = 2s, tpot = 50ms") == SloClass("chat", 2000, 50)
+
+
 def test_published_classes_are_known_by_name() -> None:
     assert parse_slo("distserve-chat-opt-13b") == SloClass("distserve-chat-opt-13b", 250, 100)
     assert all(parse_slo(name).name == name for name in PUBLISHED_SLOS)
@@ -41,6 +46,10 @@ def test_published_classes_are_known_by_name() -> None:
         ("interactive:0,50", "ttft_ms must be finite and > 0, got 0"),
         (":300,50", "an SLO class needs a name"),
         ("distserve-chat-opt-13", "did you mean 'distserve-chat-opt-13b'?"),
+        ("tpot=1s,ttft=1s", "'tpot=1s' stands where ttft= should"),
+        ("ttft=1s", "SLO 'ttft=1s': not NAME:TTFT_MS,TPOT_MS"),
+        ("chat:ttft=1s,50", "'50' stands where tpot= should"),
+        ("ttft=1y,tpot=1s", "'1y' is not a number with a unit"),
         ("x", "known are distserve-chat-opt-13b, distserve-chat-opt-175b"),
     ],
 )

@@ -1,0 +1,209 @@
+"""The columns of `coordinator.policy.outlook`, kept up to date: what is expected of workers whose costs are known.
+
+When a worker will have read its prompts is believed, between reports, as placements add up. A report bounds it: there
+is at least what it tells, and at most that and what was placed within the grace before it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from coordinator.answer_lengths import AnswerLengths
+from coordinator.forecast import DecodeForecast
+from coordinator.policy.cost_tables import CostTable, stack
+from coordinator.policy.fleet_view import LARGEST_COUNT, count_of
+from coordinator.policy.outlook import READING_WINDOW_S, Outlook, Pace, ReadGroup
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from contracts.messages import AnswerTally, DispatchItem, WorkerInfo, WorkerLoad
+    from coordinator.costs import WorkerCosts
+    from coordinator.decision import Plan
+    from coordinator.policy.fleet_view import Counts, FleetView, Seconds
+
+#: What a token of an answer takes before anything is known of steps.
+_UNKNOWN_TOKEN_S = 0.05
+#: Of the mean over workers: how much the last report counts.
+_NEWEST_SHARE = 0.05
+#: Tables of costs that no worker has any more go when there are so many.
+_MAX_TABLES = 256
+
+_COLUMNS = (
+    "source_free_s",
+    "num_decodes",
+    "context_tokens",
+    "free_tokens",
+    "reading_s",
+    "reading_as_of_s",
+)
+
+
+class Expectations:
+    """Rows are those of the fleet, which tells of every change."""
+
+    def __init__(self, num_ranks: int, longest_wait_s: float) -> None:
+        self._infos: list[WorkerInfo] = []
+        #: By row; None: nothing is known of its steps.
+        self._tables: list[CostTable | None] = []
+        #: By identity of the costs that they were made of.
+        self._made: dict[int, CostTable] = {}
+        self._told_answers: list[Sequence[AnswerTally]] = []
+        self._columns: dict[str, NDArray[np.float64]] = {name: np.zeros(0) for name in _COLUMNS}
+        self._prefill_free_s: Seconds = np.zeros((num_ranks, 0))
+        self.answer_lengths = AnswerLengths()
+        self._pace = Pace(answer_tokens=self.answer_lengths.mean_tokens, token_s=_UNKNOWN_TOKEN_S)
+        self._forecast = DecodeForecast(longest_wait_s, self._pace)
+        #: Made when asked for after a worker or its costs changed.
+        self._outlook: Outlook | None = None
+
+    # --- who is there -----------------------------------------------------------------------------
+
+    def insert(self, row: int, info: WorkerInfo, now_s: float) -> None:
+        self._infos.insert(row, info)
+        self._tables.insert(row, None)
+        self._told_answers.insert(row, ())
+        for name, column in self._columns.items():
+            self._columns[name] = np.insert(column, row, 0.0)
+        self._columns["free_tokens"][row] = count_of(info.total_blocks) * info.identity.layout.block_tokens
+        self._prefill_free_s = np.insert(self._prefill_free_s, row, now_s, axis=1)
+        self._forecast.insert(row, now_s)
+        self._outlook = None
+
+    def delete(self, row: int) -> None:
+        del self._infos[row], self._tables[row], self._told_answers[row]
+        for name, column in self._columns.items():
+            self._columns[name] = np.delete(column, row)
+        self._prefill_free_s = np.delete(self._prefill_free_s, row, axis=1)
+        self._forecast.delete(row)
+        self._outlook = None
+
+    def set_costs(self, row: int, costs: WorkerCosts | None) -> None:
+        present = self._tables[row]
+        if (None if present is None else present.costs) is costs:
+            return
+        if costs is None:
+            self._tables[row] = None
+        else:
+            if len(self._made) >= _MAX_TABLES:
+                self._made = {id(table.costs): table for table in self._tables if table is not None}
+            table = self._made.get(id(costs))
+            if table is None:
+                table = self._made[id(costs)] = CostTable(costs)
+            self._tables[row] = table
+        self._outlook = None
+
+    # --- what they do -----------------------------------------------------------------------------
+
+    def report(self, row: int, load: WorkerLoad, booked_s: float, view: FleetView, now_s: float) -> None:
+        """`booked_s`: seconds of reading that were placed within the grace."""
+        columns, info = self._columns, self._infos[row]
+        columns["num_decodes"][row] = count_of(load.running_decodes)
+        columns["context_tokens"][row] = count_of(load.context_tokens)
+        free_blocks = count_of(load.free_blocks) + count_of(load.cached_blocks)
+        columns["free_tokens"][row] = free_blocks * info.identity.layout.block_tokens
+        self._forecast.advance(now_s)
+        if info.role != "prefill":
+            self._note_answers(row, load, now_s)
+        if info.role != "decode":
+            self._note_prompts(row, load, booked_s, view, now_s)
+
+    def _note_answers(self, row: int, load: WorkerLoad, now_s: float) -> None:
+        told = self._told_answers[row]
+        if load.answers != told:
+            self.answer_lengths.ended(load.answers, told)
+            self._told_answers[row] = load.answers
+            self._pace.answer_tokens = self.answer_lengths.mean_tokens
+        table, num_decodes = self._tables[row], count_of(load.running_decodes)
+        if table is not None and num_decodes:
+            size = min(num_decodes, len(table.decode_base_s) - 1)
+            context_s = float(table.decode_context_s[size]) * count_of(load.context_tokens)
+            step_s = float(table.decode_base_s[size]) + context_s
+            self._pace.token_s += _NEWEST_SHARE * (max(step_s, 1e-9) - self._pace.token_s)
+        self._forecast.report(row, num_decodes, count_of(load.context_tokens), now_s)
+
+    def _note_prompts(self, row: int, load: WorkerLoad, booked_s: float, view: FleetView, now_s: float) -> None:
+        """Corrects when it will have read everything."""
+        table, free_s = self._tables[row], self._prefill_free_s[:, row]
+        if table is None:
+            return
+        pending_tokens = count_of(load.pending_prompt_tokens)
+        told_s = now_s
+        if pending_tokens:
+            pending_s = table.pending_s(pending_tokens, min(load.pending_prompt_pairs, float(LARGEST_COUNT) ** 2))
+            if self._infos[row].role == "mixed":
+                outlook = self.outlook(view)
+                extra_s = float(outlook.step_extra_s(outlook.decoding_at(now_s))[row])
+                pending_s += math.ceil(pending_tokens / table.max_batch_tokens) * extra_s
+            told_s += max(0.0, pending_s - max(0.0, load.step_age_s))
+        believed_s = max(float(free_s[-1]), now_s)
+        total_s = min(max(believed_s, told_s), told_s + booked_s)
+        if len(free_s) == 1:
+            free_s[0] = total_s if total_s > believed_s else min(float(free_s[0]), total_s)
+            return
+        if total_s > believed_s:
+            # Nobody knows whose it is: everybody waits for it.
+            np.maximum(free_s, now_s, out=free_s)
+            free_s += total_s - believed_s
+        np.minimum(free_s, total_s, out=free_s)
+
+    def book(self, item: DispatchItem, prefill_row: int, decode_row: int, plan: Plan, now_s: float) -> None:
+        free_s = self._prefill_free_s[plan.rank :, prefill_row]
+        np.maximum(free_s, now_s, out=free_s)
+        free_s += plan.prefill_s
+        columns = self._columns
+        if plan.source_row >= 0:
+            columns["source_free_s"][plan.source_row] = plan.fetched_s
+        if self._infos[prefill_row].role == "mixed":
+            fade = math.exp((float(columns["reading_as_of_s"][prefill_row]) - now_s) / READING_WINDOW_S)
+            columns["reading_s"][prefill_row] = float(columns["reading_s"][prefill_row]) * fade + plan.prefill_s
+            columns["reading_as_of_s"][prefill_row] = now_s
+        self._forecast.advance(now_s)
+        self._forecast.add(decode_row, plan.begin_s, count_of(item.prompt_tokens))
+
+    # --- what dispatch looks at -------------------------------------------------------------------
+
+    def outlook(self, view: FleetView) -> Outlook:
+        """A window on the columns; stale once a worker or its costs changed. `view` is that of the same rows."""
+        if self._outlook is None:
+            self._outlook = self._make_outlook(view)
+        return self._outlook
+
+    def _make_outlook(self, view: FleetView) -> Outlook:
+        kinds = list(dict.fromkeys(table for table in self._tables if table is not None))
+        index = {id(table): number for number, table in enumerate(kinds)}
+        own = np.array([-1 if table is None else index[id(table)] for table in self._tables], np.int64)
+        can_write = view.is_writer | view.is_mixed
+        read_kind = _with_guesses(own, view.can_read)
+        pairs = list(zip(read_kind.tolist(), view.kv_class.tolist(), strict=True))
+        groups = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        columns: dict[str, Any] = dict(self._columns)
+        return Outlook(
+            tables=stack(kinds, any_mixed=bool(view.is_mixed.any())),
+            knows_reading=bool((own[view.can_read] >= 0).any()),
+            knows_writing=bool((own[can_write] >= 0).any()),
+            any_mixed=bool(view.is_mixed.any()),
+            read_groups=tuple(ReadGroup(*pair) for pair in groups),
+            read_group=np.array([groups[pair] for pair in pairs], np.int64),
+            budget_tokens=np.array([kind.max_batch_tokens for kind in kinds] or [1], np.int64)[read_kind],
+            full_step_s=np.array([kind.full_step_s for kind in kinds] or [0.0])[read_kind],
+            write_kind=_with_guesses(own, can_write),
+            prefill_free_s=self._prefill_free_s,
+            decoding=self._forecast.table,
+            slots=self._forecast.slots,
+            pace=self._pace,
+            **columns,
+        )
+
+
+def _with_guesses(own: Counts, role: NDArray[np.bool_]) -> Counts:
+    """Kinds by row; where nothing is known, the one that most of the role are of."""
+    known = own[role & (own >= 0)]
+    guess = int(np.bincount(known).argmax()) if known.size else 0
+    return np.where(own >= 0, own, guess)

@@ -1,0 +1,124 @@
+"""How many answers each worker is expected to write when: those it reported, and those placed there since.
+
+A table by time slot, as `coordinator.policy.outlook` reads it. A placement adds to the slots after its beginning, a
+report makes those of its worker anew; both cost the same however many placements there are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from coordinator.policy.outlook import NUM_SLOTS, Pace, Slots
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from coordinator.policy.fleet_view import Seconds
+
+#: Slots reach at least so far, and this much further than a request may wait where it still meets its target.
+_SHORTEST_HORIZON_S = 8.0
+_HORIZON_OVER_TARGET = 1.5
+#: A pace that differs by less is the same.
+_SAME = 0.01
+_AGES: Seconds = np.arange(NUM_SLOTS, dtype=np.float64)
+#: Slots from one (by column) to another (by row), and whether that is not before the first.
+_LAGS = np.maximum(np.subtract.outer(np.arange(NUM_SLOTS), np.arange(NUM_SLOTS)), 0)
+_IS_AFTER = np.tri(NUM_SLOTS)
+
+
+class DecodeForecast:
+    """Rows are those of the fleet."""
+
+    def __init__(self, longest_wait_s: float, pace: Pace) -> None:
+        """`pace` changes as more is known; what it is when a worker reports holds until the next report."""
+        horizon_s = max(_SHORTEST_HORIZON_S, _HORIZON_OVER_TARGET * longest_wait_s)
+        self.slots = Slots(width_s=horizon_s / NUM_SLOTS)
+        #: As `Outlook.decoding`.
+        self.table: NDArray[np.float64] = np.zeros((NUM_SLOTS, 2, 0))
+        #: Alike: answers that no report contains and that begin within the slot; tokens of their prompts.
+        self._begins: NDArray[np.float64] = np.zeros((NUM_SLOTS, 2, 0))
+        self._reported_s: list[float] = []
+        #: By row: whether anything may stand in `_begins`.
+        self._expects: list[bool] = []
+        self._pace = pace
+        #: Seconds and tokens of an answer that `_stay` and `_grown` were made for.
+        self._seen = math.nan, math.nan
+        self._look_at_pace()
+
+    def insert(self, row: int, now_s: float) -> None:
+        self.table = np.insert(self.table, row, 0.0, axis=2)
+        self._begins = np.insert(self._begins, row, 0.0, axis=2)
+        self._reported_s.insert(row, now_s)
+        self._expects.insert(row, False)
+
+    def delete(self, row: int) -> None:
+        self.table = np.delete(self.table, row, axis=2)
+        self._begins = np.delete(self._begins, row, axis=2)
+        del self._reported_s[row], self._expects[row]
+
+    def advance(self, now_s: float) -> None:
+        """Slots that are over make room for later ones. To be called before `add` and `report` at a new time."""
+        slots = self.slots
+        number = int(now_s / slots.width_s)
+        passed = number - slots.first
+        if passed <= 0:
+            return
+        slots.first = number
+        passed = min(passed, NUM_SLOTS - 1)
+        self._begins[:-passed] = self._begins[passed:]
+        self._begins[-passed:] = 0.0
+        # Until the next reports, what lies beyond the last slot looks like the last.
+        self.table[:-passed] = self.table[passed:]
+        self.table[-passed:] = self.table[-1]
+
+    def add(self, row: int, begin_s: float, prompt_tokens: int) -> None:
+        """One more answer, from then on."""
+        first = self.slots.index_at(begin_s)
+        begins = self._begins[first]
+        begins[0, row] += 1.0
+        begins[1, row] += prompt_tokens
+        self._expects[row] = True
+        num_after = NUM_SLOTS - first
+        self.table[first:, 0, row] += self._stay[:num_after]
+        self.table[first:, 1, row] += self._grown[:num_after] + prompt_tokens * self._stay[:num_after]
+
+    def report(self, row: int, num_decodes: int, context_tokens: int, now_s: float) -> None:
+        """The worker's figures contain what began before now."""
+        self._look_at_pace()
+        column = num_decodes * self._of_one
+        column[:, 1] += context_tokens * self._stay
+        last_s, self._reported_s[row] = self._reported_s[row], now_s
+        if self._expects[row]:
+            self._let_begin(row, last_s, now_s)
+            if self._expects[row]:
+                begins = self._begins[:, :, row]
+                column += self._stay_after @ begins
+                column[:, 1] += self._grown_after @ begins[:, 0]
+        self.table[:, :, row] = column
+
+    def _let_begin(self, row: int, last_s: float, now_s: float) -> None:
+        """Of the present slot's some have begun since the last report: as many as of its time has passed."""
+        slots, begins = self.slots, self._begins[:, :, row]
+        slot_end_s = (slots.first + 1) * slots.width_s
+        counted_from_s = max(last_s, slots.first * slots.width_s)
+        if now_s > counted_from_s:
+            begins[0] *= max(0.0, slot_end_s - now_s) / (slot_end_s - counted_from_s)
+        self._expects[row] = bool(begins[:, 0].any())
+
+    def _look_at_pace(self) -> None:
+        """By slots since an answer began: the probability that it is still written; times its expected tokens."""
+        answer_s, tokens = self._pace.answer_s, self._pace.answer_tokens
+        seen_s, seen_tokens = self._seen
+        if abs(answer_s - seen_s) <= _SAME * answer_s and abs(tokens - seen_tokens) <= _SAME * tokens:
+            return
+        self._seen = answer_s, tokens
+        ages = _AGES * (self.slots.width_s / answer_s)
+        self._stay: Seconds = np.exp(-ages)
+        self._grown: Seconds = self._stay * ages * tokens
+        self._of_one = np.stack((self._stay, self._grown), axis=1)
+        #: The same as matrices: from what begins in each slot to what that comes to in each.
+        self._stay_after = self._stay[_LAGS] * _IS_AFTER
+        self._grown_after = self._grown[_LAGS] * _IS_AFTER

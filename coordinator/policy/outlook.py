@@ -1,0 +1,157 @@
+"""What can be expected of each worker: when it has read its prompts, and how many answers it will write when.
+
+The columns stand beside those of `FleetView`, row by row. They say something only where costs are known.
+
+**Prompts.** `prefill_free_s` is the time at which a worker will have read all that it was given: a virtual clock. There
+is one for each *rank* of urgency, for work of this rank and more urgent ones: where workers read prompts by deadline a
+request does not wait for those with longer targets. The wait of a request is the time from now to its rank's.
+
+**Answers.** The expected number of answers that a worker writes at a later time (Mooncake, arXiv 2407.00079, section
+7): of those that it writes now each goes on with a probability that falls exponentially, with the mean duration of an
+answer as its time constant (lengths are not predicted one by one, and those of chats spread about that much); and those
+placed there whose prompts will have been read by then. The latter are tabulated by time, in slots of equal width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from coordinator.policy.cost_tables import CostTables
+    from coordinator.policy.fleet_view import Counts, Expected, Flags, Seconds
+
+#: Time slots of the table of placed answers.
+NUM_SLOTS = 64
+#: No worker reads prompts in more than this share of its steps for long: it would write no answers.
+_MOST_READING = 0.95
+#: How far back the share of time that mixed workers read prompts is looked at.
+READING_WINDOW_S = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class Slots:
+    """The times that the slots of a table stand for: the present, and what follows."""
+
+    width_s: float
+    #: Number of the slot that holds the present, counted from time 0.
+    first: int = 0
+
+    def index_at(self, at_s: float) -> int:
+        """Of the slot that holds a time, or of the nearest there is."""
+        return min(max(int(at_s / self.width_s) - self.first, 0), NUM_SLOTS - 1)
+
+
+@dataclass(slots=True, eq=False)
+class Pace:
+    """Mean over all workers: an answer's tokens, and what each takes."""
+
+    answer_tokens: float
+    token_s: float
+
+    @property
+    def answer_s(self) -> float:
+        return self.answer_tokens * self.token_s
+
+
+class ReadGroup(NamedTuple):
+    """Workers for which reading a prompt costs the same, and that can fetch the same KV."""
+
+    kind: int
+    kv_class: int
+
+
+class Decoding(NamedTuple):
+    """Answers that workers write at some time, row by row."""
+
+    num_decodes: Expected
+    context_tokens: Expected
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outlook:
+    tables: CostTables
+    #: Whether it is known what steps cost of those that read prompts; of those that write answers.
+    knows_reading: bool
+    knows_writing: bool
+    any_mixed: bool
+    #: Readers by kind and `kv_class`: the different pairs, and by row which of them.
+    read_groups: tuple[ReadGroup, ...]
+    read_group: Counts
+    #: Prompt tokens of a full step, by row.
+    budget_tokens: Counts
+    #: What such a step takes, without attention.
+    full_step_s: Seconds
+    #: Row of `tables` by row, for writing answers. Where nothing is known of a worker it counts as of the kind that
+    #: most of its role are; the same for reading.
+    write_kind: Counts
+
+    # --- changing with reports and placements ---
+    #: `[rank, row]`; never falling with the rank.
+    prefill_free_s: Seconds
+    #: When the worker's planned fetches from it are over.
+    source_free_s: Seconds
+    #: As reported.
+    num_decodes: Expected
+    context_tokens: Expected
+    free_tokens: Expected
+    #: `[slot, 0 or 1, row]`: answers expected to be written at the slot's time; their context tokens.
+    decoding: NDArray[np.float64]
+    slots: Slots
+    pace: Pace
+    #: Mixed workers: seconds of reading placed there within `READING_WINDOW_S`, fading, as of a time.
+    reading_s: Seconds
+    reading_as_of_s: Seconds
+
+    def queue_s(self, rank: int, now_s: float) -> Seconds:
+        """What a request of this rank would wait for others' prompts."""
+        seconds: Seconds = np.maximum(self.prefill_free_s[rank] - now_s, 0.0)
+        return seconds
+
+    def decoding_at(self, at_s: float) -> Decoding:
+        """What is expected then, or at the nearest time that is looked ahead to."""
+        then = self.decoding[self.slots.index_at(at_s)]
+        return Decoding(then[0], then[1])
+
+    def step_extra_s(self, decoding: Decoding) -> Seconds:
+        """What the decodes of mixed workers add to each of their steps with a full chunk."""
+        kind = self.write_kind
+        sizes = np.minimum(decoding.num_decodes + 0.5, self.tables.beside_s.shape[1] - 1).astype(np.intp)
+        context_s = self.tables.decode_context_s[kind, sizes] * decoding.context_tokens
+        extra_s: Seconds = self.tables.beside_s[kind, sizes] + context_s
+        return extra_s
+
+    def reading_share(self, now_s: float) -> Seconds:
+        """Of a mixed worker's time: what it reads prompts for."""
+        fade = np.exp((self.reading_as_of_s - now_s) / READING_WINDOW_S)
+        return np.minimum(self.reading_s * fade / READING_WINDOW_S, _MOST_READING)
+
+    def tokens_room(self, decoding: Decoding) -> Expected:
+        """Tokens of KV that will be free then: what is now, and what will have been given back."""
+        return self.free_tokens + self.context_tokens - decoding.context_tokens
+
+    def tpot_s(
+        self, decoding: Decoding, prompt_tokens: int, answer_tokens: float, now_s: float, is_mixed: Flags | None
+    ) -> Seconds:
+        """Of one more answer, on each worker: a step with it in the midst of its length, and what it waits for blocks
+        where those are taken, spread over its tokens. `is_mixed` by row; None: nobody is."""
+        context_tokens = decoding.context_tokens + (prompt_tokens + 0.5 * answer_tokens)
+        step_s = self.tables.decode_step_s(self.write_kind, decoding.num_decodes + 1.0, context_tokens)
+        if is_mixed is not None:
+            step_s = self._beside_chunks(step_s, decoding, now_s, is_mixed)
+        missing = prompt_tokens + answer_tokens - self.tokens_room(decoding)
+        if missing.max(initial=0.0) > 0:
+            # Blocks come free as answers end: each worker's whole context within the duration of one.
+            wait_s = np.maximum(missing, 0.0) * (self.pace.answer_s / np.maximum(decoding.context_tokens, 1.0))
+            step_s = step_s + wait_s / max(answer_tokens - 1.0, 1.0)
+        return step_s
+
+    def _beside_chunks(self, step_s: Seconds, decoding: Decoding, now_s: float, is_mixed: Flags) -> Seconds:
+        """Mean over steps that only decode and steps that read prompts too."""
+        chunk_s = self.full_step_s + self.step_extra_s(decoding)
+        share = self.reading_share(now_s) * is_mixed
+        return 1.0 / (share / np.maximum(chunk_s, step_s) + (1.0 - share) / step_s)

@@ -1,0 +1,53 @@
+"""What operators choose about placement and admission."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from contracts.config import AdmissionForm, DispatchPolicyName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DispatchLimits:
+    #: A worker with this many requests waiting gets no more: beyond it waiting only grows.
+    max_waiting_requests: int = 512
+    #: What a refused client is told while no worker of a role is up.
+    not_ready_retry_after_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionRule:
+    """Which requests of classes with targets are refused; see `coordinator.policy.admission`."""
+
+    form: AdmissionForm = "predicted"
+    #: Of the target: what a prediction may be at most.
+    ttft_share: float = 1.0
+    tpot_share: float = 1.0
+    #: After a refusal both shares of that class are smaller by this part until one of it is accepted.
+    hysteresis: float = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConductorSettings:
+    policy: DispatchPolicyName = "ttft_min"
+    #: See `coordinator.policy.decode_choice`.
+    decode: Literal["spread", "pack"] = "spread"
+    #: A prefix is fetched only from a worker that holds more than so many times as much of it.
+    fetch_ratio: float = 1.5
+    #: Mixed workers beside others get only prompts with at most so many uncached tokens; 0: any.
+    local_prefill_tokens: int = 0
+    #: In which order workers read prompts: whether a request waits for those of classes with longer targets.
+    queue_order: Literal["fcfs", "shortest", "edf"] = "edf"
+    #: With `edf`: what has no target, or a later one, counts as due so long after it came; and one priority more as due
+    #: so much earlier.
+    unhurried_s: float = 60.0
+    priority_s: float = 10.0
+    admission: AdmissionRule = field(default_factory=AdmissionRule)
+    limits: DispatchLimits = field(default_factory=DispatchLimits)
+    #: A placement is contained in reports that come so much later.
+    booking_grace_s: float = 0.25
+    #: Tokens of each block that `DispatchItem.block_keys` names.
+    block_tokens: int = 16
+    max_directory_blocks: int = 16_000_000

@@ -1,0 +1,54 @@
+"""Which decode worker writes an answer, by predicted TPOT and room for its KV.
+
+`spread`: the lowest predicted TPOT with this answer added, so that all stay fast. `pack`: the highest that still meets
+the request's target, so that other workers stay free (Llumnix calls it bin-packing under the SLO); without a target,
+or where nobody meets it, as `spread`. Among workers that will have room for the prompt and the expected answer; where
+none will, the one with the most.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from coordinator.policy.pairing import fewest_wishes_dropped, is_any, least, most
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from coordinator.policy.fleet_view import Expected, Flags, FleetView, Seconds
+    from coordinator.policy.outlook import Outlook
+    from coordinator.policy.question import Candidates, Question
+
+
+class Writing(NamedTuple):
+    """What is expected of each worker when the answer begins, row by row."""
+
+    tpot_s: Seconds
+    room_tokens: Expected
+
+
+def writing_at(question: Question, view: FleetView, outlook: Outlook, begin_s: float) -> Writing:
+    decoding = outlook.decoding_at(begin_s)
+    is_mixed = view.is_mixed if outlook.any_mixed else None
+    tpot_s = outlook.tpot_s(decoding, question.item.prompt_tokens, question.answer_tokens, question.now_s, is_mixed)
+    return Writing(tpot_s, outlook.tokens_room(decoding))
+
+
+def choose_writer(
+    question: Question,
+    view: FleetView,
+    found: Candidates,
+    writing: Writing,
+    writers: Flags,
+    way: Literal["spread", "pack"],
+) -> int:
+    """Of these, at least one."""
+    writers = fewest_wishes_dropped(question, view, found, writers)
+    roomy = writers & (writing.room_tokens >= question.item.prompt_tokens + question.answer_tokens)
+    if not is_any(roomy):
+        return most(writing.room_tokens, writers)
+    if way == "pack" and question.tpot_limit_s is not None:
+        in_time = roomy & (writing.tpot_s <= question.tpot_limit_s)
+        if is_any(in_time):
+            return most(writing.tpot_s, in_time)
+    return least(writing.tpot_s, roomy)

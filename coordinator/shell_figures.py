@@ -1,0 +1,47 @@
+"""What a coordinator counts of itself, for metrics."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from contracts.messages import CoordinatorFigures
+
+if TYPE_CHECKING:
+    from coordinator.directory.directory import Directory
+    from coordinator.directory.sync import DirectorySync
+
+#: Upper ends of the classes of time that a decision takes.
+DECISION_BOUNDS_S = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1, math.inf)
+
+
+class ShellFigures:
+    """Counts since the start."""
+
+    def __init__(self) -> None:
+        #: By "placement" or the word for a refusal's reason.
+        self.verdicts_total: dict[str, int] = {}
+        self._decisions = [0] * len(DECISION_BOUNDS_S)
+        self._decisions_s = 0.0
+
+    def count(self, outcome: str, took_s: float) -> None:
+        """One decision, words included."""
+        self.verdicts_total[outcome] = self.verdicts_total.get(outcome, 0) + 1
+        self._decisions[bisect_left(DECISION_BOUNDS_S, took_s)] += 1
+        self._decisions_s += took_s
+
+    def message(self, directory: Directory, sync: DirectorySync) -> CoordinatorFigures:
+        return CoordinatorFigures(
+            verdicts_total=dict(self.verdicts_total),
+            decision_bounds_s=DECISION_BOUNDS_S,
+            decisions_within=tuple(accumulate(self._decisions)),
+            decisions_s=self._decisions_s,
+            directory_blocks=directory.num_blocks,
+            directory_dropped=directory.num_dropped,
+            directory_bytes=directory.num_bytes,
+            block_events_total=sync.events_total,
+            block_gaps_total=sync.gaps_total,
+            block_snapshots_total=sync.snapshots_total,
+        )

@@ -1,0 +1,220 @@
+"""The cluster as the coordinator last told it, and where requests go by that while it does not answer.
+
+The policy is the coordinator's own, the simplest of them: least loaded, over the workers that were up. How loaded they
+are is known for a moment; after it, every gateway goes by what it has placed itself. Nothing is refused for latency
+targets: what others place is not known.
+
+A worker that a coordinator does not tell any more is believed in for a while all the same, unless it had fallen silent:
+a coordinator that was just started knows nobody until the workers have registered again.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from contracts.messages import Placement, Rejection, WorkerLife
+from coordinator.conductor import Conductor
+from coordinator.live_costs import LiveCosts
+from coordinator.policy.settings import AdmissionRule, ConductorSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from contracts.ids import WorkerId
+    from contracts.messages import DispatchItem, Member, WorkerLoad
+    from coordinator.policy.fleet_view import Flags
+    from gateway.limits import GatewayLimits
+
+#: Codes with which a placement fails for want of a worker, not for the request's own sake.
+_NOBODY = "not_ready"
+
+
+@dataclass(slots=True)
+class _Believed:
+    member: Member
+    #: Since when the coordinator answers without naming it.
+    unnamed_since_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnLoad:
+    """What a gateway has placed at a worker and knows to be there still."""
+
+    waiting_requests: int = 0
+    pending_prompt_tokens: int = 0
+    running_decodes: int = 0
+    context_tokens: int = 0
+
+    def __add__(self, other: OwnLoad) -> OwnLoad:
+        return OwnLoad(
+            waiting_requests=self.waiting_requests + other.waiting_requests,
+            pending_prompt_tokens=self.pending_prompt_tokens + other.pending_prompt_tokens,
+            running_decodes=self.running_decodes + other.running_decodes,
+            context_tokens=self.context_tokens + other.context_tokens,
+        )
+
+
+_NO_LOAD = OwnLoad()
+
+
+class Snapshot:
+    """No I/O, no clock. Times of calls must not go backwards."""
+
+    def __init__(self, limits: GatewayLimits) -> None:
+        self._limits = limits
+        self._workers: dict[WorkerId, _Believed] = {}
+        #: When a coordinator last answered; None: never.
+        self._told_s: float | None = None
+        #: Made, and brought up to date, when it is asked: mostly it never is.
+        self._conductor: Conductor | None = None
+        #: The lives that it knows.
+        self._conducted: dict[WorkerId, Member] = {}
+        #: When it was told of loads; None: not since the coordinator's last answer.
+        self._loads_s: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<Snapshot [{len(self._workers)} workers] told at {self._told_s}>"
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._workers
+
+    @property
+    def unnamed(self) -> set[WorkerId]:
+        """Workers that are believed in although the coordinator's last answer did not name them."""
+        return {worker_id for worker_id, believed in self._workers.items() if believed.unnamed_since_s is not None}
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """Those that are believed to be up, as last told."""
+        return tuple(believed.member for believed in self._workers.values())
+
+    @property
+    def was_told(self) -> bool:
+        return self._told_s is not None
+
+    def age_s(self, now_s: float) -> float:
+        """Since a coordinator last answered; infinite where none ever did."""
+        return float("inf") if self._told_s is None else now_s - self._told_s
+
+    def is_usable(self, now_s: float) -> bool:
+        return bool(self._workers) and self.age_s(now_s) <= self._limits.snapshot_ttl_s
+
+    def told(self, members: Sequence[Member], now_s: float) -> None:
+        """A coordinator's answer."""
+        self._told_s = now_s
+        self._loads_s = None
+        named = {member.info.worker_id for member in members}
+        for worker_id in [worker_id for worker_id in self._workers if worker_id not in named]:
+            believed = self._workers[worker_id]
+            since_s = now_s if believed.unnamed_since_s is None else believed.unnamed_since_s
+            if self._was_silent(believed.member) or now_s - since_s > self._limits.unnamed_for_s:
+                del self._workers[worker_id]
+            else:
+                believed.unnamed_since_s = since_s
+        for member in members:
+            self._workers[member.info.worker_id] = _Believed(member)
+
+    def place(
+        self,
+        item: DispatchItem,
+        now_s: float,
+        *,
+        lost: Collection[WorkerLife],
+        own: Callable[[], Mapping[WorkerId, OwnLoad]],
+    ) -> Placement | Rejection:
+        """By the policy; counts as load from now on.
+
+        Workers of `lost` get nothing, silent ones only where there is no other. `own()` is what this gateway has
+        where: it is all that is known of their load once the coordinator's last answer is too old.
+        """
+        if self._conductor is None:
+            self._conductor = _conductor()
+        conductor = self._conductor
+        self._bring_up_to_date(conductor, now_s, own)
+        # Its keys would be looked up in a directory of nothing.
+        item = msgspec.structs.replace(item, block_keys=b"", slo_class="")
+        heard, silent = self._usable(conductor, lost)
+        verdict = _decide(conductor, item, now_s, heard)
+        if silent.any() and isinstance(verdict, Rejection) and verdict.code == _NOBODY:
+            verdict = _decide(conductor, item, now_s, heard | silent)
+        if isinstance(verdict, Rejection):
+            return verdict
+        reason = f"by this gateway, from what it heard of the cluster {self.age_s(now_s):.1f} s ago: {verdict.reason}"
+        return msgspec.structs.replace(verdict, reason=reason)
+
+    def _usable(self, conductor: Conductor, lost: Collection[WorkerLife]) -> tuple[Flags, Flags]:
+        """By row of the fleet: those that were heard lately, and those that were not; both without the lost."""
+        heard: list[bool] = []
+        silent: list[bool] = []
+        for info in conductor.fleet.view().infos:
+            member = self._workers[info.worker_id].member
+            is_here = WorkerLife(info.worker_id, info.incarnation) not in lost
+            is_silent = self._was_silent(member)
+            heard.append(is_here and not is_silent)
+            silent.append(is_here and is_silent)
+        return np.array(heard, np.bool_), np.array(silent, np.bool_)
+
+    def _was_silent(self, member: Member) -> bool:
+        return member.state == "suspect" or member.heartbeat_age_s > self._limits.silent_after_s
+
+    def _bring_up_to_date(
+        self, conductor: Conductor, now_s: float, own: Callable[[], Mapping[WorkerId, OwnLoad]]
+    ) -> None:
+        known_s, interval_s = self._loads_s, self._limits.members_interval_s
+        if known_s is None:
+            self._follow(conductor, now_s)
+            loads = {worker_id: believed.member.load for worker_id, believed in self._workers.items()}
+        elif now_s - known_s >= interval_s:
+            here = own()
+            loads = {
+                worker_id: _with_own(believed.member.load, here.get(worker_id, _NO_LOAD))
+                for worker_id, believed in self._workers.items()
+            }
+        else:
+            return
+        self._loads_s = now_s
+        for worker_id, load in loads.items():
+            conductor.report(worker_id, load, now_s)
+
+    def _follow(self, conductor: Conductor, now_s: float) -> None:
+        """The conductor learns who has come and who has gone."""
+        for worker_id, member in list(self._conducted.items()):
+            believed = self._workers.get(worker_id)
+            if believed is None or believed.member.info != member.info:
+                conductor.remove(worker_id)
+                del self._conducted[worker_id]
+        for worker_id, believed in self._workers.items():
+            if worker_id not in self._conducted:
+                conductor.add(believed.member.info, now_s)
+            self._conducted[worker_id] = believed.member
+
+
+def _conductor() -> Conductor:
+    return Conductor(
+        costs=LiveCosts(),
+        slos={},
+        default_slo=None,
+        settings=ConductorSettings(policy="least_loaded", admission=AdmissionRule(form="none"), max_directory_blocks=1),
+        rng=random.Random(0),
+    )
+
+
+def _decide(conductor: Conductor, item: DispatchItem, now_s: float, usable: Flags) -> Placement | Rejection:
+    return conductor.in_words(item, conductor.decide(item, now_s, usable), now_s)
+
+
+def _with_own(load: WorkerLoad, own: OwnLoad) -> WorkerLoad:
+    return msgspec.structs.replace(
+        load,
+        waiting_requests=own.waiting_requests,
+        pending_prompt_tokens=own.pending_prompt_tokens,
+        pending_prompt_pairs=0.0,
+        running_decodes=own.running_decodes,
+        context_tokens=own.context_tokens,
+    )

@@ -1,0 +1,102 @@
+"""What of earlier prompts' KV still stands in a worker's own blocks, found by key.
+
+The ledger keeps a key with each block that has one, whoever refers to it, until the block is evicted; so a prompt
+shares blocks with prompts that are being read or have just been handed over as well as with those long ended.
+Only full blocks have keys, and they are given when the block will never be written again.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from kvstore.block_keys import block_keys, root_key
+from kvtransfer import BlockClass
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from contracts.ids import BlockId
+    from contracts.layout import KvIdentity
+    from kvtransfer import Ledger
+
+
+class KeyChain:
+    """The keys of one prompt's full blocks, made as far as they are asked for: a long prompt whose beginning is not
+    here costs one hash before it is read."""
+
+    def __init__(self, root: bytes, token_ids: Sequence[int], block_tokens: int) -> None:
+        self._num_blocks = len(token_ids) // block_tokens
+        self._rest = block_keys(root, token_ids, block_tokens)
+        self._made: list[bytes] = []
+
+    def __len__(self) -> int:
+        """Full blocks of the prompt."""
+        return self._num_blocks
+
+    def __getitem__(self, index: int) -> bytes:
+        """Of block `index`, counted from 0. Raises IndexError."""
+        if not 0 <= index < self._num_blocks:
+            raise IndexError(f"key {index} of {self._num_blocks}")
+        if index >= len(self._made):
+            self._made += islice(self._rest, index + 1 - len(self._made))
+        return self._made[index]
+
+    def part(self, start: int, stop: int) -> tuple[bytes, ...]:
+        """Of blocks `[start, stop)`."""
+        return tuple(self[index] for index in range(start, stop))
+
+
+class PrefixCache:
+    """Not thread-safe, like the ledger that it reads and names blocks in."""
+
+    def __init__(self, ledger: Ledger, identity: KvIdentity, *, enabled: bool = True) -> None:
+        """Not `enabled`: no prompt has keys, so nothing is found and nothing kept."""
+        self._ledger = ledger
+        self._identity = identity
+        self._enabled = enabled
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled
+
+    @property
+    def block_tokens(self) -> int:
+        return self._identity.layout.block_tokens
+
+    def chain(self, token_ids: Sequence[int], cache_salt: str) -> KeyChain:
+        """The keys of a prompt; ids must fit into 32 bits unsigned. Prompts of other salts share no key."""
+        root = root_key(self._identity, cache_salt)
+        return KeyChain(root, token_ids if self._enabled else (), self.block_tokens)
+
+    def match(self, keys: Iterable[bytes]) -> list[BlockId]:
+        """The blocks with the leading keys of these, up to the first that no block has.
+
+        Their bytes stand until something is allocated: share or pin them at once.
+        """
+        found: list[BlockId] = []
+        for key in keys:
+            block = self._ledger.lookup(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def num_usable(self, chain: KeyChain, num_tokens: int) -> int:
+        """Leading blocks of a prompt of `num_tokens` tokens that need not be computed. Not all of it: its last token is
+        always computed, for what comes after it is sampled from that."""
+        return min(len(chain), max(0, num_tokens - 1) // self.block_tokens)
+
+    def match_prompt(self, chain: KeyChain, num_tokens: int) -> list[BlockId]:
+        """Leading blocks of a prompt of `num_tokens` tokens that stand here and need not be computed."""
+        return self.match(chain[index] for index in range(self.num_usable(chain, num_tokens)))
+
+    def num_held(self, blocks: Iterable[BlockId]) -> int:
+        """How many of these are somebody's already, so that sharing them takes none of the available ones."""
+        return sum(self._ledger.block_class(block) is not BlockClass.CACHED for block in blocks)
+
+    def name(self, chain: KeyChain, blocks: Sequence[BlockId], start: int, stop: int) -> None:
+        """Gives positions `[start, stop)` of a prompt's `blocks` their keys: they are final from now on, and outlive
+        who holds them. One that another block has already is left to that block."""
+        for index in range(start, min(stop, len(chain))):
+            self._ledger.set_key(blocks[index], chain[index])

@@ -1,0 +1,63 @@
+"""How loaded a worker in a study is: as it tells the coordinator, and as time lines show it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from contracts.latency import StepWork
+from contracts.messages import AnswerTally, WorkerLoad
+
+if TYPE_CHECKING:
+    from simulator.heap.request import Request
+    from simulator.heap.worker import Worker
+
+
+class Tallies:
+    """Answers that ended at a worker."""
+
+    def __init__(self) -> None:
+        #: By `prompt_tokens.bit_length()`; made anew with each, so that reports can keep it.
+        self.by_size: tuple[AnswerTally, ...] = ()
+
+    def add(self, request: Request) -> None:
+        """Its answer was written to its end."""
+        size = request.prompt_tokens.bit_length()
+        tallies = [*self.by_size, *(AnswerTally(0, 0) for _ in range(size + 1 - len(self.by_size)))]
+        answers, output_tokens = tallies[size].answers, tallies[size].output_tokens
+        tallies[size] = AnswerTally(answers + 1, output_tokens + request.output_tokens)
+        self.by_size = tuple(tallies)
+
+
+def load_of(worker: Worker) -> WorkerLoad:
+    """As a live worker reports it, as far as policies look at it."""
+    prompts, answers, incoming = worker.prompts, worker.answers, worker.incoming
+    return WorkerLoad(
+        waiting_requests=prompts.num_waiting + incoming.num_open + answers.num_preempted,
+        pending_prompt_tokens=prompts.pending_tokens,
+        pending_prompt_pairs=float(prompts.pending_pairs),
+        running_requests=len(prompts.running) + answers.num_running,
+        running_decodes=answers.num_running + answers.num_preempted + incoming.num_open,
+        context_tokens=answers.context_tokens(worker.steps_ahead()) + incoming.num_tokens,
+        answers=worker.tallies.by_size,
+        free_blocks=worker.available_blocks,
+        step_age_s=worker.step_age_s(),
+    )
+
+
+def queue_s(worker: Worker) -> float:
+    """What the prompts that are here take from now on, in whole steps of the budget."""
+    tokens, pairs = worker.prompts.pending_tokens, worker.prompts.pending_pairs
+    if not tokens:
+        return 0.0
+    num_steps = max(1.0, tokens / worker.max_batch_tokens)
+    share = StepWork(prefill_tokens=round(tokens / num_steps), prefill_pairs=pairs / num_steps, num_chunks=1)
+    return num_steps * (worker.latency.step_s(share) + worker.gap_s)
+
+
+def tpot_s(worker: Worker) -> float:
+    """From one token of its answers to the next, as they are now; 0 without answers."""
+    num_decodes = worker.answers.num_running
+    if not num_decodes:
+        return 0.0
+    base_s, per_token_s = worker.latency.decode_terms(num_decodes)
+    return base_s + per_token_s * worker.answers.context_tokens(worker.steps_ahead()) + worker.gap_s

@@ -1,0 +1,196 @@
+"""Prefix caches and fetches in studies small enough to be followed by hand: placements are scripted, as a coordinator
+with right or stale hints might make them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+from unittest import mock
+
+import pytest
+
+from contracts.transfer_models import LinkTransfer
+from coordinator.conductor import Conductor
+from coordinator.decision import Chosen
+from engine.compose import StepBudget
+from kvstore.fetches import FETCH_LIMIT_S
+from simulator.heap.results import Outcome
+from simulator.heap.study import simulate
+from tests.support.affine_latency import AffineLatency
+from tests.support.heap_studies import audit, colocated, disaggregated, study
+from workload.request import WorkloadRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from contracts.messages import DispatchItem
+    from simulator.heap.results import StudyResult
+    from simulator.heap.spec import StudySpec, WorkerGroup
+
+#: A millisecond for each prompt token, and nothing else: cached tokens are seen in the time to the first token.
+TOKENS = AffineLatency(token_s=0.001, base_s=1e-9, sequence_s=1e-9)
+BLOCK = 100
+#: Rows are in order of worker id: d-0, p-0, p-1.
+AT_P0, AT_P1 = Chosen(1, 0), Chosen(2, 0)
+
+
+def cached_groups(groups: tuple[WorkerGroup, ...], blocks: int) -> tuple[WorkerGroup, ...]:
+    return tuple(replace(group, prefix_cache_tokens=blocks * BLOCK) for group in groups)
+
+
+def spec_of(*, cache_blocks: int = 50, link_s_per_block: float = 0.0) -> StudySpec:
+    """Two prefill workers and a decode worker; a hash block of 100 tokens takes so long on the wire."""
+    link = LinkTransfer(latency_s=0.0, bandwidth_bytes_s=BLOCK * 1000 / max(link_s_per_block, 1e-9))
+    groups = disaggregated(TOKENS, num_prefill=2, budget=StepBudget(max_tokens=10_000, max_sequences=1))
+    return replace(study(cached_groups(groups, cache_blocks), transfer=link), block_tokens=10)
+
+
+def request(arrival_s: float, hash_ids: Sequence[int], prompt_tokens: int, output_tokens: int = 1) -> WorkloadRequest:
+    return WorkloadRequest(arrival_s, prompt_tokens, output_tokens, tuple(hash_ids), BLOCK)
+
+
+def serve(spec: StudySpec, placements: Sequence[Chosen], requests: Sequence[WorkloadRequest]) -> StudyResult:
+    """The request in row n is placed as the n-th says."""
+
+    def decide(_: Conductor, item: DispatchItem, now_s: float, usable: object = None) -> Chosen:
+        del now_s, usable
+        return placements[int(item.request_id)]
+
+    with mock.patch.object(Conductor, "decide", decide):
+        result = simulate(spec, requests)
+    audit(result)
+    return result
+
+
+def ttft_s(result: StudyResult) -> list[float]:
+    return [round(float(each), 6) for each in result.requests.first_token_s - result.requests.arrival_s]
+
+
+def test_a_prompt_begins_behind_what_its_worker_has_read() -> None:
+    """The second prompt shares 300 tokens with the first; the third is the second again, 350 tokens of which 300 are
+    whole blocks; the fourth goes elsewhere."""
+    requests = [
+        request(0.0, range(5), 500),
+        request(10.0, (0, 1, 2, 30), 400),
+        request(20.0, (0, 1, 2, 30), 350),
+        request(30.0, range(5), 500),
+    ]
+    result = serve(spec_of(), [AT_P0, AT_P0, AT_P0, AT_P1], requests)
+    assert result.requests.cached_tokens.tolist() == [0, 300, 300, 0]
+    assert ttft_s(result) == pytest.approx([0.5, 0.1, 0.05, 0.5], abs=1e-5)
+    assert [worker.cached_tokens for worker in result.workers] == [600, 0, 0]
+    assert [worker.prefill_tokens for worker in result.workers] == [650, 500, 0]
+
+
+def test_the_last_token_is_always_computed() -> None:
+    """And with it its block of the KV pool, which has 10 tokens here."""
+    result = serve(spec_of(), [AT_P0, AT_P0], [request(0.0, range(3), 300), request(1.0, range(3), 300)])
+    assert result.requests.cached_tokens.tolist() == [0, 290]
+
+
+def test_attention_to_cached_tokens_is_paid_for() -> None:
+    """200 new tokens behind 300: 200 * 300 + 200 * 201 / 2 pairs."""
+    latency = AffineLatency(base_s=1e-9, pair_s=1e-6)
+    spec = spec_of()
+    spec = replace(spec, groups=tuple(replace(group, latency=latency) for group in spec.groups))
+    result = serve(spec, [AT_P0, AT_P0], [request(0.0, range(3), 300), request(1.0, range(5), 500)])
+    assert ttft_s(result) == pytest.approx([0.045150, 0.080100], abs=1e-6)
+
+
+def test_the_decode_worker_gets_cached_tokens_too() -> None:
+    spec = spec_of()
+    result = serve(spec, [AT_P0, AT_P0], [request(0.0, range(5), 500, 3), request(10.0, range(5), 550, 3)])
+    assert result.requests.outcome.tolist() == [Outcome.FINISHED] * 2
+    assert result.transfer_bytes == (500 + 550) * 1000
+    assert result.fetched_bytes == 0
+
+
+def test_what_is_least_recently_used_makes_room() -> None:
+    requests = [
+        request(0.0, range(3), 300),
+        request(1.0, range(10, 13), 300),
+        request(2.0, range(3), 310),
+        request(3.0, range(10, 13), 310),
+    ]
+    result = serve(spec_of(cache_blocks=4), [AT_P0] * 4, requests)
+    # Of the first prompt one block had stayed; of the second then one again.
+    assert result.requests.cached_tokens.tolist() == [0, 0, 100, 100]
+
+
+def test_a_prefix_is_fetched_while_others_are_read() -> None:
+    """p-1 reads 2 s for another prompt meanwhile; then 400 of 500 tokens are there."""
+    fetch = Chosen(2, 0, local_blocks=0, source_row=1, source_blocks=4)
+    requests = [request(0.0, range(4), 400), request(10.0, range(50, 70), 2000), request(10.5, range(5), 500)]
+    result = serve(spec_of(link_s_per_block=0.25), [AT_P0, AT_P1, fetch], requests)
+    columns = result.requests
+    assert columns.fetched_tokens.tolist() == columns.cached_tokens.tolist() == [0, 0, 400]
+    assert columns.fetch_s[2] == pytest.approx(1.0)
+    assert result.fetched_bytes == 400 * 1000
+    assert ttft_s(result) == pytest.approx([0.4, 2.0, 1.6], abs=1e-5)
+
+
+def test_others_do_not_wait_for_a_prefix_and_it_is_there_for_the_next() -> None:
+    fetch = Chosen(2, 0, local_blocks=0, source_row=1, source_blocks=4)
+    requests = [
+        request(0.0, range(4), 400),
+        request(10.0, range(5), 500),
+        request(10.1, (), 100)._replace(hash_ids=(77,)),
+        request(20.0, range(4), 420),
+    ]
+    result = serve(spec_of(link_s_per_block=0.25), [AT_P0, fetch, AT_P1, AT_P1], requests)
+    assert ttft_s(result) == pytest.approx([0.4, 1.0 + 0.1, 0.1, 0.02], abs=1e-5)
+    assert result.requests.fetched_tokens.tolist() == [0, 400, 0, 0]
+    assert result.requests.cached_tokens.tolist() == [0, 400, 0, 400]
+
+
+@pytest.mark.parametrize("cache_blocks", [50, 4])
+def test_a_source_gives_what_it_still_has(cache_blocks: int) -> None:
+    """A small cache let go two blocks of the prefix for another prompt; the coordinator had not heard of it."""
+    fetch = Chosen(2, 0, local_blocks=0, source_row=1, source_blocks=4)
+    requests = [request(0.0, range(4), 400), request(1.0, (90, 91), 200), request(2.0, range(4), 450)]
+    result = serve(spec_of(cache_blocks=cache_blocks), [AT_P0, AT_P0, fetch], requests)
+    still = 400 if cache_blocks == 50 else 200
+    assert result.requests.fetched_tokens[2] == result.requests.cached_tokens[2] == still
+    assert ttft_s(result)[2] == pytest.approx((450 - still) * 0.001, abs=1e-5)
+
+
+def test_a_source_without_anything_costs_a_question() -> None:
+    spec = replace(spec_of(), message_s=0.01)
+    fetch = Chosen(2, 0, local_blocks=0, source_row=1, source_blocks=4)
+    result = serve(spec, [fetch], [request(0.0, range(4), 450)])
+    # To the coordinator, back, to the worker; there and back to the source; the token's own message.
+    assert ttft_s(result) == pytest.approx([0.03 + 0.02 + 0.45 + 0.01], abs=1e-5)
+    assert result.requests.fetched_tokens.tolist() == [0]
+
+
+def test_a_fetch_that_takes_too_long_is_left_alone() -> None:
+    fetch = Chosen(2, 0, local_blocks=0, source_row=1, source_blocks=4)
+    requests = [request(0.0, range(4), 400), request(10.0, range(4), 450), request(30.0, range(4), 450)]
+    result = serve(spec_of(link_s_per_block=2.0), [AT_P0, fetch, AT_P1], requests)
+    assert ttft_s(result)[1] == pytest.approx(FETCH_LIMIT_S + 0.45, abs=1e-5)
+    assert result.requests.fetched_tokens.tolist() == [0, 0, 0]
+    # Its own reading filled the cache.
+    assert result.requests.cached_tokens.tolist() == [0, 0, 400]
+
+
+def test_a_request_that_is_given_up_while_it_fetches_leaves_nothing() -> None:
+    spec = replace(spec_of(link_s_per_block=0.5), request_timeout_s=1.5)
+    fetch = Chosen(2, 0, local_blocks=0, source_row=1, source_blocks=4)
+    requests = [request(0.0, range(4), 400), request(10.0, range(4), 450), request(20.0, range(4), 450)]
+    result = serve(spec, [AT_P0, fetch, AT_P1], requests)
+    assert result.requests.outcome.tolist() == [Outcome.FINISHED, Outcome.TIMED_OUT, Outcome.FINISHED]
+    assert result.requests.cached_tokens[2] == 0
+
+
+def test_mixed_workers_have_caches_too() -> None:
+    groups = cached_groups(colocated(TOKENS), 50)
+    spec = replace(study(groups), block_tokens=10)
+    here = Chosen(0, 0)
+    result = serve(spec, [here, here], [request(0.0, range(4), 400, 5), request(10.0, range(4), 450, 5)])
+    assert result.requests.cached_tokens.tolist() == [0, 400]
+
+
+def test_hash_ids_of_two_sizes_do_not_mix() -> None:
+    requests = [request(0.0, range(4), 400), request(1.0, range(4), 400)._replace(hash_block_tokens=50)]
+    with pytest.raises(ValueError, match="blocks of 50 and of 100 tokens do not mix"):
+        serve(spec_of(), [AT_P0, AT_P0], requests)
