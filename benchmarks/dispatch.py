@@ -92,7 +92,17 @@ def rpc_figures(effort: Effort) -> dict[str, float]:
     served = asyncio.run(serve(NUM_WORKERS, NUM_BLOCKS, effort.ask_for_s))
     print_table(
         "a coordinator process over rpc, in batches of 64",
-        ["workers", "blocks", "requests/s", "call p50 ms", "call p99 ms", "decision us", "hits", "recovery s"],
+        [
+            "workers",
+            "blocks",
+            "requests/s",
+            "call p50 ms",
+            "call p99 ms",
+            "cpu us",
+            "decision us",
+            "hits",
+            "recovery s",
+        ],
         [
             [
                 served.num_workers,
@@ -100,6 +110,7 @@ def rpc_figures(effort: Effort) -> dict[str, float]:
                 served.requests_per_s,
                 quantile_ms(served.call_s, 0.5),
                 quantile_ms(served.call_s, 0.99),
+                1e6 * served.cpu_s,
                 1e6 * served.decision_s,
                 f"{served.hit_share:.0%}",
                 served.recovery_s,

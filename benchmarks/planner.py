@@ -41,6 +41,7 @@ from workload.slo import SloClass
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from contracts.latency import LatencyModel
     from contracts.latency_models import DistServeLatency
     from contracts.messages import Role
     from workload.request import WorkloadRequest
@@ -171,7 +172,11 @@ def costs_of(model: str, fits: Mapping[str, DistServeLatency]) -> CostTable:
     table = cost_table(LatencyFlags(latency=f"distserve:{model}"), node_devices=8, fast_fabric=True)
     if fits is DISTSERVE_OPT:
         return table
-    return replace(table, latency=lambda parallel: fits[f"{model}-tp{parallel.tensor}"])
+
+    def latency(parallel: Parallelism) -> LatencyModel:
+        return fits[f"{model}-tp{parallel.tensor}"]
+
+    return replace(table, latency=latency)
 
 
 def evaluator(costs: CostTable, slo: SloClass, num_requests: int, *, whole_prompts: bool = False) -> HeapEvaluator:

@@ -98,7 +98,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: Query-key pairs of their attention: see `contracts.latency.StepWork.prefill_pairs`.
     pending_prompt_pairs: float = 0.0
     running_requests: int = 0
-    #: Sequences among these that write answers; offers accepted and not yet adopted count too.
+    #: Sequences among these that write answers; offers not yet adopted count too, once their prompts have been read.
     running_decodes: int = 0
     #: Sum of context lengths of running sequences.
     context_tokens: int = 0

@@ -17,7 +17,7 @@ class Plan(NamedTuple):
     rank: int
     #: Seconds that it adds to its prefill worker's work.
     prefill_s: float
-    #: When its decode worker will have heard of it.
+    #: When its prompt will have been read: from then on its decode worker counts it.
     begin_s: float
     #: Where a prefix is fetched from, and until when; -1: from nowhere.
     source_row: int = -1

@@ -160,10 +160,9 @@ class Expectations:
         columns = self._columns
         if plan.source_row >= 0:
             columns["source_free_s"][plan.source_row] = plan.fetched_s
-        if self._infos[prefill_row].role == "mixed":
-            fade = math.exp((float(columns["reading_as_of_s"][prefill_row]) - now_s) / READING_WINDOW_S)
-            columns["reading_s"][prefill_row] = float(columns["reading_s"][prefill_row]) * fade + plan.prefill_s
-            columns["reading_as_of_s"][prefill_row] = now_s
+        fade = math.exp((float(columns["reading_as_of_s"][prefill_row]) - now_s) / READING_WINDOW_S)
+        columns["reading_s"][prefill_row] = float(columns["reading_s"][prefill_row]) * fade + plan.prefill_s
+        columns["reading_as_of_s"][prefill_row] = now_s
         self._forecast.advance(now_s)
         self._forecast.add(decode_row, plan.begin_s, count_of(item.prompt_tokens))
 

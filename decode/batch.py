@@ -128,6 +128,11 @@ class DecodeBatch:
         return len(self._incoming) + len(self._answers)
 
     @property
+    def decode_count(self) -> int:
+        """Answers that are written here, and those on their way whose prompt has been read."""
+        return len(self._answers) + sum(self._reader.is_sealed(each.lease_id) for each in self._incoming)
+
+    @property
     def running_count(self) -> int:
         return len(self._running)
 

@@ -171,6 +171,11 @@ class Reader:
         """Leases that have not ended."""
         return [each for each, lease in self._leases.items() if lease.state is not ReaderState.QUARANTINED]
 
+    def is_sealed(self, lease_id: LeaseId) -> bool:
+        """Whether the holder has said that nothing is added to it; False where it is not here."""
+        lease = self._leases.get(lease_id)
+        return lease is not None and lease.seal is not None
+
     def leases_by_state(self) -> dict[str, int]:
         states = Counter(lease.state for lease in self._leases.values())
         return {state.value: states[state] for state in ReaderState}

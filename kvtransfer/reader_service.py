@@ -193,6 +193,10 @@ class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
         """An earlier `offer` of this lease was accepted and has not ended."""
         return lease_id in self._callers
 
+    def is_sealed(self, lease_id: LeaseId) -> bool:
+        """Whether its prompt has been read whole; False where the lease is not here."""
+        return self._machine.is_sealed(lease_id)
+
     def cancel(self, lease_id: LeaseId, reason: str) -> None:
         """Ends the lease; `on_aborted` gets Cancelled. Of an ended lease: ignored."""
         self._shell.feed(CancelRequested(lease_id, reason))

@@ -379,5 +379,6 @@ def _channel_options(max_body_bytes: int) -> list[tuple[str, int]]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         # Despite its name: how long one attempt may take, which must suit a peer that is busy.
         ("grpc.min_reconnect_backoff_ms", 2000),
-        ("grpc.max_reconnect_backoff_ms", 1000),
+        # Below a heartbeat's interval: whoever calls that often finds a peer that is back with its next call but one.
+        ("grpc.max_reconnect_backoff_ms", 400),
     ]

@@ -343,6 +343,8 @@ class WorkerShell:
     async def _on_prefill(self, ask: PrefillRequest, context: CallContext) -> Empty:
         self._require(ask.target, "Prefill")
         await self._note_peer(ask.decode)
+        if ask.prefix is not None and ask.prefix.source is not None:
+            await self._note_peer(ask.prefix.source)
         self.prefill.submit(ask, self._clock.now_s())
         self.loop.wake()
         return Empty()
@@ -511,7 +513,7 @@ class WorkerShell:
             pending_prompt_tokens=self.prefill.pending_tokens,
             pending_prompt_pairs=self.prefill.pending_pairs,
             running_requests=self.prefill.running_count + self.decode.running_count,
-            running_decodes=self.decode.open_count,
+            running_decodes=self.decode.decode_count,
             context_tokens=self.decode.context_tokens,
             answers=self.prefill.answer_tallies.report(self.decode.answer_tallies),
             step_age_s=self._watchdog.step_age_s(self._clock.now_s()),

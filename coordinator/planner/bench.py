@@ -48,8 +48,8 @@ class SearchSettings:
 class _Known:
     """Of half plans of one kind: rates that so many workers met, and missed."""
 
-    met_rps: dict[int, float] = field(default_factory=dict)
-    missed_rps: dict[int, float] = field(default_factory=dict)
+    met_rps: dict[int, float] = field(default_factory=dict[int, float])
+    missed_rps: dict[int, float] = field(default_factory=dict[int, float])
 
 
 class Bench:
@@ -68,7 +68,7 @@ class Bench:
         self.settings = settings
         self._evaluator = evaluator
         self._rough = rough or evaluator
-        self._progress = progress or (lambda _: None)
+        self._progress = progress or _silent
         self._known: dict[tuple[Role, WorkerKind], _Known] = {}
         self._joint: dict[tuple[Plan, float], Attained] = {}
         self.num_rough_runs = 0
@@ -158,3 +158,7 @@ class Bench:
             attained=self.attained(plan, found.goodput_rps),
             missed=None if missed_rps is None else (missed_rps, self.attained(plan, missed_rps)),
         )
+
+
+def _silent(_: str) -> None:
+    """Nobody wants to hear."""

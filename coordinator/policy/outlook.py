@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 NUM_SLOTS = 64
 #: No worker reads prompts in more than this share of its steps for long: it would write no answers.
 _MOST_READING = 0.95
-#: How far back the share of time that mixed workers read prompts is looked at.
+#: How far back the share of time that workers read prompts is looked at.
 READING_WINDOW_S = 10.0
 
 
@@ -103,7 +103,7 @@ class Outlook:
     decoding: NDArray[np.float64]
     slots: Slots
     pace: Pace
-    #: Mixed workers: seconds of reading placed there within `READING_WINDOW_S`, fading, as of a time.
+    #: Seconds of reading placed there within `READING_WINDOW_S`, fading, as of a time.
     reading_s: Seconds
     reading_as_of_s: Seconds
 
@@ -111,6 +111,13 @@ class Outlook:
         """What a request of this rank would wait for others' prompts."""
         seconds: Seconds = np.maximum(self.prefill_free_s[rank] - now_s, 0.0)
         return seconds
+
+    def company_s(self, queue_s: Seconds) -> Seconds:
+        """What the last step of a prompt that waits so long takes longer for prompts that came after it: they fill
+        that step as far as it has room, half of it on average, and as far as they come in time."""
+        coming_s = queue_s * self.reading_s * (1.0 / READING_WINDOW_S)
+        company_s: Seconds = np.minimum(coming_s, 0.5 * self.full_step_s)
+        return company_s
 
     def decoding_at(self, at_s: float) -> Decoding:
         """What is expected then, or at the nearest time that is looked ahead to."""

@@ -286,8 +286,7 @@ def _chosen(
     reading = ahead.reading(best.reader)
     queue_s, fetch_wait_s, read_s, work_s, last_tokens, way = reading
     is_handed_over = best.reader != best.writer
-    begin_s = question.now_s + (queue_s + fetch_wait_s if is_handed_over else reading.reach_s)
-    plan = Plan(question.rank, work_s, begin_s)
+    plan = Plan(question.rank, work_s, question.now_s + reading.reach_s)
     if way.source_blocks:
         source = ahead.prompt.source(int(view.kv_class[best.reader]))
         if source is not None:

@@ -99,7 +99,7 @@ class Prompt:
         lengths = self._lengths()
         num_lengths, num_groups = len(lengths), len(outlook.read_groups)
         if num_lengths == 1 and num_groups == 1:
-            reach_s: Seconds = queue_s + self.way(0, 0).read_s
+            reach_s: Seconds = queue_s + outlook.company_s(queue_s) + self.way(0, 0).read_s
             return reach_s + self._extra_s(question.item.prompt_tokens) if outlook.any_mixed else reach_s
         codes = np.zeros(len(queue_s), np.int64) if num_groups == 1 else outlook.read_group * num_lengths
         if question.held is not None:
@@ -109,7 +109,7 @@ class Prompt:
         for code in present:
             way = self.way(code // num_lengths, lengths[code % num_lengths])
             read_s[code], fetch_s[code], cached_blocks[code] = way.read_s, way.fetch_s, way.cached_blocks
-        reach_s = np.maximum(queue_s, fetch_s.take(codes)) + read_s.take(codes)
+        reach_s = np.maximum(queue_s, fetch_s.take(codes)) + outlook.company_s(queue_s) + read_s.take(codes)
         if not outlook.any_mixed:
             return reach_s
         cached_tokens = cached_blocks.take(codes) * self._link.block_tokens
@@ -125,11 +125,12 @@ class Prompt:
         cached_tokens = way.cached_blocks * self._link.block_tokens
         new_tokens = question.item.prompt_tokens - cached_tokens
         extra_s = float(self._extra_s(new_tokens)[row]) if self._view.is_mixed[row] else 0.0
+        company_s = float(outlook.company_s(outlook.queue_s(question.rank, question.now_s))[row]) if queue_s else 0.0
         work_s = min(way.read_s, table.share_s(new_tokens, cached_tokens)) if queue_s else way.read_s
         return Reading(
             queue_s=queue_s,
             fetch_wait_s=max(0.0, way.fetch_s - queue_s),
-            read_s=way.read_s + extra_s,
+            read_s=way.read_s + extra_s + company_s,
             work_s=work_s + extra_s,
             last_tokens=(new_tokens - 1) % table.max_batch_tokens + 1,
             way=way,

@@ -30,6 +30,9 @@ class Incoming:
         #: Offered and not adopted: how many, and their prompts' tokens.
         self.num_open = 0
         self.num_tokens = 0
+        #: Of these, those whose prompts have been read whole.
+        self.num_sealed = 0
+        self.sealed_tokens = 0
         #: Offers without blocks, oldest first, and some that were given up; of the others: how many.
         self._offers: deque[Request] = deque()
         self._num_offers = 0
@@ -94,7 +97,9 @@ class Incoming:
             self._heap.overtaken()
             return
         request.announced_blocks = num_blocks
-        request.sealed = sealed
+        if sealed and not request.sealed:
+            request.sealed = True
+            self._count_sealed(request, 1)
         if request.answer_stage is AnswerStage.PULLING:
             self._drive(request)
 
@@ -137,6 +142,7 @@ class Incoming:
         worker.sync()
         self.num_open -= 1
         self.num_tokens -= request.prompt_tokens
+        self._count_sealed(request, -1)
         worker.answers.adopt(request)
         worker.wake()
         assert request.prefill is not None, "placed before it was sent"
@@ -148,6 +154,8 @@ class Incoming:
         request.answer_stage = AnswerStage.ABSENT
         self.num_open -= 1
         self.num_tokens -= request.prompt_tokens
+        if request.sealed:
+            self._count_sealed(request, -1)
         self._worker.room.forget(request.row)
         if waits:
             self._num_offers -= 1
@@ -155,6 +163,10 @@ class Incoming:
             self._worker.free_blocks(request.num_blocks)
         # What it was promised is free in any case.
         self._blocks_may_be_free()
+
+    def _count_sealed(self, request: Request, sign: int) -> None:
+        self.num_sealed += sign
+        self.sealed_tokens += sign * request.prompt_tokens
 
     def _blocks_may_be_free(self) -> None:
         self.serve()

@@ -36,7 +36,7 @@ def load_of(worker: Worker) -> WorkerLoad:
         pending_prompt_tokens=prompts.pending_tokens,
         pending_prompt_pairs=float(prompts.pending_pairs),
         running_requests=len(prompts.running) + answers.num_running,
-        running_decodes=answers.num_running + answers.num_preempted + incoming.num_open,
+        running_decodes=answers.num_running + answers.num_preempted + incoming.num_sealed,
         context_tokens=answers.context_tokens(worker.steps_ahead()) + incoming.num_tokens,
         answers=worker.tallies.by_size,
         free_blocks=worker.available_blocks,

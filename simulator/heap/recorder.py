@@ -139,7 +139,7 @@ class Sampler:
         prompts = answers = preempted = used_blocks = 0
         prefill_busy_s = decode_busy_s = 0.0
         num_prefill = num_decode = 0
-        longest_s = slowest_s = 0.0
+        queues_s = steps_s = 0.0
         has_targets = not math.isnan(self._ttft_s)
         for index, worker in enumerate(self._workers):
             worker.sync()
@@ -153,12 +153,12 @@ class Sampler:
                 prefill_busy_s += delta_s
                 num_prefill += 1
                 if has_targets:
-                    longest_s = max(longest_s, queue_s(worker))
+                    queues_s += queue_s(worker)
             if worker.role != "prefill":
                 decode_busy_s += delta_s
                 num_decode += 1
                 if has_targets:
-                    slowest_s = max(slowest_s, tpot_s(worker))
+                    steps_s += tpot_s(worker)
         span_s = now_s - self._last_s
         self._last_s = now_s
         self._samples.append(
@@ -170,8 +170,8 @@ class Sampler:
                 _share(prefill_busy_s, num_prefill * span_s),
                 _share(decode_busy_s, num_decode * span_s),
                 used_blocks / self._num_blocks,
-                longest_s / self._ttft_s,
-                slowest_s / self._tpot_s,
+                _share(queues_s, num_prefill * self._ttft_s),
+                _share(steps_s, num_decode * self._tpot_s),
             )
         )
 

@@ -8,6 +8,7 @@ pipelines of mixed workers a little.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -59,8 +60,9 @@ class EvaluatorSettings:
 
     block_tokens: int = 16
     max_sequences: int = 256
-    #: Of the workload at most; None: all of it.
-    max_requests: int | None = None
+    #: Of the workload, and more where these are over sooner than this; None: all of it.
+    min_requests: int | None = None
+    min_span_s: float = 0.0
     #: Mixed workers read prompts whole, before anything is written (see `WorkerGroup.prompts_first`).
     prompts_first: bool = False
 
@@ -92,12 +94,19 @@ class HeapEvaluator:
         """Of a single copy. Raises PlanDoesNotFit."""
         if plan.copies != 1:
             raise ValueError(f"copies are alike, one is to be asked about: {plan}")
-        requests: Iterable[WorkloadRequest] = islice(self._requests_at(rate_rps), self._settings.max_requests)
+        requests: Iterable[WorkloadRequest] = islice(self._requests_at(rate_rps), self.num_requests(rate_rps))
         roles = {pool.role for pool in plan.pools}
         if roles == {"prefill"}:
             requests = (request._replace(output_tokens=1) for request in requests)
         heartbeat_interval_s = max(HEARTBEAT_S, _HEARTBEATS_OF_A_REQUEST / rate_rps)
         return simulate(replace(self.spec(plan), heartbeat_interval_s=heartbeat_interval_s), requests)
+
+    def num_requests(self, rate_rps: float) -> int | None:
+        """So many of the workload are simulated at this rate at most; None: all."""
+        settings = self._settings
+        if settings.min_requests is None:
+            return None
+        return max(settings.min_requests, math.ceil(rate_rps * settings.min_span_s))
 
     def spec(self, plan: Plan) -> StudySpec:
         """What is simulated. Raises PlanDoesNotFit."""

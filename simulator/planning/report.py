@@ -48,8 +48,9 @@ def report_text(
 
 def summary(found: Found) -> str:
     """One line: the plan, what it serves and attains."""
+    num_devices = found.plan.num_devices
     return (
-        f"{found.plan}: {found.goodput_rps:,.3g} requests/s on {found.plan.num_devices} devices, "
+        f"{found.plan}: {found.goodput_rps:,.3g} requests/s on {num_devices} device{'s' * (num_devices > 1)}, "
         f"{found.goodput_per_device_rps:,.3g} each; {found.attained.joint:.1%} meet both targets"
     )
 

@@ -40,11 +40,12 @@ _USUAL_NODE_GPUS = 8
 _LOWEST_FACTOR, _HIGHEST_FACTOR = 1.0 / 16.0, 64.0
 #: Answers that a step writes, for the guess of where to begin.
 _GUESSED_BATCH = 32
-#: Requests of a drawn workload whose length nobody gave, and of the rough studies that order the plans.
-_REQUESTS_PER_GPU, _MIN_REQUESTS, _MAX_REQUESTS = 125, 1000, 10_000
-_ROUGH_REQUESTS = 300
+#: Requests of a drawn workload whose length nobody gave: these, and as many more as come within so long; and of the
+#: rough studies that order the plans.
+_MIN_REQUESTS, _MIN_SPAN_S, _MAX_REQUESTS = 1000, 60.0, 20_000
+_ROUGH_REQUESTS = 200
 #: Steady load takes a while to show: a search that squeezed the workload into less than this says so.
-_SHORT_S = 120.0
+_SHORT_S = 60.0
 #: Token budgets that are tried for workers that read prompts.
 _BUDGETS = (512, 2048)
 
@@ -54,7 +55,8 @@ def run_plan(flags: PlanFlags, latency: LatencyFlags, workload: WorkloadFlags) -
     none the rate. Raises ConfigError before it starts."""
     machines = _machines(flags)
     costs = _costs(flags, latency, machines)
-    traffic = build_traffic(_with_enough_requests(workload, flags.gpus))
+    is_open = _is_open(workload)
+    traffic = build_traffic(replace(workload, requests=_MAX_REQUESTS) if is_open else workload)
     base_rps = traffic.totals.rate_rps
     if base_rps is None:
         raise ConfigError("all requests of the workload come at once: a planner needs a rate that it can scale")
@@ -63,8 +65,11 @@ def run_plan(flags: PlanFlags, latency: LatencyFlags, workload: WorkloadFlags) -
     max_sequences = flags.max_sequences or costs.max_sequences
     settings = EvaluatorSettings(max_sequences=max_sequences)
     requests_at = _Requests(traffic, base_rps)
+    roughly = replace(settings, min_requests=_ROUGH_REQUESTS)
+    if is_open:
+        settings = replace(settings, min_requests=_MIN_REQUESTS, min_span_s=_MIN_SPAN_S)
     exact = HeapEvaluator(costs, requests_at, traffic.slos, settings)
-    rough = HeapEvaluator(costs, requests_at, traffic.slos, replace(settings, max_requests=_ROUGH_REQUESTS))
+    rough = HeapEvaluator(costs, requests_at, traffic.slos, roughly)
     started_s = time.perf_counter()
     with PlanProgress() as progress:
         planned = plan_goodput(
@@ -92,7 +97,7 @@ def run_plan(flags: PlanFlags, latency: LatencyFlags, workload: WorkloadFlags) -
                 *costs.warnings,
                 *traffic.warnings,
                 *_unmodelled(planned, exact, traffic),
-                *_too_short(planned, traffic),
+                *_too_short(planned, exact, traffic),
             ),
         )
     )
@@ -151,12 +156,10 @@ def _costs(flags: PlanFlags, latency: LatencyFlags, machines: Machines) -> CostT
     return replace(costs, transfer=transfer)
 
 
-def _with_enough_requests(workload: WorkloadFlags, num_devices: int) -> WorkloadFlags:
-    """Drawn workloads grow with the cluster where nobody says how long they are."""
+def _is_open(workload: WorkloadFlags) -> bool:
+    """A drawn workload of which nobody says how long it is."""
     said = (workload.workload, workload.trace, workload.requests, workload.duration)
-    if any(each is not None for each in said):
-        return workload
-    return replace(workload, requests=min(_MAX_REQUESTS, max(_MIN_REQUESTS, _REQUESTS_PER_GPU * num_devices)))
+    return all(each is None for each in said)
 
 
 def _parallelisms(
@@ -239,10 +242,12 @@ def _unmodelled(planned: Planned, evaluator: HeapEvaluator, traffic: Traffic) ->
     return () if planned.best is None else unmodelled(traffic, evaluator.spec(planned.best.plan))
 
 
-def _too_short(planned: Planned, traffic: Traffic) -> tuple[str, ...]:
+def _too_short(planned: Planned, evaluator: HeapEvaluator, traffic: Traffic) -> tuple[str, ...]:
     if planned.best is None:
         return ()
-    span_s = traffic.totals.num_requests * planned.best.plan.copies / planned.best.goodput_rps
+    rate_rps = planned.best.goodput_rps / planned.best.plan.copies
+    num_requests = min(traffic.totals.num_requests, evaluator.num_requests(rate_rps) or traffic.totals.num_requests)
+    span_s = num_requests / rate_rps
     if span_s >= _SHORT_S:
         return ()
     return (

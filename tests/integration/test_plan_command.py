@@ -89,7 +89,7 @@ def test_a_rate_gets_the_fewest_devices_and_too_high_a_one_says_so(
     done = run_tandem(*base, "--gpus", "4", "--rate", "1")
     assert done.status == 0, done.stderr
     assert [pool["workers"] for pool in read_plan(output)["pools"]] == [1]
-    assert "on 1 devices" in done.stdout
+    assert "on 1 device, " in done.stdout
     done = run_tandem(*base, "--gpus", "1", "--rate", "1000")
     assert done.status == 1
     assert "no plan on these devices serves 1e+03 requests/s; this is the most they can" in done.stdout

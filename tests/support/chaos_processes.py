@@ -80,19 +80,24 @@ class Processes:
         self._parts: list[Part] = []
         #: Where gateways and workers look for the coordinator; a test may put something in between.
         self.coordinator_address = ""
+        #: What the commands of processes that are started next are put behind.
+        self.launcher: tuple[str, ...] = ()
 
     @property
     def token(self) -> str:
         """For calls to them."""
         return self._token
 
-    def start_coordinator(self) -> Part:
-        part = self._start("coordinator", "coordinator")
+    def start_coordinator(self, bind: str = "127.0.0.1:0", *, settings: Mapping[str, str] | None = None) -> Part:
+        """`settings`: keys of the configuration that this life has differently."""
+        part = self._start("coordinator", "coordinator", "--bind", bind, *_set(settings))
         part.address = self.coordinator_address = part.wait_for(_after("coordinator at "))
         return part
 
-    def start_gateway(self) -> Part:
-        part = self._start("gateway", "gateway", "--coordinator", self.coordinator_address, "--port", "0")
+    def start_gateway(self, *, settings: Mapping[str, str] | None = None) -> Part:
+        """`settings`: as with the coordinator."""
+        where = ("--coordinator", self.coordinator_address, "--port", "0")
+        part = self._start("gateway", "gateway", *where, *_set(settings))
         part.address = part.wait_for(_after("gateway at "))
         return part
 
@@ -151,7 +156,7 @@ class Processes:
         output = self._folder / f"{len(self._parts)}-{name}.txt"
         with output.open("wb") as sink:
             process = subprocess.Popen(
-                [*TANDEM, *arguments, "--config", str(self._config)],
+                [*self.launcher, *TANDEM, *arguments, "--config", str(self._config)],
                 cwd=ROOT,
                 env={**os.environ, "TANDEM_CLUSTER_TOKEN": self._token, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
@@ -161,6 +166,10 @@ class Processes:
         part = Part(name, process, output)
         self._parts.append(part)
         return part
+
+
+def _set(settings: Mapping[str, str] | None) -> list[str]:
+    return [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={value}")]
 
 
 def _after(start: str) -> Callable[[str], str | None]:

@@ -31,6 +31,8 @@ class Row:
     #: Seconds until it has read what it was given, and until its planned fetches from it are over.
     queue_s: float = 0.0
     source_wait_s: float = 0.0
+    #: Share of its time for which prompts came lately.
+    busy_share: float = 0.0
 
     def can_hold(self, prompt_tokens: int) -> bool:
         """Whether the prompt and one token of an answer fit into all its blocks and into its context."""
@@ -153,7 +155,10 @@ def ttfts(
 
 def _ttft(item: DispatchItem, row: Row, rows: Sequence[Row], prices: Prices, fetch_ratio: float | None) -> Ttft:
     alone_s = prices.read_s(item.prompt_tokens, row.held_blocks)
-    alone = Ttft(item.waited_s + row.queue_s + alone_s, None)
+    # Prompts that come while this one waits fill its last step, half of it on average.
+    full_step_s = prices.latency.step_s(StepWork(prices.max_batch_tokens, 0.0, 1))
+    company_s = min(row.busy_share * row.queue_s, full_step_s / 2)
+    alone = Ttft(item.waited_s + row.queue_s + company_s + alone_s, None)
     sources = [other for other in rows if other.info.role != "decode" and other.understands(row) and other.held_blocks]
     if fetch_ratio is None or not sources:
         return alone
@@ -165,5 +170,5 @@ def _ttft(item: DispatchItem, row: Row, rows: Sequence[Row], prices: Prices, fet
     rest_s = prices.read_s(item.prompt_tokens, best.held_blocks)
     if fetch_s >= alone_s - rest_s:
         return alone
-    seconds = item.waited_s + max(row.queue_s, fetch_s) + rest_s
+    seconds = item.waited_s + max(row.queue_s, fetch_s) + company_s + rest_s
     return Ttft(seconds, Fetch(best.info.worker_id, best.held_blocks))

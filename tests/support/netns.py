@@ -37,14 +37,14 @@ COMMAND_TIMEOUT_S = 30.0
 #: Bytes that tbf lets pass at once: more than the largest packet that segmentation offload hands it.
 BURST = "128kb"
 
-_NAME = re.compile(r"tandem-(\d+)-[0-9a-f]{6}-[12]\b")
+_NAME = re.compile(r"tandem-(\d+)-[0-9a-f]{6}-\d\b")
 
 
 class NotPermitted(Exception):
     """A command of iproute2 failed, with what it said."""
 
 
-def _run(*command: str) -> str:
+def run_command(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     except FileNotFoundError as error:
@@ -64,7 +64,7 @@ class Machine:
 
     def run(self, *command: str) -> str:
         """The output of a short command there. Raises NotPermitted where it fails."""
-        return _run("ip", "netns", "exec", self.name, *command)
+        return run_command("ip", "netns", "exec", self.name, *command)
 
     @contextmanager
     def start(self, command: Sequence[str], **environ: str) -> Generator[subprocess.Popen[str]]:
@@ -127,19 +127,19 @@ def two_machines() -> Generator[tuple[Machine, Machine, Cable]]:
     one, two = Machine(f"{stem}-1", "10.77.0.1"), Machine(f"{stem}-2", "10.77.0.2")
     try:
         try:
-            _remove_abandoned()
+            remove_abandoned()
             _join(one, two)
         except NotPermitted as error:
             pytest.skip(f"no network namespaces here: {error}")
         yield one, two, Cable(one, two)
     finally:
         for each in (one, two):
-            _remove(each.name)
+            remove_namespace(each.name)
 
 
 def _join(one: Machine, two: Machine) -> None:
     for each in (one, two):
-        _run("ip", "netns", "add", each.name)
+        run_command("ip", "netns", "add", each.name)
     # Made inside the first, so that the test's own namespace never sees the cable.
     peer = ("peer", "name", INTERFACE, "netns", two.name)
     one.run("ip", "link", "add", INTERFACE, "type", "veth", *peer)
@@ -149,14 +149,14 @@ def _join(one: Machine, two: Machine) -> None:
         each.run("ip", "link", "set", INTERFACE, "up")
 
 
-def _remove(name: str) -> None:
+def remove_namespace(name: str) -> None:
     """With a namespace goes its end of the cable, and with one end the other."""
     with contextlib.suppress(NotPermitted):
-        _run("ip", "netns", "delete", name)
+        run_command("ip", "netns", "delete", name)
 
 
-def _remove_abandoned() -> None:
+def remove_abandoned() -> None:
     """Namespaces of test processes that were killed and could not remove their own."""
-    for found in _NAME.finditer(_run("ip", "netns", "list")):
+    for found in _NAME.finditer(run_command("ip", "netns", "list")):
         if not os.path.exists(f"/proc/{found.group(1)}"):
-            _remove(found.group(0))
+            remove_namespace(found.group(0))

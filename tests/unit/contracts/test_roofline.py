@@ -155,6 +155,20 @@ def test_blocks_that_fit_beside_the_weights() -> None:
         kv_blocks_that_fit(shape, device, block_tokens=16)
 
 
+def test_a_pipeline_holds_the_weights_together() -> None:
+    shape, device = MODELS["llama-3-70b"], DEVICES["h100-sxm"]
+    flat = kv_blocks_that_fit(shape, device, block_tokens=16, tensor_parallel=4)
+    assert kv_blocks_that_fit(shape, device, block_tokens=16, tensor_parallel=2, pipeline_parallel=2) == flat
+    assert kv_blocks_that_fit(shape, device, block_tokens=16, pipeline_parallel=2) > 0
+    with pytest.raises(ValueError, match="80 layers do not divide among 3 stages"):
+        kv_blocks_that_fit(shape, device, block_tokens=16, pipeline_parallel=3)
+
+
+def test_a_70b_model_fits_one_device_of_192_gb() -> None:
+    assert kv_blocks_that_fit(MODELS["llama-3-70b"], DEVICES["mi300x"], block_tokens=16) > 0
+    assert DEVICES["mi300x"].memory_bytes == 192 * 10**9
+
+
 def test_a_shape_is_read_from_a_config_file() -> None:
     demo = json.loads((ROOT / "engine" / "demo" / "config.json").read_text())
     assert shape_from_config(demo, where="demo") == ModelShape(

@@ -16,6 +16,7 @@ from contracts.transfer_models import LinkTransfer
 from coordinator.conductor import AdmissionRule, Conductor, ConductorSettings, DispatchLimits
 from coordinator.costs import WorkerCosts
 from coordinator.decision import Chosen, Refused
+from coordinator.policy.outlook import READING_WINDOW_S
 from tests.support.conductors import (
     BLOCK_TOKENS,
     MILLI,
@@ -190,6 +191,25 @@ def test_placements_tell_the_plan_and_why() -> None:
     assert verdict.reason.endswith("1 blocks are there; 4 blocks from p1")
 
 
+def test_prompts_that_come_later_share_its_last_step() -> None:
+    """Half of a step's room, as far as they come while it waits."""
+    made = conductor_of(["p0", "d0"], settings=ConductorSettings(admission=NOT_REFUSED))
+
+    def predicted_s(now_s: float) -> float:
+        decision = made.decide(item_of(100), now_s)
+        assert isinstance(decision, Chosen)
+        assert decision.predicted is not None
+        return decision.predicted.prefill_s
+
+    assert predicted_s(0.0) == 100 * MILLI, "it begins at once"
+    for _ in range(40):
+        last_s = predicted_s(0.0)
+    assert last_s == pytest.approx((100 + 256) * MILLI)
+    assert predicted_s(100.0) == 100 * MILLI
+    share = float(made.fleet.outlook().reading_s[1]) / READING_WINDOW_S
+    assert 100 * MILLI < predicted_s(100.0) <= (100 + share * 100) * MILLI
+
+
 # --- hot spots --------------------------------------------------------------------------------------------
 
 
@@ -355,6 +375,7 @@ def test_decides_as_the_algorithm_worker_by_worker(
                 held_blocks=min(held[info.worker_id], (tokens - 1) // BLOCK_TOKENS),
                 queue_s=max(0.0, float(outlook.prefill_free_s[0, row])),
                 source_wait_s=max(0.0, float(outlook.source_free_s[row])),
+                busy_share=float(outlook.reading_s[row]) / READING_WINDOW_S,
             )
             for row, info in enumerate(view.infos)
         ]

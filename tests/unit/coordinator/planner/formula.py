@@ -38,7 +38,7 @@ class Formula:
     #: A pipeline is this much less than its devices.
     pipeline_loss: float = 0.05
     unfit: frozenset[WorkerKind] = frozenset()
-    asked: list[tuple[Plan, float]] = field(default_factory=list)
+    asked: list[tuple[Plan, float]] = field(default_factory=list[tuple[Plan, float]])
 
     def attained(self, plan: Plan, rate_rps: float) -> Attained:
         assert plan.copies == 1
