@@ -29,14 +29,16 @@ class Decided:
     num_workers: int
     #: Each decision, without words.
     took_s: list[float]
-    #: All of it: decisions and the heartbeats that came meanwhile; and words for each.
-    all_s: float
+    #: Means of the words for a decision, and of a heartbeat.
     words_s: float
+    beat_s: float
     num_refused: int
 
     @property
     def per_s(self) -> float:
-        return len(self.took_s) / self.all_s
+        """What one core decides beside the heartbeats of all workers."""
+        left_s = 1.0 - self.num_workers / HEARTBEAT_INTERVAL_S * self.beat_s
+        return left_s / self.mean_s
 
     @property
     def mean_s(self) -> float:
@@ -60,10 +62,17 @@ class _Beats:
         for info in self._infos:
             conductor.add(info, 0.0)
             self._beat(0.0)
+        self._took_s = 0.0
+
+    @property
+    def mean_s(self) -> float:
+        return self._took_s / max(1, self._next - len(self._infos))
 
     def until(self, now_s: float) -> None:
+        started_s = time.thread_time()
         while self._next < (1 + now_s / HEARTBEAT_INTERVAL_S) * len(self._infos):
             self._beat(now_s)
+        self._took_s += time.thread_time() - started_s
 
     def _beat(self, now_s: float) -> None:
         info = self._infos[self._next % len(self._infos)]
@@ -92,9 +101,8 @@ def decide(num_workers: int, num_blocks: int, num_items: int, rate_per_s: float,
     took_s: list[float] = []
     words_s = 0.0
     num_refused = 0
-    started_s = time.thread_time()
     for number, item in enumerate(items):
-        now_s = 1.0 + number / rate_per_s
+        now_s = number / rate_per_s
         beats.until(now_s)
         before_s = time.thread_time()
         decision = conductor.decide(item, now_s)
@@ -103,8 +111,13 @@ def decide(num_workers: int, num_blocks: int, num_items: int, rate_per_s: float,
         conductor.in_words(item, decision, now_s)
         words_s += time.thread_time() - after_s
         num_refused += isinstance(decision, Refused)
-    all_s = time.thread_time() - started_s - words_s
-    return Decided(num_workers=num_workers, took_s=took_s, all_s=all_s, words_s=words_s, num_refused=num_refused)
+    return Decided(
+        num_workers=num_workers,
+        took_s=took_s,
+        words_s=words_s / num_items,
+        beat_s=beats.mean_s,
+        num_refused=num_refused,
+    )
 
 
 def bytes_per_block(num_blocks: int, num_workers: int, seed: int = 1) -> float:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from contracts.latency_models import CostCurve, FittedLatency
 from contracts.roofline import DEVICES, MODELS, Efficiencies, Roofline, kv_blocks_that_fit
 from contracts.transfer_models import LinkTransfer
 from coordinator.policy.settings import AdmissionRule, ConductorSettings
 from engine.compose import StepBudget
 from prefill import PrefillLimits
 from prefill.ordering import QueueRules
-from simulator.heap.results import Outcome
+from simulator.heap.results import REFUSALS, Outcome
 from simulator.heap.spec import StudySpec, WorkerGroup
 from simulator.heap.study import simulate
 from simulator.study.metrics import request_latencies
@@ -50,25 +51,14 @@ TPOT_TARGETS_S = (0.1, 0.2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fleet:
-    num_prefill: int = 8
-    num_decode: int = 8
-    prefix_cache_tokens: int = PREFIX_CACHE_TOKENS
-    #: What a step may hold: of the workers that read, and of those that write.
-    prefill_batch_tokens: int = 4096
-    decode_sequences: int = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """A workload: a trace at a multiple of its own speed, or drawn."""
 
-    #: None: `SYNTHETIC_*` at `speed` requests a second.
+    #: None: `speed` equal prompts a second, see `_narrow_writing`.
     trace: Path | None
     speed: float
-    #: Only requests of the trace's first part, or so many seconds.
+    #: Only the requests of the trace's first part, or so many seconds.
     seconds: float | None = None
-    seed: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +68,9 @@ class Job:
     load: Load
     policy: DispatchPolicyName = "ttft_min"
     form: AdmissionForm = "none"
-    #: Admission rests on it.
+    #: Admission rests on these.
+    ttft_target_s: float = TTFT_TARGET_S
     tpot_target_s: float = TPOT_TARGETS_S[1]
-    fleet: Fleet = field(default_factory=Fleet)
     forced: frozenset[int] = frozenset()
 
 
@@ -114,42 +104,65 @@ class Ran:
 
 
 def study(job: Job) -> StudySpec:
-    fleet = job.fleet
+    slo = SloClass("default", job.ttft_target_s * 1e3, job.tpot_target_s * 1e3)
+    return StudySpec(
+        groups=_narrow_writing() if job.load.trace is None else _nodes(),
+        transfer=LINK,
+        kv_token_bytes=MODELS[MODEL].kv_token_bytes,
+        block_tokens=BLOCK_TOKENS,
+        conductor=ConductorSettings(policy=job.policy, admission=AdmissionRule(form=job.form)),
+        slos=(slo,),
+        default_slo=slo.name,
+        max_output_tokens=MAX_OUTPUT_TOKENS,
+        request_timeout_s=3600.0,
+        forced=job.forced,
+    )
+
+
+def _nodes() -> tuple[WorkerGroup, ...]:
+    """Eight nodes that read and eight that write, with queues in order of arrival as in the paper."""
     num_blocks = kv_blocks_that_fit(
         MODELS[MODEL], DEVICES[DEVICE], block_tokens=BLOCK_TOKENS, tensor_parallel=TENSOR_PARALLEL
     )
     latency = Roofline(MODELS[MODEL], DEVICES[DEVICE], EFFICIENCIES, tensor_parallel=TENSOR_PARALLEL)
 
-    def group(name: str, role: Role, count: int, budget: StepBudget) -> WorkerGroup:
+    def group(role: Role, prefix_cache_tokens: int, budget: StepBudget) -> WorkerGroup:
         return WorkerGroup(
-            name=name,
+            name=role,
             role=role,
-            count=count,
+            count=8,
             latency=latency,
             num_blocks=num_blocks,
             num_devices=TENSOR_PARALLEL,
-            prefix_cache_tokens=fleet.prefix_cache_tokens if role == "prefill" else 0,
+            prefix_cache_tokens=prefix_cache_tokens,
             budget=budget,
             prefill=PrefillLimits(queue=QueueRules(order="fcfs")),
         )
 
-    reading = StepBudget(max_tokens=fleet.prefill_batch_tokens, max_sequences=256)
-    writing = StepBudget(max_tokens=fleet.decode_sequences, max_sequences=fleet.decode_sequences)
-    return StudySpec(
-        groups=(
-            group("prefill", "prefill", fleet.num_prefill, reading),
-            group("decode", "decode", fleet.num_decode, writing),
-        ),
-        transfer=LINK,
-        kv_token_bytes=MODELS[MODEL].kv_token_bytes,
-        block_tokens=BLOCK_TOKENS,
-        conductor=ConductorSettings(policy=job.policy, admission=AdmissionRule(form=job.form)),
-        slos=(SloClass("default", TTFT_TARGET_S * 1e3, job.tpot_target_s * 1e3),),
-        default_slo="default",
-        max_output_tokens=MAX_OUTPUT_TOKENS,
-        request_timeout_s=3600.0,
-        forced=job.forced,
+    return (
+        group("prefill", PREFIX_CACHE_TOKENS, StepBudget(max_tokens=4096, max_sequences=256)),
+        group("decode", 0, StepBudget(max_tokens=256, max_sequences=256)),
     )
+
+
+def _narrow_writing() -> tuple[WorkerGroup, ...]:
+    """Where decode is the bottleneck, and prompts take longer to be read than answers to be written: 120 readers that
+    need 8 s for a prompt of 1,000 tokens, and a writer that keeps 60 ms a token with 40 answers, 6.7 a second."""
+    reading = CostCurve.line(0.02, 0.00798)
+    writing = CostCurve.line(0.02, 0.001)
+    latency = FittedLatency(prefill=reading, pair_s=0.0, decode=writing, context_token_s=0.0)
+
+    def group(role: Role, count: int, max_tokens: int) -> WorkerGroup:
+        return WorkerGroup(
+            name=role,
+            role=role,
+            count=count,
+            latency=latency,
+            num_blocks=20_000,
+            budget=StepBudget(max_tokens=max_tokens, max_sequences=256),
+        )
+
+    return group("prefill", 120, 1000), group("decode", 1, 256)
 
 
 @lru_cache(maxsize=1)
@@ -162,9 +175,9 @@ def requests_of(load: Load) -> Iterable[WorkloadRequest]:
         num_requests = round(load.speed * (load.seconds or 600.0))
         return synthetic(
             arrivals=Poisson(load.speed),
-            prompts=LogNormal.from_mean(8000, sigma=0.5, max_tokens=32_000),
-            outputs=Fixed(400),
-            seed=load.seed,
+            prompts=Fixed(1000),
+            outputs=LogNormal.from_mean(100, sigma=0.1, max_tokens=200),
+            seed=1,
             num_requests=num_requests,
         )
     requests = _trace(load.trace)
@@ -176,7 +189,8 @@ def requests_of(load: Load) -> Iterable[WorkloadRequest]:
 def run(job: Job) -> Ran:
     result = simulate(study(job), requests_of(job.load))
     rows = result.requests
-    met = {target_s: _met(result, target_s) for target_s in TPOT_TARGETS_S}
+    targets_s = dict.fromkeys((*TPOT_TARGETS_S, job.tpot_target_s))
+    met = {target_s: _met(result, job.ttft_target_s, target_s) for target_s in targets_s}
     own = met[job.tpot_target_s]
     accepted = rows.outcome != Outcome.REJECTED
     latencies = request_latencies(result, result.spec.slos)
@@ -185,8 +199,7 @@ def run(job: Job) -> Ran:
     read_tokens = int(rows.prompt_tokens[read].sum())
     line = result.time_line
     arriving = line.at_s <= rows.arrival_s[-1]
-    reasons = np.array(["too_long", "no_prefill", "no_decode", "full", "ttft", "tpot", "queue"])
-    names, counts = np.unique(reasons[rows.refusal[~accepted]], return_counts=True)
+    names, counts = np.unique(np.array(REFUSALS)[rows.refusal[~accepted]], return_counts=True)
     return Ran(
         job=job,
         num_requests=len(accepted),
@@ -209,8 +222,8 @@ def run(job: Job) -> Ran:
     )
 
 
-def _met(result: StudyResult, tpot_target_s: float) -> NDArray[np.bool_]:
-    slo = SloClass("default", TTFT_TARGET_S * 1e3, tpot_target_s * 1e3)
+def _met(result: StudyResult, ttft_target_s: float, tpot_target_s: float) -> NDArray[np.bool_]:
+    slo = SloClass("default", ttft_target_s * 1e3, tpot_target_s * 1e3)
     return request_latencies(result, (slo,)).met
 
 

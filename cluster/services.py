@@ -13,11 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.decision_file import DecisionFile
 from contracts.errors import ConfigError
 from contracts.ids import GatewayId
 from contracts.profile import load_profile
 from coordinator import CoordinatorShell
 from coordinator.conductor import Conductor
+from coordinator.decision_log import DecisionLog
+from coordinator.decision_records import Surroundings
 from coordinator.live_costs import LiveCostLimits, LiveCosts
 from coordinator.membership import MembershipLimits
 from coordinator.policy.settings import AdmissionRule, ConductorSettings
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
     from contracts.clock import Clock
     from contracts.config import ClusterConfig
+    from contracts.messages import DispatchItem
+    from coordinator.decision import Chosen, Refused
     from rpc import Network
 
 #: Open calls of a stopping coordinator get this long.
@@ -64,16 +69,64 @@ async def coordinator_service(
         settings=conductor_settings(config),
         rng=random.Random(),
     )
-    shell = CoordinatorShell(
-        clock, conductor=conductor, membership=limits, on_transfers=costs.observe_transfers, log=log
+    async with _decision_log(config, conductor, costs, clock, log) as on_decision:
+        shell = CoordinatorShell(
+            clock,
+            conductor=conductor,
+            membership=limits,
+            on_decision=on_decision,
+            on_transfers=costs.observe_transfers,
+            log=log,
+        )
+        server = network.server(bind)
+        shell.register_on(server)
+        async with shell:
+            try:
+                yield await server.start()
+            finally:
+                await server.stop(COORDINATOR_GRACE_S)
+
+
+@asynccontextmanager
+async def _decision_log(
+    config: ClusterConfig, conductor: Conductor, costs: LiveCosts, clock: Clock, log: Callable[[str], None]
+) -> AsyncGenerator[Callable[[DispatchItem, Chosen | Refused, float], None] | None]:
+    """Yields what is to hear of decisions; None where nothing is. Raises ConfigError for a file that cannot be used."""
+    if config.coordinator.decision_log is None:
+        yield None
+        return
+    path = Path(config.coordinator.decision_log)
+    decisions = DecisionLog(
+        conductor,
+        costs,
+        settings=conductor_settings(config),
+        slos=slo_classes(config),
+        default_slo=config.default_slo_class,
+        surroundings=_surroundings(config),
+        version=version("tandem-serve"),
+        started_at=clock.wall_s(),
+        started_s=clock.now_s(),
     )
-    server = network.server(bind)
-    shell.register_on(server)
-    async with shell:
-        try:
-            yield await server.start()
-        finally:
-            await server.stop(COORDINATOR_GRACE_S)
+    async with DecisionFile(path, max_bytes=config.coordinator.decision_log_size, log=log) as file:
+
+        def write(item: DispatchItem, decision: Chosen | Refused, now_s: float) -> None:
+            file.write(decisions.decided(item, decision, now_s), lambda: decisions.opening(now_s))
+
+        yield write
+
+
+def _surroundings(config: ClusterConfig) -> Surroundings:
+    """Of pools with the same role the smallest limit counts."""
+    max_sequences: dict[str, int] = {}
+    for pool in config.pools:
+        limit = pool.max_sequences or config.engine.max_sequences
+        max_sequences[pool.role] = min(limit, max_sequences.get(pool.role, limit))
+    return Surroundings(
+        heartbeat_interval_s=config.coordinator.heartbeat_interval_s,
+        max_sequences=max_sequences,
+        queue_ageing_s=config.engine.queue.ageing_s,
+        queue_fair=config.engine.queue.fair,
+    )
 
 
 def conductor_settings(config: ClusterConfig) -> ConductorSettings:

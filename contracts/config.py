@@ -112,6 +112,8 @@ PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
 
 Count = Annotated[int, Field(ge=1)]
 
+PositiveFigure = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -287,7 +289,7 @@ class DispatchConfig(_Section):
 
     local_prefill_tokens: Annotated[int, Field(ge=0)] = 0
     """Prompts with at most so many uncached tokens may be read by the worker that writes their answer, where that is
-    predicted to be faster; only workers of role mixed can."""
+    predicted to be faster; only workers of role mixed can. 0: prompts of any length."""
 
     profile: str | None = None
     """Latency profile (tandem profile) that predictions rest on; without it, on what the workers' own steps took."""
@@ -334,17 +336,37 @@ class QueueConfig(_Section):
     """Mixed workers cut prompts so that a step stays within the tightest TPOT target among its answers."""
 
 
+class ExpectedWorkload(_Section):
+    """The workload that the pools were planned for, as `tandem plan` writes it. What is not said is that of the first
+    whole window with enough requests."""
+
+    rate_rps: PositiveFigure | None = None
+    """Requests a second."""
+
+    prompt_tokens: PositiveFigure | None = None
+    """Mean length of prompts."""
+
+    p95_prompt_tokens: PositiveFigure | None = None
+    """95th percentile of the lengths of prompts."""
+
+    answer_tokens: PositiveFigure | None = None
+    """Mean length of answers."""
+
+
 class ReplanConfig(_Section):
     """What happens when the workload is no longer the one that was planned for."""
 
     mode: Literal["off", "propose", "apply"] = "propose"
-    """`propose` logs a better split of the workers; `apply` carries it out where workers can change roles."""
+    """`propose` logs a better split of the workers; `apply` carries it out where workers can change roles, which they
+    cannot yet: it logs the split too, and says so."""
 
     window_s: DurationS = 600.0
     """What is observed to be compared with the plan."""
 
     drift: Annotated[float, Field(gt=0)] = 0.25
     """Relative change of rate, prompt or answer length that counts as drift."""
+
+    expected: ExpectedWorkload = ExpectedWorkload()
 
 
 class CoordinatorConfig(_Section):

@@ -100,8 +100,10 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     running_requests: int = 0
     #: Sequences among these that write answers; offers not yet adopted count too, once their prompts have been read.
     running_decodes: int = 0
-    #: Sum of context lengths of running sequences.
+    #: Sum of context lengths of running sequences, prompts on their way included.
     context_tokens: int = 0
+    #: Of these, of prompts that are still being read elsewhere.
+    unread_tokens: int = 0
     #: By `prompt_tokens.bit_length()` of their requests.
     answers: tuple[AnswerTally, ...] = ()
     free_blocks: int = 0
@@ -363,6 +365,10 @@ class CoordinatorFigures(msgspec.Struct, frozen=True, kw_only=True, omit_default
     block_events_total: int = 0
     block_gaps_total: int = 0
     block_snapshots_total: int = 0
+    #: Lasting changes of the workload that were told, better splits of the workers that were proposed, and the last.
+    workload_shifts_total: int = 0
+    splits_proposed_total: int = 0
+    proposed_split: str = ""
 
 
 class MembersReply(msgspec.Struct, frozen=True, kw_only=True):

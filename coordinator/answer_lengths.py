@@ -28,6 +28,9 @@ class AnswerLengths:
         self._tokens = [0.0] * _NUM_BUCKETS
         #: Over prompts of all lengths.
         self.mean_tokens = _FIRST_GUESS_TOKENS
+        #: Answers since the start, and their tokens; without what workers told first, which may be from long ago.
+        self.num_answers = 0
+        self.num_tokens = 0
 
     def ended(self, now: Sequence[AnswerTally], before: Sequence[AnswerTally]) -> None:
         """A worker's tallies since its start, and those that it told last. Tallies that shrank or make no sense (a
@@ -44,6 +47,9 @@ class AnswerLengths:
                 self._tokens[bucket] *= 0.5
             self._answers[bucket] += answers
             self._tokens[bucket] += tokens
+            if before:
+                self.num_answers += answers
+                self.num_tokens += tokens
         weight = sum(self._answers) + _GUESS_ANSWERS
         self.mean_tokens = (sum(self._tokens) + _GUESS_ANSWERS * _FIRST_GUESS_TOKENS) / weight
 

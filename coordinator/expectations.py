@@ -105,16 +105,19 @@ class Expectations:
         """`booked_s`: seconds of reading that were placed within the grace."""
         columns, info = self._columns, self._infos[row]
         columns["num_decodes"][row] = count_of(load.running_decodes)
-        columns["context_tokens"][row] = count_of(load.context_tokens)
+        columns["context_tokens"][row] = context_tokens = count_of(load.context_tokens - load.unread_tokens)
         free_blocks = count_of(load.free_blocks) + count_of(load.cached_blocks)
-        columns["free_tokens"][row] = free_blocks * info.identity.layout.block_tokens
+        block_tokens = info.identity.layout.block_tokens
+        # What is reserved for prompts that are still being read counts where their answers begin.
+        for_unread_tokens = min(count_of(load.reserved_blocks) * block_tokens, count_of(load.unread_tokens))
+        columns["free_tokens"][row] = free_blocks * block_tokens + for_unread_tokens
         self._forecast.advance(now_s)
         if info.role != "prefill":
-            self._note_answers(row, load, now_s)
+            self._note_answers(row, load, context_tokens, now_s)
         if info.role != "decode":
             self._note_prompts(row, load, booked_s, view, now_s)
 
-    def _note_answers(self, row: int, load: WorkerLoad, now_s: float) -> None:
+    def _note_answers(self, row: int, load: WorkerLoad, context_tokens: int, now_s: float) -> None:
         told = self._told_answers[row]
         if load.answers != told:
             self.answer_lengths.ended(load.answers, told)
@@ -123,10 +126,10 @@ class Expectations:
         table, num_decodes = self._tables[row], count_of(load.running_decodes)
         if table is not None and num_decodes:
             size = min(num_decodes, len(table.decode_base_s) - 1)
-            context_s = float(table.decode_context_s[size]) * count_of(load.context_tokens)
+            context_s = float(table.decode_context_s[size]) * context_tokens
             step_s = float(table.decode_base_s[size]) + context_s
             self._pace.token_s += _NEWEST_SHARE * (max(step_s, 1e-9) - self._pace.token_s)
-        self._forecast.report(row, num_decodes, count_of(load.context_tokens), now_s)
+        self._forecast.report(row, num_decodes, context_tokens, now_s)
 
     def _note_prompts(self, row: int, load: WorkerLoad, booked_s: float, view: FleetView, now_s: float) -> None:
         """Corrects when it will have read everything."""

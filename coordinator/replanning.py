@@ -5,19 +5,34 @@ lengths (mean and 95th percentile) and answer lengths (mean) over a window with 
 it is larger than `drift` by more than chance explains: by `NUM_ERRORS` standard errors, that of the rate widened by how
 bursty arrivals were. A change that is noticed has to last: the window that decides begins with it, so that a burst is
 no reason and a shift is judged by itself alone, at most two windows after it began. Then what was observed is
-the workload that is planned for, whatever comes of the question: the same shift is told once.
+the workload that is planned for, whatever comes of the question: the same shift is told once. What a plan does not say
+of its workload is that of the first whole window with enough requests.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from coordinator.replan_terms import (
+    Answered,
+    Apply,
+    Arrived,
+    Ask,
+    Expected,
+    Looked,
+    PartlyExpected,
+    Planned,
+    Propose,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
+
+    from coordinator.replan_terms import Event, Instruction, ReplanRules
 
 #: Standard errors by which a change must exceed what is allowed. Each window is looked at some twenty times, each time
 #: for several changes.
@@ -29,123 +44,9 @@ _MAX_LENGTHS = 4096
 _TAIL = 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
-    """The workload that was planned for. Raises ValueError for figures that are not above 0."""
-
-    rate_rps: float
-    mean_prompt_tokens: float
-    p95_prompt_tokens: float
-    mean_output_tokens: float
-
-    def __post_init__(self) -> None:
-        for name in ("rate_rps", "mean_prompt_tokens", "p95_prompt_tokens", "mean_output_tokens"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplanRules:
-    """Raises ValueError for rules that cannot be kept."""
-
-    mode: Literal["off", "propose", "apply"] = "propose"
-    window_s: float = 600.0
-    #: Relative change that is no reason yet.
-    drift: float = 0.25
-    #: Fewer than these in a window, expected or seen, tell nothing.
-    min_requests: int = 100
-    #: Standard deviation of answer lengths over their mean; only their sums are told.
-    output_variation: float = 1.5
-    #: A split that serves so much more, relative, is worth telling.
-    min_gain: float = 0.05
-    #: An answer that takes longer comes no more.
-    answer_within_s: float = 3600.0
-
-    def __post_init__(self) -> None:
-        if not (0 < self.window_s < math.inf and self.drift > 0 and self.min_requests >= 1):
-            raise ValueError(f"needs window_s > 0, drift > 0 and min_requests >= 1: {self}")
-        if not (self.output_variation >= 0 and self.min_gain >= 0 and self.answer_within_s > 0):
-            raise ValueError(f"needs output_variation >= 0, min_gain >= 0 and answer_within_s > 0: {self}")
-
-
-# --- events -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    at_s: float
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """Answers that ended since the last of these events, and their tokens."""
-
-    at_s: float
-    num_answers: int
-    output_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """Time has passed; a few times a window is often enough."""
-
-    at_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """What a planner made of the observed workload."""
-
-    #: The pools, in words.
-    text: str
-    #: Goodput of it over that of the workers as they are, less 1.
-    gain: float
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """The answer to `Ask`; None: there is no better split, or nobody could say."""
-
-    at_s: float
-    split: Split | None
-
-
-Event = Arrived | Answered | Looked | Planned
-
-# --- instructions -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """Plan for what was observed."""
-
-    observed: Expected
-    #: Prompts of it, newest last, to draw from.
-    prompt_tokens: tuple[int, ...]
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Propose:
-    """Tell the operator."""
-
-    split: Split
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Apply:
-    """Carry it out; where nobody can, tell the operator."""
-
-    split: Split
-    reason: str
-
-
-Instruction = Ask | Propose | Apply
-
-
 class _State(Enum):
+    #: What is expected is not known yet.
+    LEARNING = "learning"
     WATCHING = "watching"
     #: Something changed; whether it lasts is seen from what comes since.
     SETTLING = "settling"
@@ -170,18 +71,32 @@ class _Part:
 class Replanning:
     """`handle(event) -> instructions`; events come in order of time. Holds a bounded number of figures."""
 
-    def __init__(self, rules: ReplanRules, expected: Expected, *, started_s: float) -> None:
+    def __init__(self, rules: ReplanRules, expected: Expected | PartlyExpected, *, started_s: float) -> None:
         self._rules = rules
         self._part_s = rules.window_s / _NUM_PARTS
-        self._state = _State.WATCHING
+        self._said = expected if isinstance(expected, PartlyExpected) else PartlyExpected()
         self._asked_s = -math.inf
         self._reason = ""
         self._lengths: deque[int] = deque(maxlen=_MAX_LENGTHS)
-        self._expect(expected, started_s)
+        #: Prompts longer than these are counted.
+        self._long_tokens = self._longish_tokens = math.inf
+        whole = expected.whole() if isinstance(expected, PartlyExpected) else expected
+        self._state = _State.LEARNING if whole is None else _State.WATCHING
+        self._expected = whole
+        if whole is None:
+            self._begin(started_s)
+        else:
+            self._expect(whole, started_s)
 
     @property
-    def expected(self) -> Expected:
+    def expected(self) -> Expected | None:
+        """None: it is not known yet."""
         return self._expected
+
+    @property
+    def look_every_s(self) -> float:
+        """More often there is nothing new to see."""
+        return self._part_s
 
     def handle(self, event: Event) -> list[Instruction]:
         if self._rules.mode == "off":
@@ -241,7 +156,11 @@ class Replanning:
         parts = list(self._parts)[:-1]
         if now_s - self._since_s < self._rules.window_s or len(parts) < _NUM_PARTS:
             return []
-        reason = self._change(parts)
+        expected = self._expected
+        if expected is None:
+            self._learn(parts, now_s)
+            return []
+        reason = self._change(parts, expected)
         if self._state is _State.WATCHING:
             if reason:
                 self._state = _State.SETTLING
@@ -250,10 +169,20 @@ class Replanning:
         self._state = _State.WATCHING
         if not reason:
             return []
-        observed, lengths = self._observed(parts), tuple(self._lengths)
+        observed, lengths = self._observed(parts, expected), tuple(self._lengths)
         self._state, self._asked_s, self._reason = _State.ASKED, now_s, reason
         self._expect(observed, now_s)
         return [Ask(observed=observed, prompt_tokens=lengths, reason=reason)]
+
+    def _learn(self, parts: Sequence[_Part], now_s: float) -> None:
+        """Takes what the window tells, if it tells enough."""
+        num_requests = sum(part.num_requests for part in parts)
+        num_answers = sum(part.num_answers for part in parts)
+        knows_answers = self._said.mean_output_tokens is not None
+        if num_requests < self._rules.min_requests or not (knows_answers or num_answers >= self._rules.min_requests):
+            return
+        self._state = _State.WATCHING
+        self._expect(self._said.completed(self._seen(parts, self._said.mean_output_tokens or 1.0)), now_s)
 
     def _planned(self, event: Planned) -> list[Instruction]:
         if self._state is not _State.ASKED:
@@ -268,9 +197,9 @@ class Replanning:
 
     # --- figures ----------------------------------------------------------------------------------
 
-    def _change(self, parts: Sequence[_Part]) -> str:
+    def _change(self, parts: Sequence[_Part], expected: Expected) -> str:
         """What differs from the plan, or nothing."""
-        expected, rules = self._expected, self._rules
+        rules = self._rules
         span_s = len(parts) * self._part_s
         count = sum(part.num_requests for part in parts)
         changes: list[str] = []
@@ -282,7 +211,7 @@ class Replanning:
             variance = max(0.0, sum(part.prompt_squares for part in parts) / count - mean * mean)
             error = math.sqrt(variance / count)
             changes += self._of_mean("mean prompt", " tokens", mean, expected.mean_prompt_tokens, error)
-            changes += self._of_tail(parts, count)
+            changes += self._of_tail(parts, count, expected)
         num_answers = sum(part.num_answers for part in parts)
         if num_answers >= rules.min_requests:
             mean = sum(part.output_tokens for part in parts) / num_answers
@@ -295,40 +224,43 @@ class Replanning:
             return []
         return [f"{what} {seen:.4g}{unit} instead of {expected:.4g} ({seen / expected - 1.0:+.0%})"]
 
-    def _of_tail(self, parts: Sequence[_Part], count: int) -> list[str]:
+    def _of_tail(self, parts: Sequence[_Part], count: int, expected: Expected) -> list[str]:
         """One prompt in twenty is above the percentile: how many are above it with the drift tells whether it moved,
         as a binomial."""
         allowed = NUM_ERRORS * math.sqrt(_TAIL * (1.0 - _TAIL) / count)
         long_share = sum(part.num_long for part in parts) / count
         longish_share = sum(part.num_longish for part in parts) / count
-        planned = f"where {self._expected.p95_prompt_tokens:,.0f} is the planned 95th percentile"
+        planned = f"where {expected.p95_prompt_tokens:,.0f} is the planned 95th percentile"
         if long_share > _TAIL + allowed:
             return [f"{long_share:.1%} of the prompts above {self._long_tokens:,.0f} tokens, {planned}"]
         if longish_share < _TAIL - allowed:
             return [f"only {longish_share:.1%} of the prompts above {self._longish_tokens:,.0f} tokens, {planned}"]
         return []
 
-    def _observed(self, parts: Sequence[_Part]) -> Expected:
+    def _observed(self, parts: Sequence[_Part], expected: Expected) -> Expected:
         """As the new plan's workload; where nothing was seen, what was expected."""
-        expected = self._expected
+        if any(part.num_requests for part in parts):
+            return self._seen(parts, expected.mean_output_tokens)
+        # Nobody comes: a plan needs a rate, and the lowest that can be told from none is one.
+        return replace(expected, rate_rps=1.0 / (len(parts) * self._part_s))
+
+    def _seen(self, parts: Sequence[_Part], mean_output_tokens: float) -> Expected:
+        """There must be a request; `mean_output_tokens` where no answer ended."""
         count = sum(part.num_requests for part in parts)
         num_answers = sum(part.num_answers for part in parts)
         output_tokens = sum(part.output_tokens for part in parts)
-        if not count:
-            # Nobody comes: a plan needs a rate, and the lowest that can be told from none is one.
-            return Expected(
-                rate_rps=1.0 / (len(parts) * self._part_s),
-                mean_prompt_tokens=expected.mean_prompt_tokens,
-                p95_prompt_tokens=expected.p95_prompt_tokens,
-                mean_output_tokens=expected.mean_output_tokens,
-            )
         lengths = sorted(self._lengths)
         return Expected(
             rate_rps=count / (len(parts) * self._part_s),
             mean_prompt_tokens=sum(part.prompt_tokens for part in parts) / count,
-            p95_prompt_tokens=float(lengths[math.ceil((1.0 - _TAIL) * len(lengths)) - 1]),
-            mean_output_tokens=output_tokens / num_answers if output_tokens else expected.mean_output_tokens,
+            p95_prompt_tokens=float(percentile_95(lengths)),
+            mean_output_tokens=output_tokens / num_answers if output_tokens else mean_output_tokens,
         )
+
+
+def percentile_95(ascending: Sequence[int]) -> int:
+    """One in twenty is larger at most. There must be one."""
+    return ascending[math.ceil((1.0 - _TAIL) * len(ascending)) - 1]
 
 
 def _dispersion(parts: Sequence[_Part]) -> float:
@@ -337,47 +269,3 @@ def _dispersion(parts: Sequence[_Part]) -> float:
     if mean == 0 or len(parts) < 2:
         return 1.0
     return max(1.0, sum((part.num_requests - mean) ** 2 for part in parts) / (len(parts) - 1) / mean)
-
-
-class Replanner:
-    """The machine's shell: asks the planner it is given, tells, and lets a hook apply.
-
-    `plan` answers an `Ask` with a split, or None; it may take long and is called where `carry_out` is. `apply` is None
-    where workers cannot change their roles: what was to be applied is then told as a proposal.
-    """
-
-    def __init__(
-        self,
-        machine: Replanning,
-        *,
-        plan: Callable[[Ask], Split | None],
-        tell: Callable[[str], None],
-        apply: Callable[[Split], None] | None = None,
-    ) -> None:
-        self._machine = machine
-        self._plan = plan
-        self._tell = tell
-        self._apply = apply
-
-    def handle(self, event: Event) -> None:
-        """Gives the machine the event, and carries out all that follows from it."""
-        for instruction in self._machine.handle(event):
-            self.carry_out(instruction, event.at_s)
-
-    def carry_out(self, instruction: Instruction, now_s: float) -> None:
-        match instruction:
-            case Ask():
-                self.handle(Planned(now_s, self._plan(instruction)))
-            case Propose():
-                self._tell(f"a better split: {_in_words(instruction.split, instruction.reason)}")
-            case Apply() if self._apply is None:
-                words = _in_words(instruction.split, instruction.reason)
-                self._tell(f"a better split, not applied for workers cannot change roles here: {words}")
-            case Apply():
-                self._tell(f"applying a better split: {_in_words(instruction.split, instruction.reason)}")
-                assert self._apply is not None, "the case above"
-                self._apply(instruction.split)
-
-
-def _in_words(split: Split, reason: str) -> str:
-    return f"{split.text} would serve {split.gain:+.0%}; {reason}"

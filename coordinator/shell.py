@@ -187,11 +187,11 @@ class CoordinatorShell:
     # --- gateways ---------------------------------------------------------------------------------
 
     async def _on_dispatch(self, ask: DispatchRequest, context: CallContext) -> DispatchReply:
-        return DispatchReply(verdicts=tuple([self._verdict(item) for item in ask.items]))
+        standing = self.membership.standing(self._clock.now_s())
+        return DispatchReply(verdicts=tuple([self._verdict(item, standing) for item in ask.items]))
 
-    def _verdict(self, item: DispatchItem) -> Placement | Rejection:
+    def _verdict(self, item: DispatchItem, standing: Standing) -> Placement | Rejection:
         now_s = self._clock.now_s()
-        standing = self.membership.standing(now_s)
         if standing is ALL_UP:
             decision = self.conductor.decide(item, now_s)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 DECISION_BOUNDS_S = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1, math.inf)
 
 
+@dataclass(slots=True)
+class ReplanFigures:
+    """Counts since the start."""
+
+    shifts_total: int = 0
+    proposals_total: int = 0
+    #: The split that was proposed last.
+    proposed: str = ""
+
+
 class ShellFigures:
     """Counts since the start."""
 
@@ -25,6 +36,8 @@ class ShellFigures:
         self.verdicts_total: dict[str, int] = {}
         self._decisions = [0] * len(DECISION_BOUNDS_S)
         self._decisions_s = 0.0
+        #: None: nobody compares the workload with a plan.
+        self.replanning: ReplanFigures | None = None
 
     def count(self, outcome: str, took_s: float) -> None:
         """One decision, words included."""
@@ -33,6 +46,7 @@ class ShellFigures:
         self._decisions_s += took_s
 
     def message(self, directory: Directory, sync: DirectorySync) -> CoordinatorFigures:
+        replanning = self.replanning or ReplanFigures()
         return CoordinatorFigures(
             verdicts_total=dict(self.verdicts_total),
             decision_bounds_s=DECISION_BOUNDS_S,
@@ -44,4 +58,7 @@ class ShellFigures:
             block_events_total=sync.events_total,
             block_gaps_total=sync.gaps_total,
             block_snapshots_total=sync.snapshots_total,
+            workload_shifts_total=replanning.shifts_total,
+            splits_proposed_total=replanning.proposals_total,
+            proposed_split=replanning.proposed,
         )

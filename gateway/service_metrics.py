@@ -133,6 +133,8 @@ class CoordinatorCollector(Collector):
             "tandem_block_events": ("Changes of prefix caches told.", figures.block_events_total),
             "tandem_block_event_gaps": ("Gaps in their numbers.", figures.block_gaps_total),
             "tandem_block_snapshots": ("Whole caches told anew.", figures.block_snapshots_total),
+            "tandem_workload_shifts": ("Lasting changes of the workload.", figures.workload_shifts_total),
+            "tandem_splits_proposed": ("Better splits of the workers proposed.", figures.splits_proposed_total),
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(name, text, value=value)

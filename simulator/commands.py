@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path  # noqa: TC003 (read at run time by the command line parser)
 
 from simulator.planning.flags import PlanFlags  # noqa: TC001 (read at run time by the command line parser)
+from simulator.rejects.flags import RejectsFlags
 from simulator.study.flags import ClusterFlags, LatencyFlags, PolicyFlags, ReportFlags
 from workload.flags import WorkloadFlags
 
@@ -36,3 +38,16 @@ def plan(*, plan: PlanFlags, latency: LatencyFlags | None = None, workload: Work
     from simulator.planning.run import run_plan
 
     return run_plan(plan, latency or LatencyFlags(), workload or WorkloadFlags())
+
+
+def rejects(*logs: Path, flags: RejectsFlags | None = None) -> int:
+    """Tell from a coordinator's decision log what was refused and why, and whether that was right.
+
+    Parameters
+    ----------
+    logs
+        Files that coordinator.decision_log named, older parts first.
+    """
+    from simulator.rejects.run import run_rejects
+
+    return run_rejects(logs, flags or RejectsFlags())

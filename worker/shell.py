@@ -515,6 +515,7 @@ class WorkerShell:
             running_requests=self.prefill.running_count + self.decode.running_count,
             running_decodes=self.decode.decode_count,
             context_tokens=self.decode.context_tokens,
+            unread_tokens=self.decode.unread_tokens,
             answers=self.prefill.answer_tallies.report(self.decode.answer_tallies),
             step_age_s=self._watchdog.step_age_s(self._clock.now_s()),
         )

@@ -95,7 +95,7 @@ class Outlook:
     prefill_free_s: Seconds
     #: When the worker's planned fetches from it are over.
     source_free_s: Seconds
-    #: As reported.
+    #: As reported: answers that are written and their context; KV that is free or waits for prompts still being read.
     num_decodes: Expected
     context_tokens: Expected
     free_tokens: Expected
@@ -118,6 +118,13 @@ class Outlook:
         coming_s = queue_s * self.reading_s * (1.0 / READING_WINDOW_S)
         company_s: Seconds = np.minimum(coming_s, 0.5 * self.full_step_s)
         return company_s
+
+    def company_at_s(self, row: int, queue_s: float) -> float:
+        """The same for one worker."""
+        if not queue_s:
+            return 0.0
+        coming_s = queue_s * float(self.reading_s[row]) * (1.0 / READING_WINDOW_S)
+        return min(coming_s, 0.5 * float(self.full_step_s[row]))
 
     def decoding_at(self, at_s: float) -> Decoding:
         """What is expected then, or at the nearest time that is looked ahead to."""

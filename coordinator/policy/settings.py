@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from contracts.config import AdmissionForm, DispatchPolicyName
+from contracts.config import AdmissionForm, DispatchPolicyName  # noqa: TC001 (read at run time by the decision log)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,8 @@ class Incoming:
         #: Of these, those whose prompts have been read whole.
         self.num_sealed = 0
         self.sealed_tokens = 0
+        #: Blocks that are set aside for them.
+        self.reserved_blocks = 0
         #: Offers without blocks, oldest first, and some that were given up; of the others: how many.
         self._offers: deque[Request] = deque()
         self._num_offers = 0
@@ -83,6 +85,7 @@ class Incoming:
             self._offers.popleft()
             self._num_offers -= 1
             worker.take_blocks(request.num_blocks)
+            self.reserved_blocks += request.num_blocks
             request.answer_stage = AnswerStage.PULLING
             room.promise(request.row, demand.growth_blocks)
             self._drive(request)
@@ -127,6 +130,7 @@ class Incoming:
         request.pulled_blocks += num_blocks
         if request.over:
             # Until now its blocks were quarantined.
+            self.reserved_blocks -= request.num_blocks
             self._worker.sync()
             self._worker.free_blocks(request.num_blocks)
             self._blocks_may_be_free()
@@ -142,6 +146,7 @@ class Incoming:
         worker.sync()
         self.num_open -= 1
         self.num_tokens -= request.prompt_tokens
+        self.reserved_blocks -= request.num_blocks
         self._count_sealed(request, -1)
         worker.answers.adopt(request)
         worker.wake()
@@ -160,6 +165,7 @@ class Incoming:
         if waits:
             self._num_offers -= 1
         elif request.flow is None:
+            self.reserved_blocks -= request.num_blocks
             self._worker.free_blocks(request.num_blocks)
         # What it was promised is free in any case.
         self._blocks_may_be_free()

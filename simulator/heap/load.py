@@ -30,6 +30,7 @@ class Tallies:
 
 def load_of(worker: Worker) -> WorkerLoad:
     """As a live worker reports it, as far as policies look at it."""
+    worker.sync()
     prompts, answers, incoming = worker.prompts, worker.answers, worker.incoming
     return WorkerLoad(
         waiting_requests=prompts.num_waiting + incoming.num_open + answers.num_preempted,
@@ -38,8 +39,10 @@ def load_of(worker: Worker) -> WorkerLoad:
         running_requests=len(prompts.running) + answers.num_running,
         running_decodes=answers.num_running + answers.num_preempted + incoming.num_sealed,
         context_tokens=answers.context_tokens(worker.steps_ahead()) + incoming.num_tokens,
+        unread_tokens=incoming.num_tokens - incoming.sealed_tokens,
         answers=worker.tallies.by_size,
         free_blocks=worker.available_blocks,
+        reserved_blocks=incoming.reserved_blocks,
         step_age_s=worker.step_age_s(),
     )
 

@@ -99,8 +99,8 @@ class TimeLine:
     #: Share of prefill's and of decode's time spent in steps since the last sample; mixed workers count in both.
     prefill_busy: NDArray[np.float32]
     decode_busy: NDArray[np.float32]
-    #: Load as Mooncake defines it, in parts of the study's strictest targets, mean over a pool's workers: the seconds of
-    #: reading that are left, and the next step of the answers. NaN without targets.
+    #: Load as Mooncake defines it, in parts of the study's strictest targets, mean over a pool's workers: the seconds
+    #: of reading that are left, and the next step of the answers. NaN without targets.
     prefill_load: NDArray[np.float32]
     decode_load: NDArray[np.float32]
     #: Share of all KV blocks that were not free.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from contracts.config import ExpectedWorkload
     from coordinator.planner.plans import Plan, Pool
     from workload.slo import SloClass
 
@@ -27,6 +28,7 @@ def cluster_file(
     num_blocks: Callable[[Pool], int],
     slos: Sequence[SloClass],
     profile: Path | None,
+    expected: ExpectedWorkload,
     heading: Sequence[str],
 ) -> str:
     """YAML that begins with `heading` as comments. Raises ConfigError for what no cluster file can say."""
@@ -38,8 +40,10 @@ def cluster_file(
     }
     if len(slos) == 1:
         tree["default_slo_class"] = slos[0].name
+    coordinator: dict[str, object] = {"replan": {"expected": expected.model_dump(exclude_none=True)}}
     if profile is not None:
-        tree["coordinator"] = {"dispatch": {"profile": str(profile.resolve())}}
+        coordinator["dispatch"] = {"profile": str(profile.resolve())}
+    tree["coordinator"] = coordinator
     try:
         ClusterConfig.model_validate(tree)
     except ValidationError as error:
@@ -71,6 +75,6 @@ def _notes(plan: Plan) -> list[str]:
     if plan.copies > 1:
         notes.append(
             f"Planned as {plan.copies} groups between which no KV goes; a cluster file cannot say so: serve each group "
-            f"as a cluster, with 1/{plan.copies} of these workers."
+            f"as a cluster, with 1/{plan.copies} of these workers and of coordinator.replan.expected.rate_rps."
         )
     return notes

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-from contracts.config import parse_size
+from contracts.config import ExpectedWorkload, parse_size
 from contracts.errors import ConfigError
-from contracts.latency import StepWork
-from coordinator.planner.bench import SearchSettings
 from coordinator.planner.plans import Dropped, Parallelism, WorkerKind
 from coordinator.planner.search import ROLES, plan_goodput
 from coordinator.planner.space import Machines, parallelisms
+from coordinator.replanning import percentile_95
 from simulator.planning.cluster_file import cluster_file
 from simulator.planning.costs import cost_table
 from simulator.planning.evaluator import EvaluatorSettings, HeapEvaluator
 from simulator.planning.progress import PlanProgress
 from simulator.planning.report import report_text, summary
+from simulator.planning.search_range import MAX_REQUESTS, MIN_REQUESTS, MIN_SPAN_S, ROUGH_REQUESTS, search_settings
 from simulator.study.run import unmodelled
 from workload.traffic import build_traffic
 
@@ -36,14 +35,6 @@ if TYPE_CHECKING:
 
 _MAX_GPUS = 1024
 _USUAL_NODE_GPUS = 8
-#: Searches stay between these, of the rate where they begin; at the lower one workers are nearly idle.
-_LOWEST_FACTOR, _HIGHEST_FACTOR = 1.0 / 16.0, 64.0
-#: Answers that a step writes, for the guess of where to begin.
-_GUESSED_BATCH = 32
-#: Requests of a drawn workload whose length nobody gave: these, and as many more as come within so long; and of the
-#: rough studies that order the plans.
-_MIN_REQUESTS, _MIN_SPAN_S, _MAX_REQUESTS = 1000, 60.0, 20_000
-_ROUGH_REQUESTS = 200
 #: Steady load takes a while to show: a search that squeezed the workload into less than this says so.
 _SHORT_S = 60.0
 #: Token budgets that are tried for workers that read prompts.
@@ -56,7 +47,7 @@ def run_plan(flags: PlanFlags, latency: LatencyFlags, workload: WorkloadFlags) -
     machines = _machines(flags)
     costs = _costs(flags, latency, machines)
     is_open = _is_open(workload)
-    traffic = build_traffic(replace(workload, requests=_MAX_REQUESTS) if is_open else workload)
+    traffic = build_traffic(replace(workload, requests=MAX_REQUESTS) if is_open else workload)
     base_rps = traffic.totals.rate_rps
     if base_rps is None:
         raise ConfigError("all requests of the workload come at once: a planner needs a rate that it can scale")
@@ -65,9 +56,9 @@ def run_plan(flags: PlanFlags, latency: LatencyFlags, workload: WorkloadFlags) -
     max_sequences = flags.max_sequences or costs.max_sequences
     settings = EvaluatorSettings(max_sequences=max_sequences)
     requests_at = _Requests(traffic, base_rps)
-    roughly = replace(settings, min_requests=_ROUGH_REQUESTS)
+    roughly = replace(settings, min_requests=ROUGH_REQUESTS)
     if is_open:
-        settings = replace(settings, min_requests=_MIN_REQUESTS, min_span_s=_MIN_SPAN_S)
+        settings = replace(settings, min_requests=MIN_REQUESTS, min_span_s=MIN_SPAN_S)
     exact = HeapEvaluator(costs, requests_at, traffic.slos, settings)
     rough = HeapEvaluator(costs, requests_at, traffic.slos, roughly)
     started_s = time.perf_counter()
@@ -76,7 +67,13 @@ def run_plan(flags: PlanFlags, latency: LatencyFlags, workload: WorkloadFlags) -
             machines,
             {role: _kinds(role, found, flags, max_sequences) for role in ROLES},
             exact,
-            _search_settings(flags, costs, found, traffic),
+            search_settings(
+                costs,
+                min(found, key=lambda parallel: parallel.num_devices),
+                prompt_tokens=traffic.totals.prompt_tokens / traffic.totals.num_requests,
+                output_tokens=traffic.totals.output_tokens / traffic.totals.num_requests,
+                target=flags.target_attainment,
+            ),
             rate_rps=workload.rate,
             rough=rough,
             progress=progress.update,
@@ -104,7 +101,7 @@ def run_plan(flags: PlanFlags, latency: LatencyFlags, workload: WorkloadFlags) -
     if planned.best is None:
         return 1
     if flags.output is not None:
-        _write(flags, latency, planned, costs, exact, traffic, max_sequences)
+        _write(flags, latency, planned, costs, exact, traffic, max_sequences, workload.rate)
     return 1 if workload.rate is not None and planned.best.goodput_rps < workload.rate else 0
 
 
@@ -194,28 +191,6 @@ def _kinds(role: Role, found: Sequence[Parallelism], flags: PlanFlags, max_seque
     return [WorkerKind(parallel, budget) for parallel in found for budget in budgets]
 
 
-def _search_settings(
-    flags: PlanFlags, costs: CostTable, found: Sequence[Parallelism], traffic: Traffic
-) -> SearchSettings:
-    """Begins where the smallest worker would be half busy, if it read one prompt at a time."""
-    smallest = min(found, key=lambda parallel: parallel.num_devices)
-    latency = costs.latency(smallest)
-    prompt_tokens = round(traffic.totals.prompt_tokens / traffic.totals.num_requests)
-    output_tokens = traffic.totals.output_tokens / traffic.totals.num_requests
-    read_s = latency.step_s(StepWork(prompt_tokens, prompt_tokens * (prompt_tokens + 1) / 2, 1))
-    context_tokens = round(_GUESSED_BATCH * (prompt_tokens + output_tokens / 2))
-    write_s = output_tokens * latency.step_s(StepWork(0, 0.0, 0, _GUESSED_BATCH, context_tokens)) / _GUESSED_BATCH
-    start_rps = 0.5 / ((read_s + write_s) * smallest.num_devices)
-    if not (0 < start_rps < math.inf):
-        raise ConfigError(f"the latencies ({costs.text}) give no rate to begin with")
-    return SearchSettings(
-        target=flags.target_attainment,
-        start_rps=start_rps,
-        low_rps=start_rps * _LOWEST_FACTOR,
-        high_rps=start_rps * _HIGHEST_FACTOR,
-    )
-
-
 def _check_output(flags: PlanFlags) -> None:
     if flags.output is None:
         return
@@ -264,6 +239,7 @@ def _write(
     evaluator: HeapEvaluator,
     traffic: Traffic,
     max_sequences: int,
+    rate_rps: float | None,
 ) -> None:
     best, output = planned.best, flags.output
     assert best is not None
@@ -276,6 +252,7 @@ def _write(
         num_blocks=evaluator.num_blocks,
         slos=traffic.slos,
         profile=latency.profile,
+        expected=_expected(traffic, rate_rps),
         heading=(f"Planned for {traffic.text}.", f"{summary(best)}.", f"Latencies: {costs.text}."),
     )
     try:
@@ -283,3 +260,16 @@ def _write(
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot be written: {error.strerror}") from error
     print(f"wrote {output}")
+
+
+def _expected(traffic: Traffic, rate_rps: float | None) -> ExpectedWorkload:
+    """What was planned for. Without a rate that was asked for the plan is for as much as it can serve, and what comes
+    is no drift from it."""
+    prompts = sorted(request.prompt_tokens for request in traffic.requests())
+    totals = traffic.totals
+    return ExpectedWorkload(
+        rate_rps=rate_rps,
+        prompt_tokens=round(totals.prompt_tokens / totals.num_requests, 1),
+        p95_prompt_tokens=percentile_95(prompts),
+        answer_tokens=round(totals.output_tokens / totals.num_requests, 1),
+    )

@@ -224,8 +224,8 @@ def test_both_simulators_see_the_same_latencies(
 def refused_in_both(requests: list[WorkloadRequest]) -> tuple[list[bool], list[bool]]:
     """By the shells and by the heap, where two prompts may wait at each of two prefill workers."""
     prefill = PrefillLimits(max_waiting=2)
-    asked = in_shells(requests, replace(shells_spec(TWO_PAIRS, 64), prefill=prefill))
-    result = in_heap(requests, heap_spec(TWO_PAIRS, 64, prefill))
+    asked = in_shells(requests, replace(shells_spec(TWO_PAIRS, 64, "least_loaded"), prefill=prefill))
+    result = in_heap(requests, heap_spec(TWO_PAIRS, 64, prefill, "least_loaded"))
     return [each is None for each in asked], (result.requests.outcome == Outcome.REJECTED).tolist()
 
 

@@ -72,8 +72,9 @@ class Part:
 
 
 class Processes:
-    def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
+    def __init__(self, config: Mapping[str, Any], folder: Path, program: Sequence[str] = TANDEM) -> None:
         self._folder = folder
+        self._program = program
         self._config = folder / "cluster.yaml"
         self._config.write_text(yaml.safe_dump(dict(config)))
         self._token = secrets.token_urlsafe(16)
@@ -156,7 +157,7 @@ class Processes:
         output = self._folder / f"{len(self._parts)}-{name}.txt"
         with output.open("wb") as sink:
             process = subprocess.Popen(
-                [*self.launcher, *TANDEM, *arguments, "--config", str(self._config)],
+                [*self.launcher, *self._program, *arguments, "--config", str(self._config)],
                 cwd=ROOT,
                 env={**os.environ, "TANDEM_CLUSTER_TOKEN": self._token, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
@@ -182,9 +183,10 @@ def _ready_address(line: str) -> str | None:
 
 
 @contextmanager
-def scattered(config: Mapping[str, Any], folder: Path) -> Generator[Processes]:
-    """Nothing started yet. `config` is a cluster file; what they write stays in `folder`. All are gone after it."""
-    processes = Processes(config, folder)
+def scattered(config: Mapping[str, Any], folder: Path, program: Sequence[str] = TANDEM) -> Generator[Processes]:
+    """Nothing started yet. `config` is a cluster file; what they write stays in `folder`. All are gone after it.
+    `program` stands for `tandem`."""
+    processes = Processes(config, folder, program)
     try:
         yield processes
     finally:

@@ -35,9 +35,7 @@ class Choice:
 def each_alone(asked: Question, n: int) -> list[Question]:
     """The questions with one answer each whose answers are the `n` ones to `asked`: seeds count up."""
     return [
-        asked
-        if asked.seed is None
-        else replace(asked, name=f"{asked.name} answer {number}", seed=asked.seed + number)
+        asked if asked.seed is None else replace(asked, name=f"{asked.name} answer {number}", seed=asked.seed + number)
         for number in range(n)
     ]
 
@@ -62,7 +60,7 @@ async def ask_choices(
 async def checked_choices(
     asker: Asker, asked: Question, n: int, on_start: Callable[[list[Choice]], None] | None = None
 ) -> list[Choice]:
-    """As `ask_choices`; every token of every answer is checked, what each answer alone must be is known to the asker."""
+    """As `ask_choices`; every token is checked. What each answer must be, the asker has learned before."""
     choices = await ask_choices(asker.client, asked, n, on_start)
     for alone, choice in zip(each_alone(asked, n), choices, strict=True):
         await asker.check(alone, choice.record)

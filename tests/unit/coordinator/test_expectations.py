@@ -181,3 +181,18 @@ def test_workers_come_and_go_with_their_queues() -> None:
     assert made.fleet.outlook().queue_s(0, 1.0).tolist() == [0.0, 0.0, 100 * MILLI]
     made.remove(WorkerId("p1"))
     assert made.fleet.outlook().queue_s(0, 1.0).tolist() == [0.0, 0.0]
+
+
+def test_prompts_that_are_still_read_elsewhere_are_no_answers_yet() -> None:
+    """Their blocks are reserved, and the placement that brings them counts from when they will have been read."""
+    made = conductor_of(["p0", "d0"])
+    made.decide(item_of(1000, 100), 0.0)
+    load = WorkerLoad(running_decodes=2, context_tokens=1300, unread_tokens=1000, free_blocks=900, reserved_blocks=63)
+    made.report(WorkerId("d0"), load, 0.5)
+    outlook = made.fleet.outlook()
+    now = outlook.decoding_at(0.5)
+    assert (now.num_decodes[0], now.context_tokens[0]) == (2.0, 300.0)
+    then = outlook.decoding_at(1.0)
+    assert then.num_decodes[0] > 2.5
+    assert outlook.tokens_room(now)[0] == 900 * 16 + 1000
+    assert outlook.tokens_room(then)[0] < 900 * 16 + 100

@@ -3,14 +3,16 @@ with right or stale hints might make them."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from contracts.transfer_models import LinkTransfer
-from coordinator.conductor import Conductor
+from coordinator.conductor import Conductor, ConductorSettings
 from coordinator.decision import Chosen
 from engine.compose import StepBudget
 from kvstore.fetches import FETCH_LIMIT_S
@@ -23,6 +25,7 @@ from workload.request import WorkloadRequest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from contracts.config import DispatchPolicyName
     from contracts.messages import DispatchItem
     from simulator.heap.results import StudyResult
     from simulator.heap.spec import StudySpec, WorkerGroup
@@ -194,3 +197,45 @@ def test_hash_ids_of_two_sizes_do_not_mix() -> None:
     requests = [request(0.0, range(4), 400), request(1.0, range(4), 400)._replace(hash_block_tokens=50)]
     with pytest.raises(ValueError, match="blocks of 50 and of 100 tokens do not mix"):
         serve(spec_of(), [AT_P0, AT_P0], requests)
+
+
+# --- with the production policies ---------------------------------------------------------------------------
+
+
+def hot_prefix(policy: DispatchPolicyName) -> StudyResult:
+    """A prompt that p-0 has read, then long ones that begin alike, faster than one worker can read their rest."""
+    tail = itertools.count(1000)
+    requests = [request(0.0, range(40), 4000)]
+    requests += [request(10.0 + 0.5 * number, (*range(40), *itertools.islice(tail, 10)), 5000) for number in range(8)]
+    spec = replace(spec_of(cache_blocks=500, link_s_per_block=0.001), conductor=ConductorSettings(policy=policy))
+    result = simulate(spec, requests)
+    audit(result)
+    assert (result.requests.outcome == Outcome.FINISHED).all()
+    return result
+
+
+def test_a_hot_prefix_is_copied_to_where_load_sends_its_requests() -> None:
+    """Without copying the other worker computes the prefix itself, or stays idle."""
+    copied, alone = hot_prefix("ttft_min"), hot_prefix("prefix_only")
+    assert copied.requests.fetched_tokens.sum() == 4000
+    assert (copied.requests.cached_tokens[1:] == 4000).all()
+    assert alone.requests.fetched_tokens.sum() == alone.fetched_bytes == 0
+    assert np.mean(ttft_s(copied)) < 0.8 * np.mean(ttft_s(alone))
+    assert {int(each) for each in copied.requests.prefill_worker} == {0, 1}
+
+
+def test_predictions_are_exact_where_nothing_unknown_happens() -> None:
+    columns = hot_prefix("ttft_min").requests
+    predicted_s = columns.predicted_ttft_s
+    assert predicted_s == pytest.approx(columns.first_token_s - columns.arrival_s, rel=0.02)
+
+
+def test_the_coordinator_hears_of_blocks_a_little_later() -> None:
+    """Until then it expects that a prompt like the last one has to be computed whole."""
+    requests = [request(0.0, range(5), 500), request(0.55, range(5), 500), request(2.0, range(5), 500)]
+    spec = replace(spec_of(), block_events_s=0.1, conductor=ConductorSettings(policy="prefix_only"))
+    late = simulate(replace(spec, block_events_s=10.0), requests).requests
+    soon = simulate(spec, requests).requests
+    assert soon.cached_tokens.tolist() == late.cached_tokens.tolist() == [0, 490, 490]
+    assert soon.predicted_ttft_s == pytest.approx([0.5, 0.5, 0.1], abs=1e-3)
+    assert late.predicted_ttft_s == pytest.approx([0.5, 0.5, 0.5], abs=1e-3)

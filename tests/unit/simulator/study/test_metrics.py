@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from contracts.errors import ConfigError
-from simulator.heap.results import Outcome
+from simulator.heap.results import REFUSALS, Outcome
 from simulator.study.metrics import measure, request_latencies
 from tests.support.study_results import Row, make_result
 from workload.slo import SloClass
@@ -143,3 +143,34 @@ def test_latencies_are_nan_where_a_request_did_not_come_so_far() -> None:
     assert np.isnan(latencies.ttft_s).tolist() == [False, True]
     assert np.isnan(latencies.e2e_s).tolist() == [False, True]
     assert latencies.met.tolist() == [True, False]
+
+
+def test_refusals_by_reason() -> None:
+    ttft, tpot = (Row(1.0, outcome=Outcome.REJECTED, refusal=REFUSALS.index(reason)) for reason in ("ttft", "tpot"))
+    served_later = GOOD._replace(refusal=REFUSALS.index("queue"))
+    metrics = measure(make_result(served_later, ttft, tpot, ttft), [SLO])
+    assert metrics.rejected_for == {"ttft": 2, "tpot": 1}
+
+
+def test_prefixes_as_shares_of_what_was_read() -> None:
+    cached = GOOD._replace(cached_tokens=60)
+    fetched = GOOD._replace(cached_tokens=80, fetched_tokens=40, fetch_s=0.25)
+    refused = Row(2.0, outcome=Outcome.REJECTED, queue_s=math.nan, prompt_tokens=1000)
+    prefixes = measure(make_result(cached, fetched, GOOD, GOOD, refused), [SLO]).prefixes
+    assert (prefixes.cached_share, prefixes.fetched_share) == (0.35, 0.1)
+    assert (prefixes.num_fetches, prefixes.fetched_bytes) == (1, 40_000)
+    assert prefixes.mean_fetch_ms == pytest.approx(250.0)
+    assert math.isnan(measure(make_result(GOOD), [SLO]).prefixes.mean_fetch_ms)
+
+
+def test_predictions_against_what_came() -> None:
+    """Times to the first token of 0.2 s, tokens of 40 ms; one that did not finish says nothing."""
+    early, late = (GOOD._replace(predicted_ttft_s=ttft_s, predicted_tpot_s=0.05) for ttft_s in (0.1, 0.5))
+    unfinished = GOOD._replace(outcome=Outcome.TIMED_OUT, predicted_ttft_s=9.0, predicted_tpot_s=9.0)
+    errors = measure(make_result(early, late, late, unfinished, GOOD), [SLO]).predictions
+    assert errors.ttft_median_s == pytest.approx(0.3)
+    assert errors.ttft_p90_abs_s == pytest.approx(0.3)
+    assert errors.ttft_later_share == pytest.approx(1 / 3)
+    assert errors.tpot_median_s == errors.tpot_p90_abs_s == pytest.approx(0.01)
+    assert errors.tpot_later_share == 0.0
+    assert math.isnan(measure(make_result(GOOD), [SLO]).predictions.ttft_median_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from simulator.heap.results import Outcome
+from simulator.heap.results import REFUSALS, Outcome
 from simulator.study.metrics import measure
 from simulator.study.plots import write_plots
 from simulator.study.progress import StudyProgress
@@ -180,3 +181,17 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
         progress.update(2000.0, 1200)
     assert "1200/5000" in told.getvalue()
     assert "2,000 virtual s" in told.getvalue()
+
+
+def test_refusals_prefixes_and_predictions_are_told_where_there_are_some() -> None:
+    assert "predicted  " not in report_text(make_report())
+    assert "prefixes  " not in report_text(make_report())
+    rows = (
+        Row(0.0, ttft_s=0.2, e2e_s=0.6, cached_tokens=50, fetched_tokens=20, fetch_s=0.1, predicted_ttft_s=0.3,
+            predicted_tpot_s=0.04),
+        Row(2.0, outcome=Outcome.REJECTED, refusal=REFUSALS.index("ttft"), queue_s=math.nan),
+    )  # fmt: skip
+    text = report_text(replace(make_report(), metrics=measure(make_result(*rows), [SLO])))
+    assert "1 refused (ttft 1)" in text
+    assert "50.0% of the prompt tokens read were found in a cache, 20.0% had been copied there: 1 copies" in text
+    assert "TTFT +100.0 ms in the median (0% came later than predicted" in text

@@ -15,11 +15,11 @@ from contracts.profile import FitErrors, LatencyProfile, ServingOverheads
 from contracts.roofline import DEVICES, MODELS, kv_blocks_that_fit
 from contracts.transfer_models import LinkTransfer
 from simulator.heap.study import simulate
-from simulator.study.flags import ClusterFlags, LatencyFlags
+from simulator.study.flags import ClusterFlags, LatencyFlags, PolicyFlags
 from simulator.study.setup import build_setup, parse_workers
 from tests.support.layout import ROOT
 from tests.support.profiles import PROFILE, save_to
-from workload import WorkloadRequest
+from workload import SloClass, WorkloadRequest
 
 DISTSERVE = LatencyFlags(latency="distserve:opt-13b-tp1")
 
@@ -275,6 +275,52 @@ def test_latencies_that_cannot_be(latency: LatencyFlags, what: str) -> None:
 def test_clusters_that_cannot_be(cluster: ClusterFlags, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         build_setup(cluster, LatencyFlags())
+
+
+def test_policies_come_from_the_file_and_flags_go_first(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "model: llama-3-8b\n"
+        "coordinator: {dispatch: {policy: prefix_only, fetch_ratio: 3}, admission: {form: current, ttft_share: 0.8}}\n"
+        "engine: {queue: {order: shortest, ageing_s: 5, saturation_tokens: 300}}\n"
+        "gateway: {tenants: [{name: gold, api_keys: [key], weight: 3}]}"
+    )
+    slo = SloClass("chat", 1000.0, 50.0)
+    spec = build_setup(ClusterFlags(config=file), LatencyFlags(), slos=[slo]).spec
+    assert (spec.conductor.policy, spec.conductor.fetch_ratio) == ("prefix_only", 3.0)
+    assert (spec.conductor.admission.form, spec.conductor.admission.ttft_share) == ("current", 0.8)
+    assert (spec.slos, spec.max_output_tokens) == ((slo,), None)
+    rules = spec.groups[0].prefill.queue
+    assert (rules.order, rules.ageing_s, rules.tenant_weights) == ("shortest", 5.0, {"gold": 3.0})
+    assert spec.settings(0).queue_order == "shortest"
+    assert (spec.settings(0).block_tokens, spec.settings(512).block_tokens) == (16, 512)
+    assert [group.budget.saturation_tokens for group in spec.groups] == [300, 300]
+    assert [group.prefix_cache_tokens for group in spec.groups] == [0, 0]
+    policy = PolicyFlags(dispatch="random", admission="none", prefix_cache=5000, max_output=100)
+    setup = build_setup(ClusterFlags(config=file), LatencyFlags(), policy)
+    assert (setup.spec.conductor.policy, setup.spec.conductor.admission.form) == ("random", "none")
+    assert setup.spec.max_output_tokens == 100
+    assert [group.prefix_cache_tokens for group in setup.spec.groups] == [5000, 5000]
+    assert "dispatch random, queues shortest, prefix caches of 5,000 tokens" in setup.text
+
+
+def test_nothing_is_refused_for_targets_unless_somebody_says_so() -> None:
+    assert build_setup(ClusterFlags(), LatencyFlags()).spec.conductor.admission.form == "none"
+    asked = build_setup(ClusterFlags(), LatencyFlags(), PolicyFlags(admission="predicted"))
+    assert asked.spec.conductor.admission.form == "predicted"
+    assert "dispatch ttft_min, admission by predicted load, queues edf" in asked.text
+
+
+@pytest.mark.parametrize(
+    ("policy", "what"),
+    [
+        (PolicyFlags(prefix_cache=-1), "--prefix-cache -1: must not be negative"),
+        (PolicyFlags(max_output=0), "--max-output 0: must be at least 1"),
+    ],
+)
+def test_policies_that_cannot_be(policy: PolicyFlags, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        build_setup(ClusterFlags(), LatencyFlags(), policy)
 
 
 def test_memory_that_holds_no_block_is_told(tmp_path: Path) -> None:
