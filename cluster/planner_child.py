@@ -1,6 +1,6 @@
 """Asks for a better split of the workers in a process of its own: it computes for minutes, at the lowest priority.
 
-The function that is asked is named by the entry point group `tandem.evaluators`: `(SplitQuestion) -> SplitAnswer`, which
+The function that is asked is named by the entry point group `tandem.evaluators`: `(SplitQuestion) -> SplitAnswer`. It
 raises `NoSplit` that says why there is none. Question and answer are msgpack on stdin and stdout.
 """
 
@@ -47,15 +47,7 @@ class ChildPlanner:
     async def __call__(self, question: SplitQuestion) -> SplitAnswer:
         """Nothing of the process remains on return, cancelled or not."""
         try:
-            # As other children: a vfork and an exec, from the thread whose death ends it.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.planner_child", str(os.getpid()), self._group],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
+            process = _start(self._group)
         except OSError as error:
             raise NoSplit(f"the planner cannot be started: {error.strerror}") from error
         data = msgspec.msgpack.encode(question)
@@ -73,6 +65,18 @@ class ChildPlanner:
                     with suppress(BrokenPipeError):
                         pipe.close()
         return _answer(output, errors, process.returncode)
+
+
+def _start(group: str) -> subprocess.Popen[bytes]:
+    """A vfork and an exec, as of other children, from the thread whose death ends it. Raises OSError."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster.planner_child", str(os.getpid()), group],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
 
 
 def _answer(output: bytes, errors: bytes, code: int) -> SplitAnswer:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.decision_file import DecisionFile
+from cluster.replanning import replanning
 from contracts.errors import ConfigError
 from contracts.ids import GatewayId
 from contracts.profile import load_profile
@@ -45,7 +46,10 @@ if TYPE_CHECKING:
     from contracts.config import ClusterConfig
     from contracts.messages import DispatchItem
     from coordinator.decision import Chosen, Refused
+    from coordinator.replanner import Replanner
     from rpc import Network
+
+    OnDecision = Callable[[DispatchItem, Chosen | Refused, float], None]
 
 #: Open calls of a stopping coordinator get this long.
 COORDINATOR_GRACE_S = 0.5
@@ -69,15 +73,19 @@ async def coordinator_service(
         settings=conductor_settings(config),
         rng=random.Random(),
     )
-    async with _decision_log(config, conductor, costs, clock, log) as on_decision:
+    async with (
+        _decision_log(config, conductor, costs, clock, log) as write_decision,
+        replanning(config, conductor, costs, slo_classes(config), clock, log) as replanner,
+    ):
         shell = CoordinatorShell(
             clock,
             conductor=conductor,
             membership=limits,
-            on_decision=on_decision,
+            on_decision=_hearing(write_decision, replanner),
             on_transfers=costs.observe_transfers,
             log=log,
         )
+        shell.figures.replanning = None if replanner is None else replanner.figures
         server = network.server(bind)
         shell.register_on(server)
         async with shell:
@@ -87,10 +95,23 @@ async def coordinator_service(
                 await server.stop(COORDINATOR_GRACE_S)
 
 
+def _hearing(write_decision: OnDecision | None, replanner: Replanner | None) -> OnDecision | None:
+    """Passes on each decision to both."""
+    if replanner is None:
+        return write_decision
+
+    def hear(item: DispatchItem, decision: Chosen | Refused, now_s: float) -> None:
+        if write_decision is not None:
+            write_decision(item, decision, now_s)
+        replanner.decided(item, now_s)
+
+    return hear
+
+
 @asynccontextmanager
 async def _decision_log(
     config: ClusterConfig, conductor: Conductor, costs: LiveCosts, clock: Clock, log: Callable[[str], None]
-) -> AsyncGenerator[Callable[[DispatchItem, Chosen | Refused, float], None] | None]:
+) -> AsyncGenerator[OnDecision | None]:
     """Yields what is to hear of decisions; None where nothing is. Raises ConfigError for a file that cannot be used."""
     if config.coordinator.decision_log is None:
         yield None

@@ -338,7 +338,7 @@ class QueueConfig(_Section):
 
 class ExpectedWorkload(_Section):
     """The workload that the pools were planned for, as `tandem plan` writes it. What is not said is that of the first
-    whole window with enough requests."""
+    two windows in a row that are alike and have enough requests."""
 
     rate_rps: PositiveFigure | None = None
     """Requests a second."""

@@ -21,6 +21,7 @@ from contracts.transfer_models import LinkTransfer
 from coordinator.decision import Refused
 from coordinator.decision_records import (
     FORMAT,
+    ZERO,
     AnswerMeans,
     CostKind,
     Decision,
@@ -244,7 +245,7 @@ class DecisionLog:
             avoid=item.avoid,
             hints=hints,
             hint_blocks=hint_blocks,
-            retry_after_s=_short(decision.retry_after_s) if isinstance(decision, Refused) else 0.0,
+            retry_after_s=_short(decision.retry_after_s) if isinstance(decision, Refused) else ZERO,
             prefill=prefill,
             decode=decode,
             source=source,
@@ -252,8 +253,8 @@ class DecisionLog:
             source_blocks=0 if chosen is None else chosen.source_blocks,
             best_held_blocks=inputs.best_held_blocks,
             predicted=predicted,
-            ttft_limit_s=0.0 if limits is None else limits.ttft_s,
-            tpot_limit_s=0.0 if limits is None else limits.tpot_s,
+            ttft_limit_s=ZERO if limits is None else limits.ttft_s,
+            tpot_limit_s=ZERO if limits is None else limits.tpot_s,
             was_refusing=inputs.was_refused,
             answer_tokens=_short(inputs.answer_tokens),
             num_decodes=_short(inputs.num_decodes),
@@ -283,4 +284,4 @@ def _shortened(predicted: Predicted) -> Predicted:
 
 
 def _short(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
+    return float(f"{value:.{_DIGITS}g}") if value else ZERO

@@ -23,6 +23,10 @@ _FORMAT_FAMILY = "tandem-decisions-"
 FIRST_BYTES: Final = b'{"kind":"header","format":"' + _FORMAT_FAMILY.encode()
 
 
+#: The default of what may be 0: by its identity a field is known to be left out.
+ZERO: Final = 0.0
+
+
 class Targets(msgspec.Struct, frozen=True):
     """Of an SLO class."""
 
@@ -135,13 +139,13 @@ class Decision(
     priority: int = 0
     tenant: str = ""
     #: Since its client asked.
-    waited_s: float = 0.0
+    waited_s: float = ZERO
     was_accepted: bool = False
     avoid: tuple[str, ...] = ()
     #: Of the prompt's beginning: of the chained key of each `hint_blocks`th block the first four bytes, in hex.
     hints: str = ""
     hint_blocks: int = 1
-    retry_after_s: float = 0.0
+    retry_after_s: float = ZERO
     #: Of the placement; of a refusal for its targets: the best place that there was.
     prefill: str = ""
     decode: str = ""
@@ -153,16 +157,16 @@ class Decision(
     best_held_blocks: int = 0
     predicted: Predicted | None = None
     #: What predictions could be at most; 0 without targets. `was_refusing`: smaller, for the class was being refused.
-    ttft_limit_s: float = 0.0
-    tpot_limit_s: float = 0.0
+    ttft_limit_s: float = ZERO
+    tpot_limit_s: float = ZERO
     was_refusing: bool = False
     #: Expected of the answer.
-    answer_tokens: float = 0.0
+    answer_tokens: float = ZERO
     #: Of the decode worker: answers being written and their context; and both when this one would begin.
-    num_decodes: float = 0.0
-    context_tokens: float = 0.0
-    num_decodes_then: float = 0.0
-    context_tokens_then: float = 0.0
+    num_decodes: float = ZERO
+    context_tokens: float = ZERO
+    num_decodes_then: float = ZERO
+    context_tokens_then: float = ZERO
 
     @property
     def is_placed(self) -> bool:

@@ -272,11 +272,17 @@ class Membership:
         suspicion_s, timeout_s = self._limits.suspicion_s, self._limits.heartbeat_timeout_s
         suspects: list[WorkerId] = []
         unheard: list[WorkerId] = []
+        spared_until_s = self._isolation_over_s + timeout_s
         until_s = math.inf
         for worker_id, entry in self._entries.items():
             silence_s = now_s - entry.heartbeat_s
             if silence_s > timeout_s:
-                unheard.append(worker_id)
+                # Just after everybody was silent, whoever is not heard yet is most likely well.
+                if now_s <= spared_until_s:
+                    suspects.append(worker_id)
+                    until_s = min(until_s, spared_until_s)
+                else:
+                    unheard.append(worker_id)
                 continue
             # The first of each kind is the first to pass on to the next.
             until_s = min(until_s, entry.heartbeat_s + (timeout_s if silence_s > suspicion_s else suspicion_s))
@@ -293,6 +299,7 @@ class Membership:
         """Of somebody. The others' messages come later by up to a heartbeat and what a new connection takes."""
         if self._is_isolated(now_s):
             self._isolation_over_s = now_s
+            self._standing_until_s = -math.inf
         self._last_heard_s = now_s
 
     def _refresh(self, entry: _Entry, now_s: float) -> None:

@@ -6,7 +6,7 @@ it is larger than `drift` by more than chance explains: by `NUM_ERRORS` standard
 bursty arrivals were. A change that is noticed has to last: the window that decides begins with it, so that a burst is
 no reason and a shift is judged by itself alone, at most two windows after it began. Then what was observed is
 the workload that is planned for, whatever comes of the question: the same shift is told once. What a plan does not say
-of its workload is that of the first whole window with enough requests.
+of its workload is that of the first two windows that are alike and have enough requests.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Replanning:
         whole = expected.whole() if isinstance(expected, PartlyExpected) else expected
         self._state = _State.LEARNING if whole is None else _State.WATCHING
         self._expected = whole
+        #: While what is expected is being learnt: of the window before.
+        self._seen_before: Expected | None = None
         if whole is None:
             self._begin(started_s)
         else:
@@ -124,9 +126,12 @@ class Replanning:
 
     def _expect(self, expected: Expected, now_s: float) -> None:
         self._expected = expected
+        self._count_beyond(expected)
+        self._begin(now_s)
+
+    def _count_beyond(self, expected: Expected) -> None:
         self._long_tokens = expected.p95_prompt_tokens * (1.0 + self._rules.drift)
         self._longish_tokens = expected.p95_prompt_tokens * (1.0 - self._rules.drift)
-        self._begin(now_s)
 
     def _begin(self, now_s: float) -> None:
         """What came before counts no more."""
@@ -175,14 +180,20 @@ class Replanning:
         return [Ask(observed=observed, prompt_tokens=lengths, reason=reason)]
 
     def _learn(self, parts: Sequence[_Part], now_s: float) -> None:
-        """Takes what the window tells, if it tells enough."""
+        """Takes what the window tells, if it tells enough, and the one before told the same: a cluster that has just
+        started is still being filled."""
         num_requests = sum(part.num_requests for part in parts)
         num_answers = sum(part.num_answers for part in parts)
         knows_answers = self._said.mean_output_tokens is not None
         if num_requests < self._rules.min_requests or not (knows_answers or num_answers >= self._rules.min_requests):
             return
-        self._state = _State.WATCHING
-        self._expect(self._said.completed(self._seen(parts, self._said.mean_output_tokens or 1.0)), now_s)
+        before, self._seen_before = self._seen_before, self._seen(parts, self._said.mean_output_tokens or 1.0)
+        if before is not None and not self._change(parts, before):
+            self._state = _State.WATCHING
+            self._expect(self._said.completed(self._seen_before), now_s)
+        else:
+            self._count_beyond(self._seen_before)
+            self._begin(now_s)
 
     def _planned(self, event: Planned) -> list[Instruction]:
         if self._state is not _State.ASKED:

@@ -12,7 +12,6 @@ takes by the other fit. That is how `contracts.latency_models` puts the two toge
 
 from __future__ import annotations
 
-import math
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -41,6 +40,8 @@ CHANGE = 1.25
 #: A step that took longer, or shorter, than predicted by more than this factor counts as if it had by this: a process
 #: that was paused says nothing of its engine.
 SURPRISE = 2.0
+#: What a step can take.
+_SHORTEST_S, _LONGEST_S = 1e-9, 1e6
 #: Weight of the last fit in the next, in squares of relative change, relative to that of all steps.
 _INERTIA = 1e-3
 #: What a coefficient counts for at least in these squares, as a share of a step.
@@ -70,14 +71,17 @@ class LiveLatency:
         self._model: FittedLatency | None = None
 
     def observe(self, work: StepWork, seconds: float) -> None:
-        """A step of this work took so long. Steps of nothing and times that cannot be are ignored."""
+        """A step of this work took so long. Steps of nothing and times that cannot be are ignored: among them such as
+        no sum of squares can be made of."""
         new_tokens, pairs, _, num_decodes, context_tokens = work
-        if not 0.0 < seconds < math.inf:
+        if not _SHORTEST_S <= seconds <= _LONGEST_S:
             return
         if new_tokens:
             _, _, context_token_s = self._decodes.coefficients
             seconds -= context_token_s * context_tokens
-            changed = pairs > 0.0 and seconds > 0.0 and self._chunks.add(new_tokens + num_decodes, pairs, seconds)
+            changed = (
+                pairs > 0.0 and seconds >= _SHORTEST_S and self._chunks.add(new_tokens + num_decodes, pairs, seconds)
+            )
         else:
             changed = num_decodes > 0 and context_tokens > 0 and self._decodes.add(num_decodes, context_tokens, seconds)
         if changed:

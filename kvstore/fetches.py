@@ -4,8 +4,8 @@ A fetch fills the prefix cache and nothing else. Its blocks are pulled under the
 given their keys, and let go: they are cached then, and whoever waited looks them up as if this worker had computed
 them. So whatever goes wrong costs no more than computing: a prompt that waited goes on with what is there.
 
-A fetch takes only blocks that are available when it begins, and waits for none; so two full workers that want each
-other's prefixes refuse each other instead of waiting.
+A fetch takes only blocks that are available when its holder has answered, and waits for none; so two full workers that
+want each other's prefixes refuse each other instead of waiting.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from contracts.errors import BadRequest, InvariantBroken, TandemError, TransferAborted
+from contracts.errors import BadRequest, InvariantBroken, NoCapacity, TandemError, TransferAborted
 from contracts.failpoints import Failpoint, RarePath
 from contracts.messages import ACK, FETCH, AckRequest, FetchRequest
 from kvstore.fetch_answers import MAX_FETCH_BLOCKS
@@ -81,12 +81,14 @@ class PrefixFetches:
         worker: Peer,
         identity: KvIdentity,
         refusal: Callable[[Peer], str | None],
+        may_take: Callable[[int], bool],
         on_ended: Callable[[], None],
         on_bug: Callable[[InvariantBroken], None],
         log: Callable[[str], None],
     ) -> None:
-        """`refusal`: why nothing is pulled from a holder, None where something may be. `on_ended` is called after
-        each fetch's end, `on_bug` when one finds state that cannot be."""
+        """`refusal`: why nothing is pulled from a holder, None where something may be. `may_take`: whether a fetch may
+        take so many of the blocks that are available now: others may have come to need them since it began. `on_ended`
+        is called after each fetch's end, `on_bug` when one finds state that cannot be."""
         self._ledger = ledger
         self._prefixes = prefixes
         self._reader = reader
@@ -95,6 +97,7 @@ class PrefixFetches:
         self._worker = worker
         self._identity = identity
         self._refusal = refusal
+        self._may_take = may_take
         self._on_ended = on_ended
         self._on_bug = on_bug
         self._log = log
@@ -226,6 +229,8 @@ class PrefixFetches:
         # What the reader counts on from now may not end after what the holder granted before.
         if took_s > terms.ttl_s / 2:
             raise TransferAborted(f"its terms came after {took_s:.3f} s, they are for {terms.ttl_s:g} s")
+        if not self._may_take(terms.num_blocks):
+            raise NoCapacity(f"{terms.num_blocks} blocks are needed for what waits here or is being written")
         if _HOLDER_SAYS_NO.fires():
             raise TransferAborted("it is refused on purpose")
         ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()

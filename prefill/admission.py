@@ -139,8 +139,12 @@ def blocks_to_fetch(plan: PrefixPlan, *, num_local: int, most_blocks: int) -> in
 def may_fetch(num_blocks: int, view: RoomView) -> bool:
     """Whether a fetch may take so many of the available blocks until it ends. Pure.
 
-    What is admitted keeps its room to grow, and nothing that waits for blocks is made to wait for those of a fetch.
+    What is admitted keeps its room to grow, and nothing that waits for blocks is made to wait for those of a fetch: a
+    large prompt at the head of the queue would else see one fetch after the other take what comes free.
     """
     if view.starving or view.offer is not None:
         return False
-    return num_blocks + view.promised_blocks <= view.available_blocks
+    kept_blocks = view.promised_blocks
+    if view.prompt is not None:
+        kept_blocks += view.prompt.num_blocks + view.prompt.growth_blocks
+    return num_blocks + kept_blocks <= view.available_blocks

@@ -36,6 +36,7 @@ from kvstore.fetches import PrefixFetches
 from kvstore.prefix_cache import PrefixCache
 from kvtransfer import HolderService, Ledger, Prober, ReaderService
 from prefill import PrefillLimits, PrefillQueue
+from prefill.admission import may_fetch
 from worker.block_publisher import BlockPublisher
 from worker.frames import FrameOutbox
 from worker.peers import PeerWatch
@@ -213,6 +214,12 @@ class WorkerShell:
             max_pending_deltas=limits.max_pending_deltas,
             on_given_up=self._gateway_given_up,
         )
+        room = self.room = Room(
+            layout=info.identity.layout,
+            num_blocks=engine.num_blocks,
+            growth_tokens=limits.decode.growth_tokens,
+            available_blocks=lambda: self.ledger.available_blocks,
+        )
         self.prefixes = PrefixCache(self.ledger, info.identity, enabled=limits.prefix_cache)
         self.fetches = PrefixFetches(
             ledger=self.ledger,
@@ -223,6 +230,7 @@ class WorkerShell:
             worker=as_peer,
             identity=info.identity,
             refusal=transports.refusal,
+            may_take=lambda num_blocks: may_fetch(num_blocks, room.view()),
             on_ended=self._blocks_may_be_free,
             on_bug=self._found,
             log=log,
@@ -234,12 +242,6 @@ class WorkerShell:
             on_blocks_freed=self._blocks_may_be_free,
         )
         sequence_ids = itertools.count()
-        room = Room(
-            layout=info.identity.layout,
-            num_blocks=engine.num_blocks,
-            growth_tokens=limits.decode.growth_tokens,
-            available_blocks=lambda: self.ledger.available_blocks,
-        )
         self.decode = DecodeBatch(
             engine=engine,
             ledger=self.ledger,

@@ -38,8 +38,11 @@ _ANSWER_SIGMA = 0.83
 _SEED = 0
 
 
-def better_split(question: SplitQuestion) -> SplitAnswer:
-    """Searches all splits of as many workers as there are, and mixed ones. Equal questions have equal answers.
+def better_split(
+    question: SplitQuestion, *, min_requests: int = MIN_REQUESTS, min_span_s: float = MIN_SPAN_S
+) -> SplitAnswer:
+    """Searches all splits of as many workers as there are, and mixed ones. Equal questions have equal answers. Studies
+    are so long at least.
 
     Raises NoSplit where no split meets the targets, or what is known of the workers makes no study.
     """
@@ -59,12 +62,15 @@ def better_split(question: SplitQuestion) -> SplitAnswer:
     settings = EvaluatorSettings(
         block_tokens=question.block_tokens,
         max_sequences=question.max_sequences,
-        min_requests=MIN_REQUESTS,
-        min_span_s=MIN_SPAN_S,
+        min_requests=min_requests,
+        min_span_s=min_span_s,
     )
     exact = HeapEvaluator(costs, requests_at, question.slos, settings)
     rough = HeapEvaluator(
-        costs, requests_at, question.slos, replace(settings, min_requests=ROUGH_REQUESTS, min_span_s=0.0)
+        costs,
+        requests_at,
+        question.slos,
+        replace(settings, min_requests=min(ROUGH_REQUESTS, min_requests), min_span_s=0.0),
     )
     mean_prompt_tokens = sum(question.prompt_tokens) / len(question.prompt_tokens)
     try:

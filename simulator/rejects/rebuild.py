@@ -27,7 +27,6 @@ from workload.slo import SloClass
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from contracts.messages import Role
     from coordinator.decision_records import CostKind, Decision, WorkerUp
     from simulator.rejects.reader import Stretch
 
@@ -104,6 +103,7 @@ def rebuild(stretch: Stretch) -> Rebuilt:
             "answers have the mean length for their prompts' lengths, at most what was allowed",
             prefixes,
             "costs as known at the end of the stretch, and an empty cluster at its beginning",
+            "for each refused request that is let in, accepted ones behind it go that have as many prompt tokens",
         ),
     )
 
@@ -191,7 +191,7 @@ def _groups(stretch: Stretch, *, has_hints: bool) -> tuple[WorkerGroup, ...]:
                 name=f"{worker.role}{number}",
                 role=worker.role,
                 count=count,
-                latency=_latency(costs, worker.role, stretch),
+                latency=_latency(costs, stretch),
                 num_blocks=worker.total_blocks,
                 prefix_cache_tokens=worker.total_blocks * worker.block_tokens if has_hints else 0,
                 budget=StepBudget(
@@ -221,15 +221,18 @@ def _costs_of(worker: WorkerUp, stretch: Stretch) -> CostKind:
     return stretch.costs[most if most is not None else 0]
 
 
-def _latency(costs: CostKind, role: Role, stretch: Stretch) -> FittedLatency:
+def _latency(costs: CostKind, stretch: Stretch) -> FittedLatency:
     """With what a worker of one role never measures (a step of the other kind) taken from others. Raises
     ConfigError."""
-    latency = _written(costs)
-    if role == "mixed":
-        return latency
-    others = [_written(_costs_of(worker, stretch)) for worker in stretch.workers.values() if worker.role != role]
-    reads = next((each for each in [latency, *others] if each.prefill.last_slope_s or each.prefill.at(1)), latency)
-    writes = next((each for each in [latency, *others] if each.decode.last_slope_s or each.decode.at(1)), latency)
+    own = _written(costs)
+    every = [own, *(_written(_costs_of(worker, stretch)) for worker in stretch.workers.values())]
+    reads = next((each for each in every if each.prefill.at(1) > 0), None)
+    writes = next((each for each in every if each.decode.at(1) > 0), None)
+    if reads is None or writes is None:
+        raise ConfigError(
+            f"the log does not say what {'reading a prompt' if reads is None else 'writing an answer'} takes: no profile "
+            f"was given to the coordinator, and no worker had measured enough of its own; nothing can be replayed"
+        )
     return FittedLatency(
         prefill=reads.prefill, pair_s=reads.pair_s, decode=writes.decode, context_token_s=writes.context_token_s
     )

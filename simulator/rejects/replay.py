@@ -1,10 +1,12 @@
 """Replays a stretch of a log over the event heap, as decided, and with samples of the refused let in.
 
 *As decided*: the accepted requests alone, none refused. Beside them, each in a run of its own, thin samples of the
-refused, drawn without putting back. For each of a sample accepted requests behind it go that have as many prompt tokens:
-a coordinator that takes one more refuses others for it, and in a queue that never empties the work of every sampled
-request would stay for all that follow. So a refused request meets the cluster that it was refused by, and whether it
-meets its targets there is what its refusal is judged by. The interval takes all that were tried as independent.
+refused, drawn without putting back. For each of a sample, accepted requests behind it go that have as many prompt
+tokens: a coordinator that takes one more refuses others for it, and in a queue that never empties the work of every
+sampled request would stay for all that follow. Nor may the policy decide anew: what it accepts after the first of a
+sample is not what it accepted then, and the next of the sample meets a cluster that would not have refused it. So each
+refused request meets the cluster that it was refused by, and whether it meets its targets there is what its refusal is
+judged by. The interval takes all that were tried as independent.
 """
 
 from __future__ import annotations
@@ -113,7 +115,7 @@ def replay(
     tried: list[tuple[Asked, bool]] = []
     met_beside: list[float] = []
     for sample in samples:
-        requests = _beside(sample, rebuilt.requests)
+        requests = beside(sample, rebuilt.requests)
         met = request_latencies(run(rebuilt, requests, True), rebuilt.slos).met
         chosen = {id(each) for each in sample}
         is_sample = np.array([id(each) in chosen for each in requests])
@@ -133,7 +135,7 @@ def replay(
     )
 
 
-def _beside(sample: Sequence[Asked], requests: Sequence[Asked]) -> list[Asked]:
+def beside(sample: Sequence[Asked], requests: Sequence[Asked]) -> list[Asked]:
     """The sample and the accepted ones, in order, without those that go for it."""
     chosen = {id(each) for each in sample}
     kept: list[Asked] = []

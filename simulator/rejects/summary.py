@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 NO_CLASS = "(no targets)"
 NO_TENANT = "(none)"
 _NUM_PARTS = 12
+#: Parts from here on are told in whole seconds.
+_LONG_PART_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,8 @@ def summarise(history: DecisionHistory) -> Summary:
     span_s = max(at for at, _ in timed) - began_at
     part_s = max(span_s, 1e-9) / _NUM_PARTS
 
+    decimals = 0 if part_s >= _LONG_PART_S else 1
+
     def part_of(at: float) -> int:
         return min(_NUM_PARTS - 1, int((at - began_at) / part_s))
 
@@ -73,7 +77,7 @@ def summarise(history: DecisionHistory) -> Summary:
         by_class=_by(requests, lambda each: each.slo_class or NO_CLASS),
         by_tenant=_by(requests, lambda each: each.tenant or NO_TENANT),
         over_time=tuple(
-            _count(f"{number * part_s:,.0f} - {(number + 1) * part_s:,.0f} s", part)
+            _count(f"{number * part_s:,.{decimals}f} - {(number + 1) * part_s:,.{decimals}f} s", part)
             for number, part in enumerate(parts)
             if span_s > 0
         ),

@@ -15,6 +15,7 @@ from contracts.errors import TandemError
 from contracts.ids import WorkerId
 from contracts.messages import FETCH, FetchRequest, Peer, PrefixPlan
 from contracts.requests import SamplingParams
+from engine.room import Demand
 from kvtransfer.memory import PullFate, PullInfo
 from rpc.memory import loopback_latency
 from simulator import Program, expected_tokens, run
@@ -320,6 +321,27 @@ def test_two_full_workers_that_want_each_others_prefixes_do_not_wait_for_each_ot
         await bench.check_clean()
 
     on_a_bench(test, num_blocks=14)
+
+
+def test_what_came_to_wait_for_blocks_meanwhile_goes_before_a_fetch() -> None:
+    """Between the question and the answer a prompt came that needs whatever is available."""
+
+    async def test(bench: Bench) -> None:
+        await bench.ask("p0", PROMPT)
+        room = bench.shell("p1").room
+
+        def on_step(seen: str) -> None:
+            if seen == "Fetch reply":
+                room.prompt = Demand(arrival_s=0.0, num_blocks=room.view().num_blocks)
+
+        bench.on_step = on_step
+        answer = await bench.ask("p1", PROMPT, prefix=bench.plan())
+        assert "Fetch reply" in bench.steps
+        assert "pull" not in bench.steps
+        assert answer.phases.cached_tokens == 0
+        await bench.check_clean()
+
+    on_a_bench(test)
 
 
 def test_a_repeated_question_gets_the_same_lease_while_it_stands() -> None:

@@ -90,8 +90,8 @@ async def test_a_restart_goes_on_in_the_same_file(tmp_path: Path) -> None:
         writer = Writer(path)
         async with writer.file:
             writer.write(2)
+        assert writer.said == []
     assert told(path) == ["H", "0", "1"] * 2
-    assert writer.said == []
 
 
 async def test_behind_a_cut_line_a_new_one_begins(tmp_path: Path) -> None:

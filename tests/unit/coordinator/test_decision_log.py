@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contracts.ids import WorkerId
-from contracts.messages import AnswerTally, LatencyFit, WorkerLoad
+from contracts.messages import AnswerTally, WorkerLoad
 from contracts.transfer_models import LinkTransfer
 from coordinator.conductor import ConductorSettings
 from coordinator.costs import WorkerCosts
@@ -168,7 +168,7 @@ def test_how_long_answers_get_is_told_from_time_to_time() -> None:
     office.ask(item_of(100, name="first"))
     tally = (AnswerTally(0, 0),) * 7 + (AnswerTally(1000, 40_000),)
     load = WorkerLoad(free_blocks=1000, answers=tally)
-    office.conductor.report(WorkerId("d0"), load, 102.0, LatencyFit(*[0.0] * 6, 0, 0))
+    office.conductor.report(WorkerId("d0"), load, 102.0)
     assert len(office.ask(item_of(100, name="soon"), 103.0)) == 1
     means, _ = office.ask(item_of(100, name="later"), 100.0 + ANSWERS_EVERY_S)
     assert isinstance(means, AnswerMeans)

@@ -14,7 +14,7 @@ from contracts.ids import Incarnation, WorkerId
 from contracts.layout import BlockLayout, KvIdentity
 from contracts.messages import LatencyFit, TransferReport, WorkerInfo, WorkerLoad
 from coordinator import Membership, MembershipLimits
-from coordinator.membership import ALL_UP, LONGEST_GAP_S, LOOK_INTERVAL_S
+from coordinator.membership import ALL_UP, LONGEST_GAP_S, LOOK_INTERVAL_S, Standing
 
 LIMITS = MembershipLimits()
 INFO = WorkerInfo(
@@ -352,15 +352,29 @@ def test_silence_of_everybody_is_the_coordinators_own(pair: Membership) -> None:
     assert pair.standing(LIMITS.isolation_timeout_s) is ALL_UP
 
 
-def test_of_the_silent_only_those_heard_again_get_requests(pair: Membership) -> None:
-    """As long as nobody has looked again."""
+def test_once_somebody_is_heard_again_the_others_are_a_last_resort_for_a_while(pair: Membership) -> None:
+    """They are most likely well too; requests must not fail for want of them."""
     back_s = 10.5
     pass_time(pair, 0.0, back_s)
+    assert pair.standing(back_s).unheard == {"d0", "p0"}
     beat(pair, back_s)
-    assert lives(pair, back_s + 0.1) == [("p0", 1)]
-    assert pair.standing(back_s + 0.1).unheard == {"d0"}
+    assert lives(pair, back_s + 0.1) == [("d0", 1), ("p0", 1)]
+    assert pair.standing(back_s + 0.1) == Standing(suspects=frozenset({WorkerId("d0")}))
     assert pair.heartbeat(WorkerId("d0"), Incarnation(1), WorkerLoad(), back_s + 0.2)
     assert pair.standing(back_s + 0.3) is ALL_UP
+
+
+def test_who_stays_silent_after_the_others_are_back_is_given_up(pair: Membership) -> None:
+    back_s = 10.5
+    pass_time(pair, 0.0, back_s)
+    now_s = back_s
+    while now_s <= back_s + LIMITS.heartbeat_timeout_s:
+        beat(pair, now_s)
+        assert pair.standing(now_s).suspects == {"d0"}
+        now_s += 0.5
+    beat(pair, now_s)
+    assert lives(pair, now_s) == [("p0", 1)]
+    assert gone(pair, now_s) == [("d0", 1)]
 
 
 def test_silence_of_everybody_ends_them_too_in_the_end(pair: Membership) -> None:

@@ -7,34 +7,34 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from coordinator.replanning import (
+from coordinator.replan_terms import (
     Answered,
     Apply,
     Arrived,
     Ask,
     Expected,
     Looked,
+    PartlyExpected,
     Planned,
     Propose,
-    Replanner,
-    Replanning,
     ReplanRules,
     Split,
 )
+from coordinator.replanning import Replanning
 from workload.arrivals import Gamma, Poisson
 from workload.lengths import Histogram, LogNormal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from coordinator.replanning import Event, Instruction
+    from coordinator.replan_terms import Event, Instruction
     from workload.arrivals import Arrivals
     from workload.lengths import Lengths
 
 PROMPTS = LogNormal.from_mean(500, 0.8, 8192)
 OUTPUTS = LogNormal.from_mean(200, 0.8, 8192)
 RULES = ReplanRules(window_s=100.0)
-BETTER = Split("3 prefill + 1 decode", 0.4)
+BETTER = Split("3 prefill + 1 decode", 0.4, "2 prefill + 2 decode")
 
 
 def expected_of(rate_rps: float, prompts: LogNormal = PROMPTS, outputs: LogNormal = OUTPUTS) -> Expected:
@@ -162,7 +162,7 @@ def test_silence_is_a_shift_of_the_rate_alone() -> None:
     assert asked.prompt_tokens == ()
 
 
-@pytest.mark.parametrize("split", [None, Split("the same", 0.0), Split("hardly better", 0.04)])
+@pytest.mark.parametrize("split", [None, Split("the same", 0.0, "it"), Split("hardly better", 0.04, "it")])
 def test_what_gains_nothing_is_asked_and_not_told(split: Split | None) -> None:
     machine = Replanning(RULES, PLANNED_FOR, started_s=0.0)
     happening = events(random.Random(3), Poisson(10.0), from_s=0.0, until_s=1500.0)
@@ -196,31 +196,51 @@ def test_off_sees_nothing_and_apply_applies() -> None:
     assert run("apply") == [Ask, Apply]
 
 
-def test_the_shell_asks_applies_and_says_when_it_cannot() -> None:
-    def run(mode: str, *, can_apply: bool) -> tuple[list[str], list[Split], list[Ask]]:
-        lines: list[str] = []
-        applied: list[Split] = []
-        asked: list[Ask] = []
+def test_what_no_plan_says_is_that_of_the_first_windows_that_are_alike() -> None:
+    machine = Replanning(RULES, PartlyExpected(mean_output_tokens=200.0), started_s=0.0)
+    rng = random.Random(7)
+    assert machine.expected is None
+    assert told(machine, events(rng, Poisson(0.5), from_s=0.0, until_s=300.0)) == []
+    assert machine.expected is None, "too few requests to know"
+    assert told(machine, events(rng, Poisson(5.0), from_s=300.0, until_s=600.0)) == []
+    learnt = machine.expected
+    assert learnt is not None
+    assert learnt.mean_output_tokens == 200.0
+    assert learnt.rate_rps == pytest.approx(5.0, rel=0.15), "not that of the time in which it rose"
+    assert learnt.mean_prompt_tokens == pytest.approx(500, rel=0.25)
+    assert learnt.p95_prompt_tokens > learnt.mean_prompt_tokens
+    assert told(machine, events(rng, Poisson(5.0), from_s=600.0, until_s=1500.0)) == []
 
-        def plan(ask: Ask) -> Split:
-            asked.append(ask)
-            return BETTER
 
-        rules = ReplanRules(window_s=100.0, mode=mode)  # type: ignore[arg-type]
-        machine = Replanning(rules, PLANNED_FOR, started_s=0.0)
-        shell = Replanner(machine, plan=plan, tell=lines.append, apply=applied.append if can_apply else None)
-        for event in events(random.Random(6), Poisson(10.0), from_s=0.0, until_s=600.0):
-            shell.handle(event)
-        return lines, applied, asked
+def test_once_the_workload_is_learnt_a_shift_is_told() -> None:
+    machine = Replanning(RULES, PartlyExpected(), started_s=0.0)
+    rng = random.Random(8)
+    assert told(machine, events(rng, Poisson(5.0), from_s=0.0, until_s=1000.0)) == []
+    long_prompts = LogNormal.from_mean(1500, 0.8, 8192)
+    after = told(machine, events(rng, Poisson(5.0), from_s=1000.0, until_s=2000.0, prompts=long_prompts))
+    assert [type(each) for _, each in after] == [Ask, Propose]
+    assert "mean prompt" in after[0][1].reason
 
-    lines, applied, asked = run("propose", can_apply=True)
-    assert (len(lines), applied, len(asked)) == (1, [], 1)
-    assert lines[0].startswith("a better split: 3 prefill + 1 decode would serve +40%; rate ")
-    lines, applied, _ = run("apply", can_apply=True)
-    assert (len(lines), applied) == (1, [BETTER])
-    lines, applied, _ = run("apply", can_apply=False)
-    assert "not applied for workers cannot change roles here" in lines[0]
-    assert applied == []
+
+def test_what_a_plan_says_is_compared_however_the_rest_is_learnt() -> None:
+    said = PartlyExpected(mean_prompt_tokens=200.0, p95_prompt_tokens=600.0, mean_output_tokens=200.0)
+    machine = Replanning(RULES, said, started_s=0.0)
+    happened = told(machine, events(random.Random(10), Poisson(5.0), from_s=0.0, until_s=1500.0))
+    assert [type(each) for _, each in happened] == [Ask, Propose]
+    assert happened[0][1].reason.startswith("mean prompt")
+
+
+def test_without_answers_their_length_is_not_learnt() -> None:
+    machine = Replanning(RULES, PartlyExpected(), started_s=0.0)
+    happening = events(random.Random(9), Poisson(5.0), from_s=0.0, until_s=500.0)
+    assert told(machine, (event for event in happening if not isinstance(event, Answered))) == []
+    assert machine.expected is None
+
+
+def test_a_plan_that_says_all_is_taken_at_its_word() -> None:
+    said = PartlyExpected(rate_rps=5.0, mean_prompt_tokens=500.0, p95_prompt_tokens=1500.0, mean_output_tokens=200.0)
+    assert Replanning(RULES, said, started_s=0.0).expected == said.whole()
+    assert PartlyExpected(rate_rps=5.0).whole() is None
 
 
 @pytest.mark.parametrize("name", ["rate_rps", "mean_prompt_tokens", "p95_prompt_tokens", "mean_output_tokens"])

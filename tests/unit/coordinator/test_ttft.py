@@ -202,9 +202,8 @@ def test_prompts_that_come_later_share_its_last_step() -> None:
         return decision.predicted.prefill_s
 
     assert predicted_s(0.0) == 100 * MILLI, "it begins at once"
-    for _ in range(40):
-        last_s = predicted_s(0.0)
-    assert last_s == pytest.approx((100 + 256) * MILLI)
+    later_s = [predicted_s(0.0) for _ in range(40)]
+    assert later_s[-1] == pytest.approx((100 + 256) * MILLI)
     assert predicted_s(100.0) == 100 * MILLI
     share = float(made.fleet.outlook().reading_s[1]) / READING_WINDOW_S
     assert 100 * MILLI < predicted_s(100.0) <= (100 + share * 100) * MILLI

@@ -177,7 +177,7 @@ def test_nothing_is_known_before_enough_steps() -> None:
     assert live.reading_s(tokens=100, num_computed=0, max_tokens=50) > 0.0, "chunks borrow from decodes"
 
 
-@pytest.mark.parametrize("seconds", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.inf, math.nan, 5e-324, 1e300])
 def test_times_that_cannot_be_are_ignored(seconds: float) -> None:
     live = LiveLatency()
     for _ in range(100):

@@ -717,6 +717,25 @@ def test_a_fetch_takes_no_room_that_is_promised_or_waited_for() -> None:
     assert len(side.fetches) == 1
 
 
+def test_a_fetch_leaves_the_blocks_that_the_head_of_the_queue_waits_for() -> None:
+    side = Side(num_blocks=8)
+    side.room.promise("answer", 2)
+    side.submit(generate("head", prompt=22), local=True)
+    assert side.queue.candidates(0.0) == ([], []), "6 blocks and one to grow, besides the 2 that are promised"
+    side.submit(generate("a", prompt=14), prefix=from_source(3))
+    assert side.fetches == []
+    side.room.forget("answer")
+    assert len(side.queue.candidates(0.0)[1]) == 1
+    assert side.fetches == [], "whoever is queued already stays there"
+
+
+def test_a_fetch_beside_a_head_that_has_room_is_begun() -> None:
+    side = Side(num_blocks=16)
+    side.submit(generate("head", prompt=22), local=True)
+    side.submit(generate("a", prompt=14), prefix=from_source(3))
+    assert len(side.fetches) == 1
+
+
 def test_a_prompt_that_may_not_be_fetched_for_is_queued_at_once() -> None:
     side = Side(may_fetch=False)
     side.submit(generate("a", prompt=14), prefix=from_source(3))

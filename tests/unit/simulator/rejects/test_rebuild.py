@@ -144,6 +144,10 @@ def test_without_costs_nothing_can_be_replayed() -> None:
     unknown = tuple(msgspec.structs.replace(worker, costs=None) for worker in HEADER.workers)
     with pytest.raises(ConfigError, match="the log does not say what steps cost: no profile"):
         rebuild(stretch(decision("a"), workers=unknown))
+    nothing = CostCurve.line(0.0, 0.0)
+    reads = FittedLatency(prefill=PLAIN.prefill, pair_s=0.0, decode=nothing, context_token_s=0.0)
+    with pytest.raises(ConfigError, match="the log does not say what writing an answer takes"):
+        rebuild(stretch(decision("a"), costs=(msgspec.structs.replace(HEADER.costs[0], latency=reads),)))
     formless = (msgspec.structs.replace(HEADER.costs[0], latency=None),)
     with pytest.raises(ConfigError, match="a form without coefficients"):
         rebuild(stretch(decision("a"), costs=formless))
