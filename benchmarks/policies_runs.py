@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -19,8 +19,10 @@ from prefill.ordering import QueueRules
 from simulator.heap.results import REFUSALS, Outcome
 from simulator.heap.spec import StudySpec, WorkerGroup
 from simulator.heap.study import simulate
+from simulator.rejects.replay import beside
 from simulator.study.metrics import request_latencies
 from workload import Fixed, LogNormal, Poisson, SloClass, at_speed, read_trace, synthetic
+from workload.transform import spread_ties
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,13 +54,41 @@ TPOT_TARGETS_S = (0.1, 0.2)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """A workload: a trace at a multiple of its own speed, or drawn."""
+    """A workload: a trace at a multiple of its own speed, or drawn. Times of the trace are rounded to 3 s; requests of
+    one time are spread over those."""
 
     #: None: `speed` equal prompts a second, see `_narrow_writing`.
     trace: Path | None
     speed: float
     #: Only the requests of the trace's first part, or so many seconds.
     seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A sample of the requests that a job refuses is let in, and those that it accepts are accepted again: see
+    `simulator.rejects.replay`."""
+
+    #: Rows of all that were refused, and of the sample.
+    refused: tuple[int, ...]
+    let_in: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusals:
+    """Those of a job by admission or for want of room, or those of a trial's sample; one element each, in order of
+    arrival."""
+
+    rows: NDArray[np.int64]
+    #: Names in `REFUSALS`; of a trial: empty.
+    reasons: NDArray[np.str_]
+    #: What the coordinator expected of the place that it had for it; NaN: it had none.
+    predicted_ttft_s: NDArray[np.float64]
+    predicted_tpot_s: NDArray[np.float64]
+    #: What came; NaN where nothing did.
+    ttft_s: NDArray[np.float64]
+    tpot_s: NDArray[np.float64]
+    met: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +101,7 @@ class Job:
     #: Admission rests on these.
     ttft_target_s: float = TTFT_TARGET_S
     tpot_target_s: float = TPOT_TARGETS_S[1]
-    forced: frozenset[int] = frozenset()
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,13 +123,14 @@ class Ran:
     fetched_share: float
     prefill_busy: float
     decode_busy: float
-    #: Rows of the requests that were refused for their targets; and of `job.forced`, those that met both.
-    refused: NDArray[np.int64]
-    forced_met: int
+    #: What was refused; of a trial: its sample.
+    judged: Refusals
     #: Loads of both pools over time (`TimeLine.prefill_load`), while requests arrived.
     prefill_load: NDArray[np.float32]
     decode_load: NDArray[np.float32]
     num_events: int
+    #: Of the processor, for the simulation alone.
+    cpu_s: float
     num_rejected_for: dict[str, int]
 
 
@@ -115,7 +146,6 @@ def study(job: Job) -> StudySpec:
         default_slo=slo.name,
         max_output_tokens=MAX_OUTPUT_TOKENS,
         request_timeout_s=3600.0,
-        forced=job.forced,
     )
 
 
@@ -167,7 +197,7 @@ def _narrow_writing() -> tuple[WorkerGroup, ...]:
 
 @lru_cache(maxsize=1)
 def _trace(path: Path) -> tuple[WorkloadRequest, ...]:
-    return tuple(read_trace(path).requests)
+    return tuple(spread_ties(read_trace(path).requests))
 
 
 def requests_of(load: Load) -> Iterable[WorkloadRequest]:
@@ -186,20 +216,39 @@ def requests_of(load: Load) -> Iterable[WorkloadRequest]:
     return at_speed(requests, load.speed)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Offered:
+    row: int
+    workload: WorkloadRequest
+    is_accepted: bool
+
+
 def run(job: Job) -> Ran:
-    result = simulate(study(job), requests_of(job.load))
+    spec, requests = study(job), list(requests_of(job.load))
+    chosen: NDArray[np.bool_] | None = None
+    if job.trial is not None:
+        requests, chosen = _tried(requests, job.trial)
+        spec = replace(spec, forced=frozenset(range(len(requests))))
+    began_s = time.process_time()
+    result = simulate(spec, requests)
+    cpu_s = time.process_time() - began_s
     rows = result.requests
     targets_s = dict.fromkeys((*TPOT_TARGETS_S, job.tpot_target_s))
     met = {target_s: _met(result, job.ttft_target_s, target_s) for target_s in targets_s}
     own = met[job.tpot_target_s]
     accepted = rows.outcome != Outcome.REJECTED
-    latencies = request_latencies(result, result.spec.slos)
+    judged = ~accepted
+    if chosen is not None:
+        # What is told of the accepted is not told of the sample.
+        judged, accepted = chosen, accepted & ~chosen
+    latencies = request_latencies(result, spec.slos)
     ttft_s = latencies.ttft_s[np.isfinite(latencies.ttft_s)]
     read = np.isfinite(rows.started_s)
     read_tokens = int(rows.prompt_tokens[read].sum())
     line = result.time_line
     arriving = line.at_s <= rows.arrival_s[-1]
-    names, counts = np.unique(np.array(REFUSALS)[rows.refusal[~accepted]], return_counts=True)
+    reasons = np.array(["", *REFUSALS])[rows.refusal[judged] + 1]
+    names, counts = np.unique(reasons, return_counts=True)
     return Ran(
         job=job,
         num_requests=len(accepted),
@@ -213,23 +262,33 @@ def run(job: Job) -> Ran:
         fetched_share=float(rows.fetched_tokens[read].sum() / read_tokens),
         prefill_busy=float(line.prefill_busy[arriving].mean()),
         decode_busy=float(line.decode_busy[arriving].mean()),
-        refused=np.flatnonzero(~accepted),
-        forced_met=int(own[sorted(job.forced)].sum()) if job.forced else 0,
+        judged=Refusals(
+            rows=np.flatnonzero(judged),
+            reasons=reasons,
+            predicted_ttft_s=rows.predicted_ttft_s[judged],
+            predicted_tpot_s=rows.predicted_tpot_s[judged],
+            ttft_s=latencies.ttft_s[judged],
+            tpot_s=latencies.tpot_s[judged],
+            met=own[judged],
+        ),
         prefill_load=line.prefill_load[arriving],
         decode_load=line.decode_load[arriving],
         num_events=result.num_events,
-        num_rejected_for={str(name): int(count) for name, count in zip(names, counts, strict=True)},
+        cpu_s=cpu_s,
+        num_rejected_for={str(name): int(count) for name, count in zip(names, counts, strict=True) if name},
     )
+
+
+def _tried(requests: list[WorkloadRequest], trial: Trial) -> tuple[list[WorkloadRequest], NDArray[np.bool_]]:
+    """The requests of a trial, and which of them are its sample."""
+    refused, let_in = frozenset(trial.refused), frozenset(trial.let_in)
+    offered = [
+        _Offered(row=row, workload=request, is_accepted=row not in refused) for row, request in enumerate(requests)
+    ]
+    kept = beside([offered[row] for row in trial.let_in], offered)
+    return [each.workload for each in kept], np.array([each.row in let_in for each in kept], np.bool_)
 
 
 def _met(result: StudyResult, ttft_target_s: float, tpot_target_s: float) -> NDArray[np.bool_]:
     slo = SloClass("default", ttft_target_s * 1e3, tpot_target_s * 1e3)
     return request_latencies(result, (slo,)).met
-
-
-def forced_samples(ran: Ran, share: float, count: int, seed: int) -> list[Job]:
-    """The same runs again, where independent thin samples of the refused are admitted."""
-    rng = random.Random(seed)
-    refused = ran.refused.tolist()
-    size = min(len(refused), max(1, round(share * len(refused))))
-    return [replace(ran.job, forced=frozenset(rng.sample(refused, size))) for _ in range(count if refused else 0)]

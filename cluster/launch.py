@@ -39,7 +39,7 @@ class TransferOptions(msgspec.Struct, frozen=True, kw_only=True):
 class QueueOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The `engine.queue` section of the configuration, and the tenants' weights."""
 
-    order: Literal["fcfs", "shortest", "edf"] = "edf"
+    order: Literal["fcfs", "shortest", "edf"] = "fcfs"
     ageing_s: float = 10.0
     fair: bool = True
     #: Of tenants whose weight is not 1.

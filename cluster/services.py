@@ -83,6 +83,7 @@ async def coordinator_service(
             membership=limits,
             on_decision=_hearing(write_decision, replanner),
             on_transfers=costs.observe_transfers,
+            on_gone=costs.forget_links,
             log=log,
         )
         shell.figures.replanning = None if replanner is None else replanner.figures

@@ -227,6 +227,8 @@ def _info(launch: WorkerLaunch, engine: LiveEngine, address: str) -> WorkerInfo:
         total_blocks=engine.num_blocks,
         max_context_tokens=engine.max_context_tokens,
         max_batch_tokens=launch.max_batch_tokens,
+        max_sequences=launch.max_sequences,
+        handoff_blocks=PrefillLimits().handoff_blocks(engine.num_blocks),
         pid=os.getpid(),
         device=engine.description,
     )

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from contracts.messages import Role
+from contracts.requests import MOST_PRIORITY
 
 SIZE_UNITS: dict[str, Fraction] = {
     "": Fraction(1),
@@ -193,8 +194,8 @@ class TenantConfig(_Section):
     slo_class: Label | None = None
     """SLO class of requests that name none, instead of the cluster's default."""
 
-    max_priority: int = 100
-    """Requests that ask for more get this."""
+    max_priority: int = MOST_PRIORITY
+    """Requests that ask for more get this; what is above the default counts like it."""
 
 
 class GatewayConfig(_Section):
@@ -316,8 +317,9 @@ class AdmissionConfig(_Section):
 class QueueConfig(_Section):
     """In which order prompts are read."""
 
-    order: Literal["fcfs", "shortest", "edf"] = "edf"
-    """`edf`: the one whose first token is due next; without targets, first come first served. `shortest`: fewest
+    order: Literal["fcfs", "shortest", "edf"] = "fcfs"
+    """`fcfs`: first come, first served: what admission foresees best. `edf`: the one whose first token is due next;
+    where classes with far targets fill the queue, what a close one meets is foreseen coarsely. `shortest`: fewest
     uncached tokens first, with ageing."""
 
     ageing_s: DurationS = 10.0
@@ -329,8 +331,8 @@ class QueueConfig(_Section):
     count)."""
 
     saturation_tokens: Count | None = None
-    """Prompt tokens that fill a step: several short prompts share a step up to it, a longer one has its own; default:
-    `engine.max_batch_tokens`."""
+    """Prompt tokens that fill a step: several short prompts share a step up to it, a longer one has its own; default: no
+    such limit, prompts are cut where a step is full."""
 
     tpot_chunks: bool = True
     """Mixed workers cut prompts so that a step stays within the tightest TPOT target among its answers."""
@@ -386,7 +388,7 @@ class CoordinatorConfig(_Section):
     admission: AdmissionConfig = AdmissionConfig()
     replan: ReplanConfig = ReplanConfig()
 
-    max_directory_blocks: Count = 16_000_000
+    max_directory_blocks: Annotated[int, Field(ge=1, le=100_000_000)] = 16_000_000
     """Blocks of prefix caches that are kept track of; further ones are not, and count as not there."""
 
     decision_log: str | None = None

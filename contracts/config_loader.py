@@ -202,7 +202,9 @@ class _Layers:
         if not path:
             compared = (self.sources[part] for part in _COMPARED if part in self.sources)
             return f"{', '.join(dict.fromkeys(map(str, compared))) or source}: {message}"
-        shown = "(not shown)" if _may_show_secrets(path, detail["input"]) else repr(detail["input"])
+        if detail["type"] in ("model_type", "model_attributes_type"):
+            message = f"Input should be {_section_in_words(kind_at(path))}"
+        shown = "(not shown)" if _may_show_secrets(path, detail["input"]) else _shown_input(detail["input"])
         return f"{source}: {key} = {shown}: {message}"
 
 
@@ -214,6 +216,17 @@ def _source_of(path: KeyPath, sources: Mapping[KeyPath, Source]) -> Source:
 
 def _may_show_secrets(path: KeyPath, value: object) -> bool:
     return "api_keys" in path or (isinstance(value, str | list | dict) and holds_secrets(kind_at(path)))
+
+
+def _section_in_words(kind: object) -> str:
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return "a section"
+    needed = [name for name, field in kind.model_fields.items() if field.is_required()]
+    return f"a section with {' and '.join(needed)}" if needed else f"a section of {', '.join(kind.model_fields)}"
+
+
+def _shown_input(value: object) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _what(value: object) -> str:

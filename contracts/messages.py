@@ -76,6 +76,10 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_context_tokens: int
     #: Token budget of one of its steps; 0: not told.
     max_batch_tokens: int = 0
+    #: Sequences that one of its steps holds: more answers do not get on at the same time. 0: not told.
+    max_sequences: int = 0
+    #: KV blocks that may wait for other workers to take them before it reads no more prompts for these; 0: not told.
+    handoff_blocks: int = 0
     pid: int = 0
     #: e.g. "cpu-avx2, 1 thread, cores 0": for people.
     device: str = ""

@@ -14,6 +14,15 @@ from contracts.ids import Attempt, GatewayId, Incarnation, OwnerEpoch, RequestId
 #: Why a request ended at the worker. The gateway adds "stop" for stop strings.
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+#: Priorities above this, or below its negative, count like these.
+MOST_PRIORITY = 6
+
+
+def counted_priority(priority: int) -> int:
+    """What a priority comes to where prompts are ordered: bounded, so that whoever asks for most cannot keep others
+    waiting for ever."""
+    return max(-MOST_PRIORITY, min(priority, MOST_PRIORITY))
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen. Already validated by the gateway; workers trust the ranges.
@@ -68,7 +77,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     ttft_due_s: float | None = None
     #: Time per output token that its client was promised; None: no promise.
     tpot_target_s: float | None = None
-    #: Larger goes first.
+    #: Larger goes first; see `counted_priority`.
     priority: int = 0
     tenant: str = ""
     #: Prompts share blocks only where it is equal.

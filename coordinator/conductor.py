@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from contracts.requests import counted_priority
 from coordinator.decision import Refused
 from coordinator.directory.directory import Directory
 from coordinator.fleet import Fleet
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from contracts.messages import DispatchItem, LatencyFit, Placement, Rejection, WorkerInfo, WorkerLoad
     from coordinator.costs import CostSource
     from coordinator.decision import Chosen
-    from coordinator.policy.fleet_view import Flags
+    from coordinator.policy.fleet_view import Flags, FleetView
+    from coordinator.policy.outlook import Outlook
     from coordinator.policy.question import HeldBlocks
     from workload.slo import SloClass
 
@@ -53,8 +55,11 @@ class Inputs(NamedTuple):
     answer_tokens: float
     #: Leading blocks of the prompt held by the worker that holds most.
     best_held_blocks: int
-    #: Of the decode worker that was chosen, or would have been: now, and when the answer would begin. 0 where nobody
-    #: was, or nothing is predicted.
+    #: Of the workers that were chosen, or would have been, without this request; 0 where nobody was. The prefill
+    #: worker's prompts: tokens not yet computed, and requests not yet computing.
+    pending_tokens: int
+    waiting_requests: int
+    #: The decode worker's answers: now, and when this one would begin. 0 where nothing is predicted.
     num_decodes: float
     context_tokens: float
     num_decodes_then: float
@@ -68,6 +73,10 @@ class _Asked(NamedTuple):
     slo: SloClass | None
     limits: Limits | None
     was_refused: bool
+
+
+#: Of nobody.
+_NO_LOADS = (0, 0, 0.0, 0.0, 0.0, 0.0)
 
 
 class Conductor:
@@ -94,11 +103,13 @@ class Conductor:
         self.fleet = Fleet(
             settings.booking_grace_s, num_ranks=len(self._rank_targets_s) + 1, longest_wait_s=longest_target_s
         )
-        self.directory = Directory(settings.max_directory_blocks)
+        self.directory = Directory(settings.max_directory_blocks, seed=rng.getrandbits(64))
         #: Classes whose last judged request was refused.
         self._refusing: set[str] = set()
         self._num_decisions = 0
         self._asked: _Asked | None = None
+        #: As in `Inputs`, in their order: before the decision was booked.
+        self._loads: tuple[float, ...] = _NO_LOADS
 
     # --- who is there -----------------------------------------------------------------------------
 
@@ -154,7 +165,9 @@ class Conductor:
         link = Link(self._costs.transfer, self._costs.kv_token_bytes, settings.block_tokens)
         decision = self._policy(question, view, outlook, link, settings)
         if isinstance(decision, Refused):
+            self._loads = _NO_LOADS
             return decision
+        self._loads = _loads(decision, view, outlook)
         if slo is not None and limits is not None:
             refused = self._judge(question, decision, limits)
             if refused is not None:
@@ -172,27 +185,19 @@ class Conductor:
             return rejection(item, decision, view, asked.question.usable, asked.limits)
         return placement(item, decision, view, self._settings.policy)
 
-    def inputs(self, decision: Chosen | Refused) -> Inputs:
-        """What the decision rested on; to be called right after `decide`. A placement's own load is not in it."""
+    def inputs(self) -> Inputs:
+        """What the last decision rested on. A placement's own load is not in it."""
         question, slo, limits, was_refused = self._last()
-        chosen = decision.best if isinstance(decision, Refused) else decision
-        figures = (0.0, 0.0, 0.0, 0.0)
-        if chosen is not None and chosen.plan is not None:
-            outlook, row = self.fleet.outlook(), chosen.decode_row
-            then = outlook.decoding_at(chosen.plan.begin_s)
-            figures = (
-                float(outlook.num_decodes[row]),
-                float(outlook.context_tokens[row]),
-                float(then.num_decodes[row]),
-                float(then.context_tokens[row]),
-            )
+        pending_tokens, waiting_requests, *answers = self._loads
         return Inputs(
             "" if slo is None else slo.name,
             limits,
             was_refused,
             question.answer_tokens,
             question.held_lengths[-1] if question.held_lengths else 0,
-            *figures,
+            int(pending_tokens),
+            int(waiting_requests),
+            *map(float, answers),
         )
 
     # --- inside -----------------------------------------------------------------------------------
@@ -209,7 +214,7 @@ class Conductor:
             return 0
         settings = self._settings
         target_s = settings.unhurried_s if slo is None else min(slo.ttft_ms / 1e3, settings.unhurried_s)
-        return bisect_left(self._rank_targets_s, target_s - settings.priority_s * item.priority)
+        return bisect_left(self._rank_targets_s, target_s - settings.priority_s * counted_priority(item.priority))
 
     def _held(self, item: DispatchItem) -> tuple[HeldBlocks | None, tuple[int, ...]]:
         """As `Question.held`."""
@@ -245,6 +250,16 @@ class Conductor:
         if self._asked is None:
             raise ValueError("nothing has been decided yet")
         return self._asked
+
+
+def _loads(chosen: Chosen, view: FleetView, outlook: Outlook) -> tuple[float, ...]:
+    """As in `Inputs`."""
+    reader, writer = chosen.prefill_row, chosen.decode_row
+    prompts = view.prefill_load_tokens[reader], view.waiting_requests[reader]
+    if chosen.plan is None:
+        return *prompts, 0.0, 0.0, 0.0, 0.0
+    then = outlook.decoding[outlook.slots.index_at(chosen.plan.begin_s)]
+    return *prompts, outlook.num_decodes[writer], outlook.context_tokens[writer], then[0, writer], then[1, writer]
 
 
 def _rank_targets(slos: Iterable[SloClass], settings: ConductorSettings) -> list[float]:

@@ -19,6 +19,8 @@ class WorkerCosts:
     max_batch_tokens: int
     #: Spent between two steps outside the engine.
     between_steps_s: float = 0.0
+    #: Of the KV that it holds; 0: as the source says of all.
+    kv_token_bytes: int = 0
 
 
 class CostSource(Protocol):

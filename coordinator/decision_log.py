@@ -125,7 +125,7 @@ class DecisionLog:
         """Lines; to be called right after `Conductor.decide`."""
         lines = list(self._changes(now_s))
         self._buckets.add(item.prompt_tokens.bit_length())
-        lines.append(line_of(self._decision(item, decision, now_s)))
+        lines.append(line_of(entry_of(self._conductor, item, decision, at_s=self._at_s(now_s))))
         return b"".join(lines)
 
     # --- what changed -----------------------------------------------------------------------------
@@ -217,54 +217,56 @@ class DecisionLog:
             bucket: round(lengths.expected(max(1, 2**bucket - 1), _ANY_LENGTH), 3) for bucket in sorted(self._buckets)
         }
 
-    # --- one decision -----------------------------------------------------------------------------
-
-    def _decision(self, item: DispatchItem, decision: Chosen | Refused, now_s: float) -> Decision:
-        inputs = self._conductor.inputs(decision)
-        chosen = decision.best if isinstance(decision, Refused) else decision
-        infos = self._conductor.fleet.view().infos
-        hints, hint_blocks = hints_on_record(item.block_keys)
-        prefill = decode = source = ""
-        predicted = None
-        if chosen is not None:
-            prefill, decode = infos[chosen.prefill_row].worker_id, infos[chosen.decode_row].worker_id
-            source = "" if chosen.source_row < 0 else infos[chosen.source_row].worker_id
-            predicted = None if chosen.predicted is None else _shortened(chosen.predicted)
-        limits = inputs.limits
-        return Decision(
-            at_s=self._at_s(now_s),
-            request=item.request_id,
-            prompt_tokens=item.prompt_tokens,
-            max_tokens=item.max_tokens,
-            outcome=decision.why if isinstance(decision, Refused) else "placement",
-            slo_class=inputs.slo_class,
-            priority=item.priority,
-            tenant=item.tenant,
-            waited_s=_short(item.waited_s),
-            was_accepted=item.was_accepted,
-            avoid=item.avoid,
-            hints=hints,
-            hint_blocks=hint_blocks,
-            retry_after_s=_short(decision.retry_after_s) if isinstance(decision, Refused) else ZERO,
-            prefill=prefill,
-            decode=decode,
-            source=source,
-            local_blocks=0 if chosen is None else chosen.local_blocks,
-            source_blocks=0 if chosen is None else chosen.source_blocks,
-            best_held_blocks=inputs.best_held_blocks,
-            predicted=predicted,
-            ttft_limit_s=ZERO if limits is None else limits.ttft_s,
-            tpot_limit_s=ZERO if limits is None else limits.tpot_s,
-            was_refusing=inputs.was_refused,
-            answer_tokens=_short(inputs.answer_tokens),
-            num_decodes=_short(inputs.num_decodes),
-            context_tokens=_short(inputs.context_tokens),
-            num_decodes_then=_short(inputs.num_decodes_then),
-            context_tokens_then=_short(inputs.context_tokens_then),
-        )
-
     def _at_s(self, now_s: float) -> float:
         return round(now_s - self._started_s, 6)
+
+
+def entry_of(conductor: Conductor, item: DispatchItem, decision: Chosen | Refused, *, at_s: float) -> Decision:
+    """To be called right after `conductor` decided."""
+    inputs = conductor.inputs()
+    chosen = decision.best if isinstance(decision, Refused) else decision
+    infos = conductor.fleet.view().infos
+    hints, hint_blocks = hints_on_record(item.block_keys)
+    prefill = decode = source = ""
+    predicted = None
+    if chosen is not None:
+        prefill, decode = infos[chosen.prefill_row].worker_id, infos[chosen.decode_row].worker_id
+        source = "" if chosen.source_row < 0 else infos[chosen.source_row].worker_id
+        predicted = None if chosen.predicted is None else _shortened(chosen.predicted)
+    limits = inputs.limits
+    return Decision(
+        at_s=at_s,
+        request=item.request_id,
+        prompt_tokens=item.prompt_tokens,
+        max_tokens=item.max_tokens,
+        outcome=decision.why if isinstance(decision, Refused) else "placement",
+        slo_class=inputs.slo_class,
+        priority=item.priority,
+        tenant=item.tenant,
+        waited_s=_short(item.waited_s),
+        was_accepted=item.was_accepted,
+        avoid=item.avoid,
+        hints=hints,
+        hint_blocks=hint_blocks,
+        retry_after_s=_short(decision.retry_after_s) if isinstance(decision, Refused) else ZERO,
+        prefill=prefill,
+        decode=decode,
+        source=source,
+        local_blocks=0 if chosen is None else chosen.local_blocks,
+        source_blocks=0 if chosen is None else chosen.source_blocks,
+        best_held_blocks=inputs.best_held_blocks,
+        predicted=predicted,
+        ttft_limit_s=ZERO if limits is None else limits.ttft_s,
+        tpot_limit_s=ZERO if limits is None else limits.tpot_s,
+        was_refusing=inputs.was_refused,
+        answer_tokens=_short(inputs.answer_tokens),
+        pending_tokens=inputs.pending_tokens,
+        waiting_requests=inputs.waiting_requests,
+        num_decodes=_short(inputs.num_decodes),
+        context_tokens=_short(inputs.context_tokens),
+        num_decodes_then=_short(inputs.num_decodes_then),
+        context_tokens_then=_short(inputs.context_tokens_then),
+    )
 
 
 def hints_on_record(block_keys: bytes) -> tuple[str, int]:

@@ -162,6 +162,9 @@ class Decision(
     was_refusing: bool = False
     #: Expected of the answer.
     answer_tokens: float = ZERO
+    #: Without this request. Of the prefill worker: prompt tokens not yet computed, requests not yet computing.
+    pending_tokens: int = 0
+    waiting_requests: int = 0
     #: Of the decode worker: answers being written and their context; and both when this one would begin.
     num_decodes: float = ZERO
     context_tokens: float = ZERO

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 _UNKNOWN_TOKEN_S = 0.05
 #: Of the mean over workers: how much the last report counts.
 _NEWEST_SHARE = 0.05
+#: Of the mean over prompts: how much the last placed one counts.
+_NEWEST_PROMPT_SHARE = 0.05
+#: From one report to the next, where blocks are not all taken any more.
+_MORE_SEATS = 1.25
 #: Tables of costs that no worker has any more go when there are so many.
 _MAX_TABLES = 256
 
@@ -40,6 +44,10 @@ _COLUMNS = (
     "num_decodes",
     "context_tokens",
     "free_tokens",
+    "untaken_tokens",
+    "handoff_tokens",
+    "total_tokens",
+    "seats",
     "reading_s",
     "reading_as_of_s",
 )
@@ -71,7 +79,13 @@ class Expectations:
         self._told_answers.insert(row, ())
         for name, column in self._columns.items():
             self._columns[name] = np.insert(column, row, 0.0)
-        self._columns["free_tokens"][row] = count_of(info.total_blocks) * info.identity.layout.block_tokens
+        block_tokens = info.identity.layout.block_tokens
+        for name in ("free_tokens", "total_tokens"):
+            self._columns[name][row] = count_of(info.total_blocks) * block_tokens
+        # A mixed worker keeps what it reads.
+        is_told = info.role == "prefill" and info.handoff_blocks > 0
+        self._columns["handoff_tokens"][row] = count_of(info.handoff_blocks) * block_tokens if is_told else math.inf
+        self._columns["seats"][row] = _most_seats(info)
         self._prefill_free_s = np.insert(self._prefill_free_s, row, now_s, axis=1)
         self._forecast.insert(row, now_s)
         self._outlook = None
@@ -111,6 +125,7 @@ class Expectations:
         # What is reserved for prompts that are still being read counts where their answers begin.
         for_unread_tokens = min(count_of(load.reserved_blocks) * block_tokens, count_of(load.unread_tokens))
         columns["free_tokens"][row] = free_blocks * block_tokens + for_unread_tokens
+        columns["untaken_tokens"][row] = count_of(load.offered_blocks) * block_tokens
         self._forecast.advance(now_s)
         if info.role != "prefill":
             self._note_answers(row, load, context_tokens, now_s)
@@ -124,12 +139,31 @@ class Expectations:
             self._told_answers[row] = load.answers
             self._pace.answer_tokens = self.answer_lengths.mean_tokens
         table, num_decodes = self._tables[row], count_of(load.running_decodes)
+        seats = self._note_seats(row, load, num_decodes)
         if table is not None and num_decodes:
-            size = min(num_decodes, len(table.decode_base_s) - 1)
-            context_s = float(table.decode_context_s[size]) * context_tokens
+            size = int(min(num_decodes, seats, len(table.decode_base_s) - 1))
+            context_s = float(table.decode_context_s[size]) * context_tokens * min(1.0, seats / num_decodes)
             step_s = float(table.decode_base_s[size]) + context_s
             self._pace.token_s += _NEWEST_SHARE * (max(step_s, 1e-9) - self._pace.token_s)
-        self._forecast.report(row, num_decodes, context_tokens, now_s)
+        self._forecast.report(row, num_decodes, context_tokens, now_s, seats)
+
+    def _note_seats(self, row: int, load: WorkerLoad, num_decodes: int) -> float:
+        """As `Outlook.seats`."""
+        seats, info = self._columns["seats"], self._infos[row]
+        num_running, most = count_of(load.running_requests), _most_seats(info)
+        present = float(seats[row])
+        if info.role == "decode" and num_decodes > num_running > 0 and self._is_short(row):
+            present = float(num_running)
+        elif present < most:
+            # As slowly as it may have become less crowded, for answers end one by one.
+            present *= _MORE_SEATS
+        present = seats[row] = max(1.0, min(present, most))
+        return float(present)
+
+    def _is_short(self, row: int) -> bool:
+        """Whether its blocks do not hold one more answer."""
+        one_more = self._pace.prompt_tokens + self._pace.answer_tokens
+        return bool(self._columns["free_tokens"][row] < one_more)
 
     def _note_prompts(self, row: int, load: WorkerLoad, booked_s: float, view: FleetView, now_s: float) -> None:
         """Corrects when it will have read everything."""
@@ -166,8 +200,11 @@ class Expectations:
         fade = math.exp((float(columns["reading_as_of_s"][prefill_row]) - now_s) / READING_WINDOW_S)
         columns["reading_s"][prefill_row] = float(columns["reading_s"][prefill_row]) * fade + plan.prefill_s
         columns["reading_as_of_s"][prefill_row] = now_s
+        prompt_tokens = count_of(item.prompt_tokens)
+        share = _NEWEST_PROMPT_SHARE if self._pace.prompt_tokens else 1.0
+        self._pace.prompt_tokens += share * (prompt_tokens - self._pace.prompt_tokens)
         self._forecast.advance(now_s)
-        self._forecast.add(decode_row, plan.begin_s, count_of(item.prompt_tokens))
+        self._forecast.add(decode_row, plan.begin_s, prompt_tokens)
 
     # --- what dispatch looks at -------------------------------------------------------------------
 
@@ -202,6 +239,10 @@ class Expectations:
             pace=self._pace,
             **columns,
         )
+
+
+def _most_seats(info: WorkerInfo) -> float:
+    return float(count_of(info.max_sequences) or LARGEST_COUNT)
 
 
 def _with_guesses(own: Counts, role: NDArray[np.bool_]) -> Counts:

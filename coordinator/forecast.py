@@ -43,6 +43,8 @@ class DecodeForecast:
         self._reported_s: list[float] = []
         #: By row: whether anything may stand in `_begins`.
         self._expects: list[bool] = []
+        #: By row: whether more answers wait for a place than the worker writes, as far as the table reaches.
+        self._is_crowded: list[bool] = []
         self._pace = pace
         #: Seconds and tokens of an answer that `_stay` and `_grown` were made for.
         self._seen = math.nan, math.nan
@@ -53,11 +55,12 @@ class DecodeForecast:
         self._begins = np.insert(self._begins, row, 0.0, axis=2)
         self._reported_s.insert(row, now_s)
         self._expects.insert(row, False)
+        self._is_crowded.insert(row, False)
 
     def delete(self, row: int) -> None:
         self.table = np.delete(self.table, row, axis=2)
         self._begins = np.delete(self._begins, row, axis=2)
-        del self._reported_s[row], self._expects[row]
+        del self._reported_s[row], self._expects[row], self._is_crowded[row]
 
     def advance(self, now_s: float) -> None:
         """Slots that are over make room for later ones. To be called before `add` and `report` at a new time."""
@@ -67,7 +70,11 @@ class DecodeForecast:
         if passed <= 0:
             return
         slots.first = number
-        passed = min(passed, NUM_SLOTS - 1)
+        if passed >= NUM_SLOTS:
+            # All that was placed has begun; of the answers in the last slot some have ended since.
+            self._begins[:] = 0.0
+            self.table[:] = self.table[-1] * math.exp((NUM_SLOTS - 1 - passed) * slots.width_s / self._seen[0])
+            return
         self._begins[:-passed] = self._begins[passed:]
         self._begins[-passed:] = 0.0
         # Until the next reports, what lies beyond the last slot looks like the last.
@@ -82,11 +89,18 @@ class DecodeForecast:
         begins[1, row] += prompt_tokens
         self._expects[row] = True
         num_after = NUM_SLOTS - first
+        if self._is_crowded[row]:
+            # It lasts until others have ended.
+            self.table[first:, 0, row] += 1.0
+            self.table[first:, 1, row] += prompt_tokens
+            return
         self.table[first:, 0, row] += self._stay[:num_after]
         self.table[first:, 1, row] += self._grown[:num_after] + prompt_tokens * self._stay[:num_after]
 
-    def report(self, row: int, num_decodes: int, context_tokens: int, now_s: float) -> None:
-        """The worker's figures contain what began before now."""
+    def report(
+        self, row: int, num_decodes: int, context_tokens: int, now_s: float, seats: float = math.inf
+    ) -> None:
+        """The worker's figures contain what began before now. It writes `seats` answers at a time, at most."""
         self._look_at_pace()
         column = num_decodes * self._of_one
         column[:, 1] += context_tokens * self._stay
@@ -97,7 +111,19 @@ class DecodeForecast:
                 begins = self._begins[:, :, row]
                 column += self._stay_after @ begins
                 column[:, 1] += self._grown_after @ begins[:, 0]
+        self._is_crowded[row] = False
+        if column[:, 0].max() > seats:
+            self._queue_for_seats(row, num_decodes, seats, column)
         self.table[:, :, row] = column
+
+    def _queue_for_seats(self, row: int, num_decodes: int, seats: float, column: NDArray[np.float64]) -> None:
+        """Only those with a seat get on, so that no more than these end within the duration of one: a queue that is
+        served at that rate, or what there would be with seats for all, whichever is longer."""
+        begun = num_decodes + self._begins[:, 0, row].cumsum() if self._expects[row] else float(num_decodes)
+        queue = begun - self._ages * seats
+        longer = np.maximum(queue / np.maximum(column[:, 0], 1e-9), 1.0)
+        column *= longer[:, None]
+        self._is_crowded[row] = bool(queue[-1] > seats)
 
     def _let_begin(self, row: int, last_s: float, now_s: float) -> None:
         """Of the present slot's some have begun since the last report: as many as of its time has passed."""
@@ -115,7 +141,8 @@ class DecodeForecast:
         if abs(answer_s - seen_s) <= _SAME * answer_s and abs(tokens - seen_tokens) <= _SAME * tokens:
             return
         self._seen = answer_s, tokens
-        ages = _AGES * (self.slots.width_s / answer_s)
+        #: Durations of an answer, by slots since it began.
+        ages = self._ages = _AGES * (self.slots.width_s / answer_s)
         self._stay: Seconds = np.exp(-ages)
         self._grown: Seconds = self._stay * ages * tokens
         self._of_one = np.stack((self._stay, self._grown), axis=1)

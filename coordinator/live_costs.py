@@ -210,6 +210,7 @@ class _Group:
     """Workers that share base costs."""
 
     max_batch_tokens: int
+    kv_token_bytes: int
     between_steps_s: float
     chunks: _KindOfStep
     decodes: _KindOfStep
@@ -238,7 +239,10 @@ class _Group:
                 context_token_s=scaled_decodes.slope_s,
             )
             costs = self.made[key] = WorkerCosts(
-                latency=latency, max_batch_tokens=self.max_batch_tokens, between_steps_s=self.between_steps_s
+                latency=latency,
+                max_batch_tokens=self.max_batch_tokens,
+                between_steps_s=self.between_steps_s,
+                kv_token_bytes=self.kv_token_bytes,
             )
         return costs
 
@@ -266,7 +270,7 @@ class LiveCosts:
 
     @property
     def kv_token_bytes(self) -> int:
-        """Of the model that was last asked about; 0 before."""
+        """Of the worker whose life began last; 0 before. Where models differ, their `WorkerCosts` tell."""
         return self._kv_token_bytes
 
     def of(self, info: WorkerInfo) -> WorkerCosts | None:
@@ -303,6 +307,10 @@ class LiveCosts:
         """What a worker measured of its links. Its pulls are no measure: they wait for prompts to be computed."""
         self._links.hear(worker_id, report.links)
 
+    def forget_links(self, worker_id: WorkerId) -> None:
+        """Of a worker that is not there any more. What its steps took is forgotten with its next life."""
+        self._links.forget(worker_id)
+
     @property
     def num_remembered(self) -> int:
         """Lives and workers with links that take memory."""
@@ -311,6 +319,7 @@ class LiveCosts:
     def _first_look(self, info: WorkerInfo) -> _Known:
         """Of a new life: it costs what the others of its group do, until it tells otherwise."""
         group = self._group_of(info)
+        self._kv_token_bytes = group.kv_token_bytes
         group.chunks.forget(info.worker_id)
         group.decodes.forget(info.worker_id)
         costs = group.costs(info.role, 0, 0, self._limits)
@@ -322,7 +331,6 @@ class LiveCosts:
 
     def _group_of(self, info: WorkerInfo) -> _Group:
         max_batch_tokens = info.max_batch_tokens or self._limits.max_batch_tokens
-        self._kv_token_bytes = info.identity.layout.token_bytes
         group = self._groups.get((info.identity, max_batch_tokens))
         if group is None:
             group = self._groups[info.identity, max_batch_tokens] = self._new_group(info, max_batch_tokens)
@@ -331,12 +339,14 @@ class LiveCosts:
     def _new_group(self, info: WorkerInfo, max_batch_tokens: int) -> _Group:
         profile = self._profile
         points = _chunk_points(max_batch_tokens)
+        token_bytes = info.identity.layout.token_bytes
         if profile is None or profile.model_fingerprint != info.identity.model_fingerprint:
             chunks = _KindOfStep(self._limits, points, None)
-            return _Group(max_batch_tokens, 0.0, chunks, _KindOfStep(self._limits, _DECODE_POINTS, None))
+            return _Group(max_batch_tokens, token_bytes, 0.0, chunks, _KindOfStep(self._limits, _DECODE_POINTS, None))
         latency = profile.latency
         return _Group(
             max_batch_tokens,
+            token_bytes,
             profile.step_overhead_s,
             _KindOfStep(self._limits, points, _Part(latency.prefill, latency.pair_s)),
             _KindOfStep(self._limits, _DECODE_POINTS, _Part(latency.decode, latency.context_token_s)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +16,12 @@ if TYPE_CHECKING:
 
 #: Until a link was measured: a tenth of what shared memory and fast fabrics do, about what 10 Gbit/s Ethernet does.
 UNMEASURED_LINK = LinkTransfer(latency_s=0.002, bandwidth_bytes_s=1e9)
+
+#: What no link does: such figures are not believed.
+_SLOWEST_BYTES_S, _FASTEST_BYTES_S = 1.0, 1e15
+_LONGEST_LATENCY_S = 1e3
+#: Two links are the same where transfers of these sizes are: a few blocks, for which latency counts, and a long prompt.
+_COMPARED_BYTES = (1 << 20, 1 << 26)
 
 
 class _Told(NamedTuple):
@@ -53,7 +58,11 @@ class LiveLinks:
             for link in links
             if link.chosen and link.bandwidth_bytes_per_s is not None
         ]
-        sound = [each for each in chosen if 0 < each[0] < math.inf and 0 <= each[1] < math.inf]
+        sound = [
+            each
+            for each in chosen
+            if _SLOWEST_BYTES_S <= each[0] <= _FASTEST_BYTES_S and 0 <= each[1] <= _LONGEST_LATENCY_S
+        ]
         measured = _median_link(sound) if sound else None
         self._told[worker_id] = _Told(links, measured)
         self._told.move_to_end(worker_id)
@@ -62,14 +71,30 @@ class LiveLinks:
         if measured is not None:
             self._look()
 
+    def forget(self, worker_id: WorkerId) -> None:
+        """It is not there any more: its links say nothing of those that are used."""
+        told = self._told.pop(worker_id, None)
+        if told is not None and told.measured is not None:
+            self._look()
+
     def _look(self) -> None:
-        found = _median_link([told.measured for told in self._told.values() if told.measured is not None])
-        present = self.model
-        is_profiled = present is self._profiled
-        above = self._tolerance if is_profiled else self._replace_above
-        ratio = found[0] / (present.bandwidth_bytes_s * present.efficiency)
-        if max(ratio, 1 / ratio) > 1 + above or present is UNMEASURED_LINK:
-            self.model = LinkTransfer(latency_s=found[1], bandwidth_bytes_s=found[0])
+        measured = [told.measured for told in self._told.values() if told.measured is not None]
+        if not measured:
+            return
+        bandwidth_bytes_s, latency_s = _median_link(measured)
+        found, present = LinkTransfer(latency_s=latency_s, bandwidth_bytes_s=bandwidth_bytes_s), self.model
+        above = self._tolerance if present is self._profiled else self._replace_above
+        if present is UNMEASURED_LINK or _differ(found, present, above):
+            self.model = found
+
+
+def _differ(link: LinkTransfer, other: LinkTransfer, above: float) -> bool:
+    """Whether some transfer takes longer over one of them by more than that part."""
+    for num_bytes in _COMPARED_BYTES:
+        one_s, other_s = link.transfer_s(num_bytes, 1), other.transfer_s(num_bytes, 1)
+        if max(one_s, other_s) > (1 + above) * min(one_s, other_s):
+            return True
+    return False
 
 
 def _median_link(links: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -22,16 +22,18 @@ from contracts.messages import (
     HeartbeatReply,
     MembersReply,
     RegisterReply,
+    Rejection,
 )
 from coordinator.conductor import Conductor, ConductorSettings
 from coordinator.decision import Refused
 from coordinator.directory.sync import DirectorySync
 from coordinator.live_costs import LiveCosts
 from coordinator.membership import ALL_UP, LOOK_INTERVAL_S, Membership, MembershipLimits
+from coordinator.refusal_lines import RefusalLines
 from coordinator.shell_figures import ShellFigures
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from contracts.clock import Clock
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
         HeartbeatRequest,
         LatencyFit,
         Placement,
-        Rejection,
         TransferReport,
         WorkerInfo,
         WorkerLoad,
@@ -81,16 +82,19 @@ class CoordinatorShell:
         membership: MembershipLimits | None = None,
         on_decision: Callable[[DispatchItem, Chosen | Refused, float], None] | None = None,
         on_transfers: Callable[[WorkerId, TransferReport], None] | None = None,
+        on_gone: Callable[[WorkerId], None] | None = None,
         log: Callable[[str], None],
     ) -> None:
         """Without `conductor`: one without SLO classes, which learns costs from the workers' own steps and links.
 
         `on_decision` hears of each decision right after it was made: its rows are those of `conductor.fleet.view()`
-        at that moment only. `on_transfers` hears of what workers measured of their links.
+        at that moment only. `on_transfers` hears of what workers measured of their links, `on_gone` of those whose
+        lives are over.
         """
         if conductor is None:
             costs = LiveCosts()
-            conductor, on_transfers = default_conductor(costs), on_transfers or costs.observe_transfers
+            conductor = default_conductor(costs)
+            on_transfers, on_gone = on_transfers or costs.observe_transfers, on_gone or costs.forget_links
         self._clock = clock
         self._membership_limits = membership or MembershipLimits()
         self._on_decision = on_decision
@@ -98,8 +102,9 @@ class CoordinatorShell:
         self._log = log
         self.conductor = conductor
         self.directory_sync = DirectorySync(conductor.directory)
-        self.membership = Membership(self._membership_limits, _Roll(conductor, self.directory_sync))
+        self.membership = Membership(self._membership_limits, _Roll(conductor, self.directory_sync, on_gone))
         self.figures = ShellFigures()
+        self._refusals = RefusalLines(conductor)
         self._usable = _Usable(conductor)
         #: Present between entering and leaving.
         self._group: asyncio.TaskGroup | None = None
@@ -145,6 +150,7 @@ class CoordinatorShell:
             for sentence in self.membership.expire(self._clock.now_s()):
                 _LIFE_LOST.reached()
                 self._log(f"worker lost: {sentence}")
+            self._tell(self._refusals.look(self._clock.now_s()))
 
     async def _sweep(self) -> None:
         """What the directory puts off until there is time."""
@@ -199,13 +205,18 @@ class CoordinatorShell:
         if self._on_decision is not None:
             self._on_decision(item, decision, now_s)
         verdict = self.conductor.in_words(item, decision, now_s)
-        if isinstance(decision, Refused):
+        if isinstance(decision, Refused) and isinstance(verdict, Rejection):
             _REFUSED.reached()
+            self._tell(self._refusals.refused(item, decision, verdict, now_s))
         if item.avoid:
             _AVOIDS.reached()
         outcome = decision.why if isinstance(decision, Refused) else "placement"
         self.figures.count(outcome, self._clock.now_s() - now_s)
         return verdict
+
+    def _tell(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self._log(line)
 
     def _decide_warily(
         self, item: DispatchItem, standing: Standing, now_s: float
@@ -244,9 +255,12 @@ def default_conductor(costs: LiveCosts, settings: ConductorSettings | None = Non
 class _Roll:
     """Whoever must know which lives there are."""
 
-    def __init__(self, conductor: Conductor, directory_sync: DirectorySync) -> None:
+    def __init__(
+        self, conductor: Conductor, directory_sync: DirectorySync, on_gone: Callable[[WorkerId], None] | None
+    ) -> None:
         self._conductor = conductor
         self._directory_sync = directory_sync
+        self._on_gone = on_gone
 
     def add(self, info: WorkerInfo, now_s: float) -> None:
         self._conductor.add(info, now_s)
@@ -254,6 +268,8 @@ class _Roll:
     def remove(self, worker_id: WorkerId) -> None:
         self._directory_sync.forget(worker_id)
         self._conductor.remove(worker_id)
+        if self._on_gone is not None:
+            self._on_gone(worker_id)
 
     def report(self, worker_id: WorkerId, load: WorkerLoad, now_s: float, fit: LatencyFit | None = None) -> None:
         self._conductor.report(worker_id, load, now_s, fit)

@@ -17,6 +17,7 @@ from contracts.errors import (
     InvariantBroken,
     NoCapacity,
     NotReady,
+    StaleIncarnation,
     TandemError,
 )
 from contracts.failpoints import Failpoint, RarePath
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
     from contracts.clock import Clock
     from contracts.ids import Attempt, GatewayId, WorkerId
-    from contracts.messages import MembersReply
+    from contracts.messages import MembersReply, WorkerLife
     from contracts.requests import Frame, TokenDelta
     from gateway.limits import GatewayLimits
     from gateway.snapshot import Snapshot
@@ -119,6 +120,7 @@ class GatewayCore:
             limits,
             Surroundings(
                 lost=self._links.lost,
+                heard=self._heard,
                 own_loads=lambda: own_loads(self._open.values()),
                 follow_members=self._follow_members,
             ),
@@ -283,8 +285,16 @@ class GatewayCore:
         except TandemError as error:
             self.log.debug("members_not_told", error=error.message)
             return
-        self.snapshot.told(members, self.clock.now_s())
+        self.snapshot.told(members, self.clock.now_s(), heard=self._heard())
+        for peer in self.snapshot.unproven:
+            try:
+                self._links.ensure(peer)
+            except StaleIncarnation as error:
+                self.log.debug("stream_not_opened", worker=peer.worker_id, error=error.message)
         self.block_hints.learn(member.info.identity for member in members)
+
+    def _heard(self) -> set[WorkerLife]:
+        return self._links.heard(self.limits.silent_after_s)
 
     def _forget(self, entry: OpenRequest) -> None:
         request_id = entry.machine.request.request_id

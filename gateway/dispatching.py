@@ -53,6 +53,8 @@ class Surroundings:
 
     #: Lives of workers whose frames do not reach us.
     lost: Callable[[], Collection[WorkerLife]]
+    #: Lives whose frames came lately.
+    heard: Callable[[], Collection[WorkerLife]]
     #: What is at which worker.
     own_loads: Callable[[], Mapping[WorkerId, OwnLoad]]
     #: Asks the coordinator who is there, and tells the snapshot if it answers.
@@ -201,8 +203,8 @@ class Dispatcher:
             await self._surroundings.follow_members()
 
     def _second_look(self, item: DispatchItem, verdict: Placement | Rejection) -> Placement | Rejection:
-        """A coordinator that was just started does not know its workers yet; we may. Those that just failed are left
-        out: it may be right."""
+        """A coordinator that was just started does not know its workers yet, and one that is cut off from them not any
+        more; we may. Those that just failed are left out: it may be right."""
         if isinstance(verdict, Placement):
             self._stats.placed("coordinator")
             return verdict
@@ -219,7 +221,8 @@ class Dispatcher:
         return ours
 
     def _place(self, item: DispatchItem, now_s: float) -> Placement | Rejection:
-        return self.snapshot.place(item, now_s, lost=self._surroundings.lost(), own=self._surroundings.own_loads)
+        around = self._surroundings
+        return self.snapshot.place(item, now_s, lost=around.lost(), heard=around.heard(), own=around.own_loads)
 
     def _count(self, placement: Placement) -> None:
         _BY_SNAPSHOT.reached()

@@ -61,6 +61,8 @@ class WorkerLink:
         self.closed = False
         #: Whether frames have ceased to come, or never did: since the last try that failed.
         self.is_lost = False
+        #: When the last one came; None: none ever did.
+        self.heard_s: float | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open" if self._outcome.done() else "opening"
@@ -118,6 +120,7 @@ class WorkerLink:
                 async for frame in frames:
                     self._check(frame, expected)
                     expected += 1
+                    self.heard_s = self._clock.now_s()
                     if not self._outcome.done():
                         self._outcome.set_result(None)
                         self.is_lost = False
@@ -180,6 +183,12 @@ class WorkerLinks:
     def lost(self) -> set[WorkerLife]:
         """Lives whose frames do not reach us."""
         links = (link for link, _ in self._links.values() if link.is_lost)
+        return {WorkerLife(link.peer.worker_id, link.peer.incarnation) for link in links}
+
+    def heard(self, within_s: float) -> set[WorkerLife]:
+        """Lives from which a frame came within that time."""
+        since_s = self._clock.now_s() - within_s
+        links = (link for link, _ in self._links.values() if link.heard_s is not None and link.heard_s >= since_s)
         return {WorkerLife(link.peer.worker_id, link.peer.incarnation) for link in links}
 
     def close(self) -> None:

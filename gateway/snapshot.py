@@ -5,11 +5,14 @@ are is known for a moment; after it, every gateway goes by what it has placed it
 targets: what others place is not known.
 
 A worker that a coordinator does not tell any more is believed in for a while all the same, unless it had fallen silent:
-a coordinator that was just started knows nobody until the workers have registered again.
+a coordinator that was just started knows nobody until the workers have registered again. One that hears nobody at all
+is cut off itself, most likely: then a worker whose frames come here is believed in, silent or not, for as long as a
+snapshot is.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from contracts.messages import Placement, Rejection, WorkerLife
+from contracts.messages import Peer, Placement, Rejection, WorkerLife
 from coordinator.conductor import Conductor
 from coordinator.live_costs import LiveCosts
 from coordinator.policy.settings import AdmissionRule, ConductorSettings
@@ -39,6 +42,12 @@ class _Believed:
     member: Member
     #: Since when the coordinator answers without naming it.
     unnamed_since_s: float | None = None
+    #: When its frames were last known to come, since then.
+    heard_s: float = -math.inf
+
+    @property
+    def life(self) -> WorkerLife:
+        return WorkerLife(self.member.info.worker_id, self.member.info.incarnation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +79,8 @@ class Snapshot:
         self._workers: dict[WorkerId, _Believed] = {}
         #: When a coordinator last answered; None: never.
         self._told_s: float | None = None
+        #: Whether, by its last answer, no worker is heard by it.
+        self._hears_nobody = False
         #: Made, and brought up to date, when it is asked: mostly it never is.
         self._conductor: Conductor | None = None
         #: The lives that it knows.
@@ -90,6 +101,19 @@ class Snapshot:
         return {worker_id for worker_id, believed in self._workers.items() if believed.unnamed_since_s is not None}
 
     @property
+    def unproven(self) -> list[Peer]:
+        """Where the coordinator hears nobody, those of them whose frames have not come since: opening their streams
+        will tell."""
+        infos = [
+            believed.member.info
+            for believed in self._workers.values()
+            if self._hears_nobody
+            and believed.unnamed_since_s is not None
+            and believed.heard_s < believed.unnamed_since_s
+        ]
+        return [Peer(worker_id=info.worker_id, incarnation=info.incarnation, address=info.address) for info in infos]
+
+    @property
     def members(self) -> tuple[Member, ...]:
         """Those that are believed to be up, as last told."""
         return tuple(believed.member for believed in self._workers.values())
@@ -105,20 +129,29 @@ class Snapshot:
     def is_usable(self, now_s: float) -> bool:
         return bool(self._workers) and self.age_s(now_s) <= self._limits.snapshot_ttl_s
 
-    def told(self, members: Sequence[Member], now_s: float) -> None:
-        """A coordinator's answer."""
+    def told(self, members: Sequence[Member], now_s: float, *, heard: Collection[WorkerLife] = ()) -> None:
+        """A coordinator's answer. `heard`: lives whose frames come to this gateway."""
         self._told_s = now_s
         self._loads_s = None
         named = {member.info.worker_id for member in members}
+        self._hears_nobody = all(self._was_silent(member) for member in members)
         for worker_id in [worker_id for worker_id in self._workers if worker_id not in named]:
             believed = self._workers[worker_id]
-            since_s = now_s if believed.unnamed_since_s is None else believed.unnamed_since_s
-            if self._was_silent(believed.member) or now_s - since_s > self._limits.unnamed_for_s:
+            if believed.unnamed_since_s is None:
+                believed.unnamed_since_s = now_s
+            if believed.life in heard:
+                believed.heard_s = now_s
+            if not self._is_believed(believed, believed.unnamed_since_s, now_s):
                 del self._workers[worker_id]
-            else:
-                believed.unnamed_since_s = since_s
         for member in members:
             self._workers[member.info.worker_id] = _Believed(member)
+
+    def _is_believed(self, believed: _Believed, unnamed_since_s: float, now_s: float) -> bool:
+        """Although the coordinator does not name it."""
+        if not self._hears_nobody:
+            return not self._was_silent(believed.member) and now_s - unnamed_since_s <= self._limits.unnamed_for_s
+        last_s = max(unnamed_since_s, believed.heard_s)
+        return now_s - last_s <= self._limits.unnamed_for_s and now_s - unnamed_since_s <= self._limits.snapshot_ttl_s
 
     def place(
         self,
@@ -126,11 +159,13 @@ class Snapshot:
         now_s: float,
         *,
         lost: Collection[WorkerLife],
+        heard: Collection[WorkerLife] = (),
         own: Callable[[], Mapping[WorkerId, OwnLoad]],
     ) -> Placement | Rejection:
         """By the policy; counts as load from now on.
 
-        Workers of `lost` get nothing, silent ones only where there is no other. `own()` is what this gateway has
+        Workers of `lost` get nothing. Those that the coordinator called silent get something only where there is no
+        other, unless this gateway `heard` them lately. `own()` is what this gateway has
         where: it is all that is known of their load once the coordinator's last answer is too old.
         """
         if self._conductor is None:
@@ -139,26 +174,28 @@ class Snapshot:
         self._bring_up_to_date(conductor, now_s, own)
         # Its keys would be looked up in a directory of nothing.
         item = msgspec.structs.replace(item, block_keys=b"", slo_class="")
-        heard, silent = self._usable(conductor, lost)
-        verdict = _decide(conductor, item, now_s, heard)
+        up, silent = self._usable(conductor, lost, heard)
+        verdict = _decide(conductor, item, now_s, up)
         if silent.any() and isinstance(verdict, Rejection) and verdict.code == _NOBODY:
-            verdict = _decide(conductor, item, now_s, heard | silent)
+            verdict = _decide(conductor, item, now_s, up | silent)
         if isinstance(verdict, Rejection):
             return verdict
         reason = f"by this gateway, from what it heard of the cluster {self.age_s(now_s):.1f} s ago: {verdict.reason}"
         return msgspec.structs.replace(verdict, reason=reason)
 
-    def _usable(self, conductor: Conductor, lost: Collection[WorkerLife]) -> tuple[Flags, Flags]:
+    def _usable(
+        self, conductor: Conductor, lost: Collection[WorkerLife], heard: Collection[WorkerLife]
+    ) -> tuple[Flags, Flags]:
         """By row of the fleet: those that were heard lately, and those that were not; both without the lost."""
-        heard: list[bool] = []
+        up: list[bool] = []
         silent: list[bool] = []
         for info in conductor.fleet.view().infos:
-            member = self._workers[info.worker_id].member
-            is_here = WorkerLife(info.worker_id, info.incarnation) not in lost
-            is_silent = self._was_silent(member)
-            heard.append(is_here and not is_silent)
+            believed = self._workers[info.worker_id]
+            is_here = believed.life not in lost
+            is_silent = self._was_silent(believed.member) and believed.life not in heard
+            up.append(is_here and not is_silent)
             silent.append(is_here and is_silent)
-        return np.array(heard, np.bool_), np.array(silent, np.bool_)
+        return np.array(up, np.bool_), np.array(silent, np.bool_)
 
     def _was_silent(self, member: Member) -> bool:
         return member.state == "suspect" or member.heartbeat_age_s > self._limits.silent_after_s

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from contracts.errors import BadRequest
+from contracts.requests import MOST_PRIORITY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +32,7 @@ _SALT_SEPARATOR = "/"
 class Tenant:
     name: str
     #: Requests that ask for more get this.
-    max_priority: int = 100
+    max_priority: int = MOST_PRIORITY
     #: Of requests that name none; None: the gateway's default.
     slo_class: str | None = None
 

@@ -40,6 +40,10 @@ class PrefillLimits:
         if not 0 < self.handoff_share <= 0.5:
             raise ValueError(f"handoff_share must be in (0, 0.5]: {self.handoff_share}")
 
+    def handoff_blocks(self, num_blocks: int) -> int:
+        """Blocks of that part, of a pool of so many."""
+        return max(1, int(self.handoff_share * num_blocks))
+
 
 class PromptVerdict(Enum):
     """Whether the prompt at the head of the queue is admitted; the values are metric labels."""

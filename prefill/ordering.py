@@ -9,8 +9,9 @@ later starts further back.
     edf       when the first token is due, but no later than `UNHURRIED_AGEINGS * ageing_s` after it was received; a
               prompt without a target is due then (earliest deadline first; first come first served among those)
 
-each less `ageing * priority`: one priority more counts like `ageing_s` more of waiting. So nobody starves: no prompt
-goes before another of its tenant that was received more than `longest_span_s` before it.
+each less `ageing * priority`: one priority more counts like `ageing_s` more of waiting, within the bounds of
+`contracts.requests.counted_priority`. So nobody starves: no prompt goes before another of its tenant that was received
+more than `longest_span_s` before it.
 
 Under overload earliest-deadline-first serves everybody just too late, one after the other. A prompt whose first token
 cannot be in time any more therefore counts like one without a target from then on: behind those that still can be,
@@ -22,6 +23,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from contracts.requests import MOST_PRIORITY, counted_priority
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,7 +80,7 @@ def place_of(
     it takes at least.
     """
     ageing_s = rules.ageing_s
-    head_start_s = ageing_s * priority
+    head_start_s = ageing_s * counted_priority(priority)
     if rules.order == "edf":
         unhurried_s = received_s + UNHURRIED_AGEINGS * ageing_s
         late_key = unhurried_s - head_start_s
@@ -90,9 +93,10 @@ def place_of(
     return Place(key, math.inf, key)
 
 
-def longest_span_s(rules: QueueRules, *, max_tokens: int, priorities: int = 0) -> float:
+def longest_span_s(rules: QueueRules, *, max_tokens: int, priorities: int = 2 * MOST_PRIORITY) -> float:
     """No prompt goes before one of its tenant that was received more than this earlier, where both have at most
-    `max_tokens` tokens and their priorities differ by at most `priorities`. Pure."""
+    `max_tokens` tokens and their priorities differ by at most `priorities`; the default is what counts. Pure."""
+    priorities = min(priorities, 2 * MOST_PRIORITY)
     if rules.order == "edf":
         return rules.ageing_s * (UNHURRIED_AGEINGS + priorities)
     ageings = math.log2(max(1, max_tokens)) if rules.order == "shortest" else 0.0

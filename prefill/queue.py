@@ -31,14 +31,13 @@ from prefill.admission import (
     Handoffs,
     PromptVerdict,
     admit,
-    blocks_to_fetch,
     handoffs_full,
-    may_fetch,
     queue_full,
     reads_enough,
     retry_after_s,
 )
 from prefill.block_tally import BlockTally
+from prefill.prefixes import PromptPrefixes
 from prefill.prompts import Prompt
 from prefill.waiting import WaitingQueue
 
@@ -46,15 +45,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from contracts.ids import BlockId, GatewayId, LeaseId
-    from contracts.messages import HandoffReply, LeaseTerms, Peer, PrefillRequest, PrefixPlan, RequestKey
+    from contracts.messages import HandoffReply, LeaseTerms, Peer, PrefillRequest, RequestKey
     from contracts.requests import GenerateRequest
     from engine.plan import Engine, Sampled, SequenceStep
     from engine.room import Room
     from engine.sequence import Emit
-    from kvstore.prefix_cache import KeyChain, PrefixCache
+    from kvstore.prefix_cache import PrefixCache
     from kvtransfer import HolderService, Ledger
     from prefill.admission import PrefillLimits
-
+    from prefill.prefixes import StartFetch
 
 #: How long after its deadline a prompt's lease may stand at most: `PrefillQueue.expire` is called more often.
 DEADLINE_SLACK_S = 5.0
@@ -77,17 +76,6 @@ class LocalHandoff(Protocol):
     """Gives a read prompt to the decode side of the same (mixed) worker; its blocks change hands."""
 
     def __call__(self, sequence: Sequence, now_s: float) -> None: ...
-
-
-class StartFetch(Protocol):
-    """Begins to copy blocks `[len(local), stop)` of a prompt from another worker into the prefix cache."""
-
-    def __call__(
-        self, chain: KeyChain, local: list[BlockId], stop: int, source: Peer, waiter: Callable[[float], None]
-    ) -> Callable[[], None] | None:
-        """None where that is not possible now. Otherwise `waiter` is called with the time when it has ended, however
-        it did, unless what is returned is called before."""
-        ...
 
 
 class SendOffer(Protocol):
@@ -131,17 +119,15 @@ class PrefillQueue:
         self._engine = engine
         self._layout = engine.identity.layout
         self._ledger = ledger
-        self._prefixes = prefixes
         self._holder = holder
         self._own_worker_id = own_worker_id
         self._room = room
         self._limits = limits
         self._emit = emit
         self._send_offer = send_offer
-        self._start_fetch = start_fetch
         self._hand_over = hand_over
         self._also_writes = also_writes
-        self._budget_blocks = max(1, int(limits.handoff_share * engine.num_blocks))
+        self._budget_blocks = limits.handoff_blocks(engine.num_blocks)
         self._on_blocks_freed = on_blocks_freed
         self._sequence_ids = sequence_ids
         #: All and only prompts known here, by try.
@@ -153,16 +139,23 @@ class PrefillQueue:
         #: The latest time this side was told.
         self._now_s = -math.inf
         self._waiting: WaitingQueue[Prompt] = WaitingQueue(limits.queue)
-        #: Tokens of the prompts in `_waiting` and `_fetching`, cached ones included.
+        #: Tokens of the prompts in `_waiting` and of those whose beginning is being fetched, cached ones included.
         self._waiting_tokens = 0
-        #: All and only prompts whose beginning is being fetched: they hold nothing, and are queued when that has ended.
-        self._fetching: dict[RequestKey, Prompt] = {}
         #: All and only prompts with blocks whose first token is not sampled, in order of admission.
         self._running: dict[int, Prompt] = {}
         #: All and only prompts whose lease has not ended.
         self._leased: dict[LeaseId, Prompt] = {}
         #: Blocks of all of them.
         self._lent = BlockTally()
+        #: Prompts whose beginning is being fetched hold nothing, and are queued when that has ended.
+        self._prefixes = PromptPrefixes(
+            prefixes,
+            lent=self._lent,
+            room=room,
+            block_tokens=self._layout.block_tokens,
+            start_fetch=start_fetch,
+            on_fetched=self._fetched,
+        )
         #: Those of `_leased` that are sealed, and their blocks.
         self._untaken_count = 0
         self._untaken = BlockTally()
@@ -171,7 +164,7 @@ class PrefillQueue:
 
     def __repr__(self) -> str:
         counts = (
-            f"{len(self._fetching)} fetching, {len(self._waiting)} waiting, {len(self._running)} running, "
+            f"{self._prefixes.num_fetching} fetching, {len(self._waiting)} waiting, {len(self._running)} running, "
             f"{self._untaken_count} untaken"
         )
         return f"<PrefillQueue [{counts}]>"
@@ -179,7 +172,7 @@ class PrefillQueue:
     @property
     def waiting_count(self) -> int:
         """Without blocks, those whose beginning is being fetched included."""
-        return len(self._waiting) + len(self._fetching)
+        return len(self._waiting) + self._prefixes.num_fetching
 
     @property
     def open_count(self) -> int:
@@ -244,13 +237,13 @@ class PrefillQueue:
             reader=ask.decode if self._hands_over(ask, num_blocks) else None,
             received_s=now_s,
             num_blocks=num_blocks,
-            chain=self._prefixes.chain(request.token_ids, request.cache_salt),
+            chain=self._prefixes.chain(request),
         )
-        cached = self._find_cached(prompt)
+        cached = self._prefixes.find(prompt)
         self._prompts[sequence.key] = prompt
         self._now_s = now_s
         self._waiting_tokens += len(sequence.token_ids)
-        if ask.prefix is None or not self._fetch(prompt, cached, ask.prefix, now_s):
+        if ask.prefix is None or not self._prefixes.fetch(prompt, cached, ask.prefix, now_s):
             self._wait(prompt)
         self._note_head()
 
@@ -307,7 +300,7 @@ class PrefillQueue:
         self._now_s = now_s
         prompt.in_step, prompt.step_tokens = False, 0
         prompt.sequence.num_computed += num_tokens
-        self._name_final(prompt)
+        self._prefixes.name_final(prompt)
         if prompt.doomed:
             self._release(prompt)
             self._forget(prompt)
@@ -356,7 +349,7 @@ class PrefillQueue:
         if problem is None and _SAYS_FULL.fires():
             raise NoCapacity(f"{self._own_worker_id} is full on purpose", retry_after_s=retry_after_s(0.0))
         if problem is not None:
-            oldest = self._waiting.oldest() if self._waiting else next(iter(self._fetching.values()))
+            oldest = self._waiting.oldest() if self._waiting else self._prefixes.oldest_fetching()
             waited_s = now_s - oldest.received_s
             raise NoCapacity(f"{self._own_worker_id} has {problem}", retry_after_s=retry_after_s(waited_s))
 
@@ -369,45 +362,6 @@ class PrefillQueue:
         if ask.decode.worker_id == self._own_worker_id or num_to_write <= 1:
             return False
         return not (self._also_writes and num_blocks > self._budget_blocks)
-
-    # --- prefixes ---------------------------------------------------------------------------------
-
-    def _find_cached(self, prompt: Prompt) -> list[BlockId]:
-        """Looks up which of its leading blocks stand, and notes how many: they may change until they are shared."""
-        cached = self._prefixes.match_prompt(prompt.chain, len(prompt.sequence.token_ids))
-        prompt.num_cached, prompt.num_held = len(cached), self._prefixes.num_held(cached)
-        prompt.num_cached_lent = sum(block in self._lent for block in cached)
-        return cached
-
-    def _fetch(self, prompt: Prompt, cached: list[BlockId], plan: PrefixPlan, now_s: float) -> bool:
-        """Begins to copy its beginning from where the plan says, if that still gains and there is room."""
-        most_blocks = self._prefixes.num_usable(prompt.chain, len(prompt.sequence.token_ids))
-        stop = blocks_to_fetch(plan, num_local=len(cached), most_blocks=most_blocks)
-        # Those that stand here are held meanwhile: they are not available either.
-        taken = stop - len(cached) + prompt.num_cached - prompt.num_held
-        if not stop or plan.source is None or not may_fetch(taken, self._room.view()):
-            return False
-
-        def ended(ended_s: float) -> None:
-            prompt.leave_fetch, prompt.fetch_s = None, ended_s - now_s
-            self._now_s = ended_s
-            del self._fetching[prompt.sequence.key]
-            self._find_cached(prompt)
-            self._wait(prompt)
-            self._note_head()
-
-        prompt.leave_fetch = self._start_fetch(prompt.chain, cached, stop, plan.source, ended)
-        if prompt.leave_fetch is None:
-            return False
-        self._fetching[prompt.sequence.key] = prompt
-        return True
-
-    def _name_final(self, prompt: Prompt) -> None:
-        """Blocks that no chunk will write again can be found from now on."""
-        sequence = prompt.sequence
-        num_final = sequence.num_computed // self._layout.block_tokens
-        self._prefixes.name(prompt.chain, sequence.block_ids, prompt.num_named, num_final)
-        prompt.num_named = num_final
 
     # --- admission --------------------------------------------------------------------------------
 
@@ -430,10 +384,15 @@ class PrefillQueue:
             priority=request.priority,
         )
 
+    def _fetched(self, prompt: Prompt, ended_s: float) -> None:
+        self._now_s = ended_s
+        self._wait(prompt)
+        self._note_head()
+
     def _left_queue(self, prompt: Prompt) -> None:
         """It waits for blocks, or for its beginning, no more."""
         self._waiting.discard(prompt)
-        self._fetching.pop(prompt.sequence.key, None)
+        self._prefixes.forget(prompt)
         self._waiting_tokens -= len(prompt.sequence.token_ids)
 
     def _reads_enough(self) -> bool:
@@ -446,7 +405,7 @@ class PrefillQueue:
         noted, admitted = self._room.prompt, False
         while self._waiting and not self._reads_enough():
             prompt = self._waiting.first(now_s)
-            cached = self._find_cached(prompt)
+            cached = self._prefixes.find(prompt)
             verdict = admit(self._demand(prompt), self._room.view(), self._handoffs(prompt))
             if verdict is not PromptVerdict.ADMIT:
                 _NOT_ADMITTED.reached()
@@ -616,9 +575,7 @@ class PrefillQueue:
             lease_id = prompt.lease_id
             self._end_lease(lease_id)
             self._holder.withdraw(lease_id, reason)
-        if prompt.leave_fetch is not None:
-            prompt.leave_fetch()
-            prompt.leave_fetch = None
+        self._prefixes.leave(prompt)
         if prompt.in_step:
             _DROPPED_IN_STEP.reached()
             prompt.doomed = True
@@ -637,6 +594,6 @@ class PrefillQueue:
         self._prompts.pop(prompt.sequence.key, None)
         self._over.add(prompt.sequence.key)
         self._running.pop(prompt.sequence.sequence_id, None)
-        if prompt in self._waiting or prompt.sequence.key in self._fetching:
+        if prompt in self._waiting or self._prefixes.is_fetching(prompt):
             self._left_queue(prompt)
         self._note_head()

@@ -252,6 +252,7 @@ class SimulatedCluster:
             clock,
             conductor=self._spec.conductor() if self._spec.conductor is not None else self._default_conductor(costs),
             on_transfers=costs.observe_transfers,
+            on_gone=costs.forget_links,
             log=self._log(COORDINATOR_HOST),
         )
         hinting = HintingServer(
@@ -320,6 +321,8 @@ class SimulatedCluster:
             total_blocks=spec.num_blocks,
             max_context_tokens=spec.max_context_tokens,
             max_batch_tokens=spec.max_batch_tokens,
+            max_sequences=spec.max_sequences,
+            handoff_blocks=spec.prefill.handoff_blocks(spec.num_blocks),
         )
         shell = WorkerShell(
             info=info,

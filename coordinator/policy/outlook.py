@@ -14,6 +14,7 @@ placed there whose prompts will have been read by then. The latter are tabulated
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +32,8 @@ NUM_SLOTS = 64
 _MOST_READING = 0.95
 #: How far back the share of time that workers read prompts is looked at.
 READING_WINDOW_S = 10.0
+#: No step takes less.
+_SHORTEST_STEP_S = 1e-9
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +55,8 @@ class Pace:
 
     answer_tokens: float
     token_s: float
+    #: Of the prompts placed lately; 0: none was.
+    prompt_tokens: float = 0.0
 
     @property
     def answer_s(self) -> float:
@@ -99,6 +104,13 @@ class Outlook:
     num_decodes: Expected
     context_tokens: Expected
     free_tokens: Expected
+    #: KV of prompts that were read and that their writers have not taken; how much of it may wait until the worker
+    #: reads on for other workers; all that its blocks hold.
+    untaken_tokens: Expected
+    handoff_tokens: Expected
+    total_tokens: Expected
+    #: Answers that it writes at the same time: as many as its steps hold, or as have blocks where these are taken.
+    seats: Expected
     #: `[slot, 0 or 1, row]`: answers expected to be written at the slot's time; their context tokens.
     decoding: NDArray[np.float64]
     slots: Slots
@@ -112,18 +124,20 @@ class Outlook:
         seconds: Seconds = np.maximum(self.prefill_free_s[rank] - now_s, 0.0)
         return seconds
 
-    def company_s(self, queue_s: Seconds) -> Seconds:
+    def company_s(self, queue_s: Seconds, now_s: float) -> Seconds:
         """What the last step of a prompt that waits so long takes longer for prompts that came after it: they fill
         that step as far as it has room, half of it on average, and as far as they come in time."""
-        coming_s = queue_s * self.reading_s * (1.0 / READING_WINDOW_S)
+        fade = np.exp((self.reading_as_of_s - now_s) / READING_WINDOW_S)
+        coming_s = queue_s * self.reading_s * fade * (1.0 / READING_WINDOW_S)
         company_s: Seconds = np.minimum(coming_s, 0.5 * self.full_step_s)
         return company_s
 
-    def company_at_s(self, row: int, queue_s: float) -> float:
+    def company_at_s(self, row: int, queue_s: float, now_s: float) -> float:
         """The same for one worker."""
         if not queue_s:
             return 0.0
-        coming_s = queue_s * float(self.reading_s[row]) * (1.0 / READING_WINDOW_S)
+        fade = math.exp((float(self.reading_as_of_s[row]) - now_s) / READING_WINDOW_S)
+        coming_s = queue_s * float(self.reading_s[row]) * fade * (1.0 / READING_WINDOW_S)
         return min(coming_s, 0.5 * float(self.full_step_s[row]))
 
     def decoding_at(self, at_s: float) -> Decoding:
@@ -145,27 +159,38 @@ class Outlook:
         return np.minimum(self.reading_s * fade / READING_WINDOW_S, _MOST_READING)
 
     def tokens_room(self, decoding: Decoding) -> Expected:
-        """Tokens of KV that will be free then: what is now, and what will have been given back."""
-        return self.free_tokens + self.context_tokens - decoding.context_tokens
+        """Tokens of KV that will be free then: what is now, and what will have been given back. Less than none where
+        answers wait for blocks."""
+        return np.minimum(self.free_tokens + self.context_tokens, self.total_tokens) - decoding.context_tokens
 
     def tpot_s(
         self, decoding: Decoding, prompt_tokens: int, answer_tokens: float, now_s: float, is_mixed: Flags | None
     ) -> Seconds:
-        """Of one more answer, on each worker: a step with it in the midst of its length, and what it waits for blocks
-        where those are taken, spread over its tokens. `is_mixed` by row; None: nobody is."""
+        """Of one more answer, on each worker: a step with it in the midst of its length, and what it waits for a seat
+        and for blocks where those are taken, spread over its tokens. `is_mixed` by row; None: nobody is."""
         context_tokens = decoding.context_tokens + (prompt_tokens + 0.5 * answer_tokens)
-        step_s = self.tables.decode_step_s(self.write_kind, decoding.num_decodes + 1.0, context_tokens)
+        num_decodes = decoding.num_decodes + 1.0
+        unseated = num_decodes - self.seats
+        is_crowded = unseated.max(initial=0.0) > 0
+        if is_crowded:
+            seated = np.minimum(num_decodes, self.seats)
+            context_tokens = context_tokens * (seated / num_decodes)
+            num_decodes = seated
+        step_s = self.tables.decode_step_s(self.write_kind, num_decodes, context_tokens)
         if is_mixed is not None:
             step_s = self._beside_chunks(step_s, decoding, now_s, is_mixed)
         missing = prompt_tokens + answer_tokens - self.tokens_room(decoding)
-        if missing.max(initial=0.0) > 0:
-            # Blocks come free as answers end: each worker's whole context within the duration of one.
-            wait_s = np.maximum(missing, 0.0) * (self.pace.answer_s / np.maximum(decoding.context_tokens, 1.0))
-            step_s = step_s + wait_s / max(answer_tokens - 1.0, 1.0)
+        if is_crowded or missing.max(initial=0.0) > 0:
+            # Both come free as answers end: each worker's all within the duration of one.
+            held = np.minimum(np.maximum(decoding.context_tokens, 1.0), self.total_tokens)
+            turns = np.maximum(np.maximum(missing, 0.0) / held, np.maximum(unseated, 0.0) / self.seats)
+            step_s = step_s + turns * (self.pace.answer_s / max(answer_tokens - 1.0, 1.0))
         return step_s
 
     def _beside_chunks(self, step_s: Seconds, decoding: Decoding, now_s: float, is_mixed: Flags) -> Seconds:
         """Mean over steps that only decode and steps that read prompts too."""
+        # Of workers that do not write it may be unknown.
+        step_s = np.maximum(step_s, _SHORTEST_STEP_S)
         chunk_s = self.full_step_s + self.step_extra_s(decoding)
         share = self.reading_share(now_s) * is_mixed
         return 1.0 / (share / np.maximum(chunk_s, step_s) + (1.0 - share) / step_s)

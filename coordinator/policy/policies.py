@@ -230,11 +230,15 @@ def _rest_s(
         if readers.any():
             # What each holds matters little here.
             reading = prompt.at(int(readers.argmax()))
-            handoff_s[readers] = _handoff_wait_s(question, link, reading.read_s, reading.last_tokens)
+            token_bytes = prompt.kv_token_bytes(number)
+            handoff_s[readers] = _handoff_wait_s(question, link, token_bytes, reading.read_s, reading.last_tokens)
     best_s = float(by_reader[found.open_readers].min())
     if not np.isfinite(best_s):
         return np.zeros(len(tpot_s))
-    rest_s = handoff_s + (by_reader - best_s) * max(question.answer_tokens - 1.0, 0.0)
+    num_later = max(question.answer_tokens - 1.0, 0.0)
+    # Who has no writer stays last, also where there is nothing to write.
+    slower_s = np.multiply(by_reader - best_s, num_later, out=by_reader.copy(), where=np.isfinite(by_reader))
+    rest_s = handoff_s + slower_s
     if question.tpot_limit_s is not None:
         rest_s = rest_s + _MISSES_TARGET_S * (by_reader > question.tpot_limit_s)
     return rest_s
@@ -269,11 +273,13 @@ class _Ahead:
         return writing
 
 
-def _handoff_wait_s(question: Question, link: Link, read_s: float, last_tokens: int) -> float:
+def _handoff_wait_s(
+    question: Question, link: Link, kv_token_bytes: int, read_s: float, last_tokens: int
+) -> float:
     """From the first token to the second: KV is pulled while later chunks compute, so either the last chunk's alone is
     late, or the link is slower than the computation."""
-    whole_s = link.transfer.transfer_s(question.item.prompt_tokens * link.kv_token_bytes, 1)
-    last_s = link.transfer.transfer_s(last_tokens * link.kv_token_bytes, 1)
+    whole_s = link.transfer.transfer_s(question.item.prompt_tokens * kv_token_bytes, 1)
+    last_s = link.transfer.transfer_s(last_tokens * kv_token_bytes, 1)
     return max(last_s, whole_s - read_s)
 
 
@@ -295,7 +301,9 @@ def _chosen(
     if outlook.knows_writing:
         tpot_s = float(ahead.writing(best.reader).tpot_s[best.writer])
         if is_handed_over:
-            tpot_s += _handoff_wait_s(question, link, read_s, last_tokens) / max(question.answer_tokens - 1.0, 1.0)
+            token_bytes = ahead.prompt.kv_token_bytes(int(outlook.read_group[best.reader]))
+            wait_s = _handoff_wait_s(question, link, token_bytes, read_s, last_tokens)
+            tpot_s += wait_s / max(question.answer_tokens - 1.0, 1.0)
         waited_s = question.item.waited_s
         predicted = Predicted(
             waited_s=waited_s,

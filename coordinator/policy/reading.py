@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from coordinator.policy.holding_up import held_up_s
 from coordinator.policy.pairing import least
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Link(NamedTuple):
     """How KV travels between workers, and in which portions it is known."""
 
     transfer: TransferModel
+    #: Of workers whose costs do not tell.
     kv_token_bytes: int
     block_tokens: int
 
@@ -91,15 +93,18 @@ class Prompt:
         #: By class of KV.
         self._sources: dict[int, Source | None] = {}
         self._step_extra_s: Seconds | None = None
+        self._held_up_s = held_up_s(question, view, outlook)
 
     def reach_s(self) -> Seconds:
         """By row: seconds from now to the first token."""
         question, outlook = self._question, self._outlook
         queue_s = outlook.queue_s(question.rank, question.now_s)
+        if self._held_up_s is not None:
+            queue_s = np.maximum(queue_s, self._held_up_s)
         lengths = self._lengths()
         num_lengths, num_groups = len(lengths), len(outlook.read_groups)
         if num_lengths == 1 and num_groups == 1:
-            reach_s: Seconds = queue_s + outlook.company_s(queue_s) + self.way(0, 0).read_s
+            reach_s: Seconds = queue_s + outlook.company_s(queue_s, question.now_s) + self.way(0, 0).read_s
             return reach_s + self._extra_s(question.item.prompt_tokens) if outlook.any_mixed else reach_s
         codes = np.zeros(len(queue_s), np.int64) if num_groups == 1 else outlook.read_group * num_lengths
         if question.held is not None:
@@ -111,7 +116,7 @@ class Prompt:
             way = self.way(code // num_lengths, lengths[code % num_lengths])
             read_s[code], fetch_s[code], cached_blocks[code] = way.read_s, way.fetch_s, way.cached_blocks
         begin_s = np.maximum(queue_s, np.array(fetch_s).take(codes)) if any(fetch_s) else queue_s
-        reach_s = begin_s + outlook.company_s(queue_s) + np.array(read_s).take(codes)
+        reach_s = begin_s + outlook.company_s(queue_s, question.now_s) + np.array(read_s).take(codes)
         if not outlook.any_mixed:
             return reach_s
         cached_tokens = np.array(cached_blocks).take(codes) * self._link.block_tokens
@@ -121,13 +126,15 @@ class Prompt:
         """What is expected on one worker."""
         question, outlook = self._question, self._outlook
         queue_s = max(0.0, float(outlook.prefill_free_s[question.rank, row]) - question.now_s)
+        if self._held_up_s is not None:
+            queue_s = max(queue_s, float(self._held_up_s[row]))
         group = int(outlook.read_group[row])
         way = self.way(group, question.held_by(row))
         table = outlook.tables.kinds[outlook.read_groups[group].kind]
         cached_tokens = way.cached_blocks * self._link.block_tokens
         new_tokens = question.item.prompt_tokens - cached_tokens
         extra_s = float(self._extra_s(new_tokens)[row]) if self._view.is_mixed[row] else 0.0
-        company_s = outlook.company_at_s(row, queue_s)
+        company_s = outlook.company_at_s(row, queue_s, question.now_s)
         work_s = min(way.read_s, table.share_s(new_tokens, cached_tokens)) if queue_s else way.read_s
         return Reading(
             queue_s=queue_s,
@@ -145,6 +152,11 @@ class Prompt:
         if way is None:
             way = self._ways[key] = self._find_way(group, held_blocks)
         return way
+
+    def kv_token_bytes(self, group: int) -> int:
+        """What workers of this group hold for a token."""
+        kind = self._outlook.tables.kinds[self._outlook.read_groups[group].kind]
+        return kind.costs.kv_token_bytes or self._link.kv_token_bytes
 
     def source(self, kv_class: int) -> Source | None:
         """None: nobody holds anything."""
@@ -166,7 +178,7 @@ class Prompt:
         source = None if self._fetch_ratio is None else self.source(kv_class)
         if self._fetch_ratio is None or source is None or source.blocks <= self._fetch_ratio * held_blocks:
             return alone
-        num_bytes = (source.blocks - held_blocks) * self._link.block_tokens * self._link.kv_token_bytes
+        num_bytes = (source.blocks - held_blocks) * self._link.block_tokens * self.kv_token_bytes(group)
         fetch_s = source.wait_s + self._link.transfer.transfer_s(num_bytes, 1)
         read_s = self._price(kind, source.blocks)
         if fetch_s >= alone.read_s - read_s:

@@ -2,8 +2,8 @@
 
 `spread`: the lowest predicted TPOT with this answer added, so that all stay fast. `pack`: the highest that still meets
 the request's target, so that other workers stay free (Llumnix calls it bin-packing under the SLO); without a target,
-or where nobody meets it, as `spread`. Among workers that will have room for the prompt and the expected answer; where
-none will, the one with the most.
+or where nobody meets it, as `spread`. Among workers that will have a seat, and room for the prompt and the expected
+answer; where none has both, `spread` among those with room; where none has that, the one with the most.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ class Writing(NamedTuple):
 
     tpot_s: Seconds
     room_tokens: Expected
+    #: Whether a seat is free for one more answer.
+    has_seat: Flags
 
 
 def writing_at(question: Question, view: FleetView, outlook: Outlook, begin_s: float) -> Writing:
     decoding = outlook.decoding_at(begin_s)
     is_mixed = view.is_mixed if outlook.any_mixed else None
     tpot_s = outlook.tpot_s(decoding, question.item.prompt_tokens, question.answer_tokens, question.now_s, is_mixed)
-    return Writing(tpot_s, outlook.tokens_room(decoding))
+    return Writing(tpot_s, outlook.tokens_room(decoding), decoding.num_decodes + 1.0 <= outlook.seats)
 
 
 def choose_writer(
@@ -47,6 +49,10 @@ def choose_writer(
     roomy = writers & (writing.room_tokens >= question.item.prompt_tokens + question.answer_tokens)
     if not is_any(roomy):
         return most(writing.room_tokens, writers)
+    seated = roomy & writing.has_seat
+    if not is_any(seated):
+        return least(writing.tpot_s, roomy)
+    roomy = seated
     if way == "pack" and question.tpot_limit_s is not None:
         in_time = roomy & (writing.tpot_s <= question.tpot_limit_s)
         if is_any(in_time):

@@ -53,6 +53,8 @@ class Coordinator:
                 total_blocks=worker.num_blocks,
                 max_context_tokens=spec.max_context_tokens,
                 max_batch_tokens=worker.max_batch_tokens,
+                max_sequences=worker.max_sequences,
+                handoff_blocks=worker.handoff_blocks,
             )
             self._conductor.add(info, 0.0)
         by_id = {worker.worker_id: worker for worker in workers}

@@ -42,6 +42,7 @@ def load_of(worker: Worker) -> WorkerLoad:
         unread_tokens=incoming.num_tokens - incoming.sealed_tokens,
         answers=worker.tallies.by_size,
         free_blocks=worker.available_blocks,
+        offered_blocks=prompts.untaken_blocks,
         reserved_blocks=incoming.reserved_blocks,
         step_age_s=worker.step_age_s(),
     )

@@ -31,7 +31,7 @@ class Prompts:
         self._limits = group.prefill
         self._also_writes = group.role == "mixed"
         self._overlap = context.spec.overlap
-        self._budget_blocks = max(1, int(group.prefill.handoff_share * group.num_blocks))
+        self._budget_blocks = group.prefill.handoff_blocks(group.num_blocks)
         self._hash_block_tokens = context.hash_block_tokens
         self._fetches = Fetches(context, worker, self._enqueue)
         self._latency = group.latency
@@ -63,6 +63,11 @@ class Prompts:
     def num_open(self) -> int:
         """Waiting or being read."""
         return self.num_waiting + len(self.running)
+
+    @property
+    def untaken_blocks(self) -> int:
+        """Of prompts that were read whole and that their readers have not taken."""
+        return self._untaken_blocks
 
     @property
     def fetched_blocks(self) -> int:

@@ -62,6 +62,8 @@ class Worker:
         self.role: Role = group.role
         self.num_blocks = group.num_blocks
         self.max_batch_tokens = group.budget.max_tokens
+        self.max_sequences = group.budget.max_sequences
+        self.handoff_blocks = 0 if group.role == "decode" else group.prefill.handoff_blocks(group.num_blocks)
         self.interface = Interface()
         self.prefix_cache = self._make_cache(context, group)
         #: A report of what changed in its prefix cache is on its way.

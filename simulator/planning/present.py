@@ -84,7 +84,7 @@ def better_split(
     except ConfigError as error:
         raise NoSplit(error.message) from error
     num_workers = sum(pool.num_workers for pool in question.pools)
-    kinds = {role: [WorkerKind(_ONE_DEVICE, _budget(question, role))] for role in ROLES}
+    kinds: dict[Role, list[WorkerKind]] = {role: [WorkerKind(_ONE_DEVICE, _budget(question, role))] for role in ROLES}
     planned = plan_goodput(Machines(num_devices=num_workers), kinds, exact, bounds, rough=rough)
     if planned.best is None:
         raise NoSplit("no split of the workers meets the targets at any rate")

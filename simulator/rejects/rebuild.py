@@ -229,9 +229,10 @@ def _latency(costs: CostKind, stretch: Stretch) -> FittedLatency:
     reads = next((each for each in every if each.prefill.at(1) > 0), None)
     writes = next((each for each in every if each.decode.at(1) > 0), None)
     if reads is None or writes is None:
+        unknown = "reading a prompt" if reads is None else "writing an answer"
         raise ConfigError(
-            f"the log does not say what {'reading a prompt' if reads is None else 'writing an answer'} takes: no profile "
-            f"was given to the coordinator, and no worker had measured enough of its own; nothing can be replayed"
+            f"the log does not say what {unknown} takes: no profile was given to the coordinator, and "
+            "no worker had measured enough of its own; nothing can be replayed"
         )
     return FittedLatency(
         prefill=reads.prefill, pair_s=reads.pair_s, decode=writes.decode, context_token_s=writes.context_token_s

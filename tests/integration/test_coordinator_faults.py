@@ -290,7 +290,8 @@ async def test_a_decode_worker_that_its_gateway_loses(
     gateway = site(cluster, "gateway")
     questions = [question(110 + number, 24, 350, sampled=number % 2 == 1) for number in range(4)]
     async with cluster.asker() as asker:
-        await asker.learn(*questions)
+        fresh = [question(120 + number, 24, 8) for number in range(4)]
+        await asker.learn(*questions, *fresh)
         cluster.slow_decoding()
         async with asyncio.TaskGroup() as tasks:
             streams = Streams(asker, questions, tasks)
@@ -310,7 +311,7 @@ async def test_a_decode_worker_that_its_gateway_loses(
         assert sum(record.replays for record in results) > 0
         record_property("longest_gap_s", round(longest_gap_s(results), 2))
         assert longest_gap_s(results) < GAP_S
-        await asyncio.gather(*(asker.whole(each) for each in questions))
+        await asyncio.gather(*(asker.whole(each) for each in fresh))
 
 
 async def until_up(cluster: SplitCluster, names: Sequence[str]) -> None:
@@ -318,7 +319,7 @@ async def until_up(cluster: SplitCluster, names: Sequence[str]) -> None:
     until_s = time.monotonic() + 60.0
     while True:
         reply = await cluster.members()
-        up = {one.info.worker_id for one in reply.members if one.state == "up"} if reply else set()
+        up = {str(one.info.worker_id) for one in (reply.members if reply else ()) if one.state == "up"}
         if up >= set(names):
             return
         assert time.monotonic() < until_s, f"up are {up}"

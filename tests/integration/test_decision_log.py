@@ -35,20 +35,22 @@ async def test_every_decision_of_a_real_cluster_is_in_its_log(
     log, config = tmp_path / "decisions", tmp_path / "cluster.yaml"
     config.write_text(CONFIG)
     overrides = {"coordinator.decision_log": str(log)}
-    async with running_cluster(config=config, overrides=overrides) as cluster:
-        async with httpx.AsyncClient(base_url=cluster.base_url, timeout=120) as client:
+    async with (
+        running_cluster(config=config, overrides=overrides) as cluster,
+        httpx.AsyncClient(base_url=cluster.base_url, timeout=120) as client,
+    ):
 
-            async def ask(number: int, **fields: str) -> httpx.Response:
-                prompt = f"story {number} " + "and on it went " * 12
-                body = {"model": "demo", "prompt": prompt, "max_tokens": 4, **fields}
-                return await client.post("/v1/completions", json=body)
+        async def ask(number: int, **fields: str) -> httpx.Response:
+            prompt = f"story {number} " + "and on it went " * 12
+            body = {"model": "demo", "prompt": prompt, "max_tokens": 4, **fields}
+            return await client.post("/v1/completions", json=body)
 
-            num_placed = 0
-            while (answer := await ask(num_placed)).status_code == 200:
-                num_placed += 1
-                assert num_placed < MAX_ASKED, "an instant answer was never refused"
-            assert answer.status_code == 429, answer.text
-            assert (await ask(0, slo_class="patient")).status_code == 200
+        num_placed = 0
+        while (answer := await ask(num_placed)).status_code == 200:
+            num_placed += 1
+            assert num_placed < MAX_ASKED, "an instant answer was never refused"
+        assert answer.status_code == 429, answer.text
+        assert (await ask(0, slo_class="patient")).status_code == 200
     history = read_logs([log])
     assert (history.num_lost, history.num_unreadable, history.cut_files) == (0, 0, ())
     decisions = [each for stretch in history.stretches for each in stretch.decisions]

@@ -60,6 +60,8 @@ def test_a_profile_is_planned_with_and_the_file_is_accepted(profile: Path, tmp_p
     assert tree["slo"] == {"default": {"ttft_ms": 200.0, "tpot_ms": 60.0}}
     assert tree["default_slo_class"] == "default"
     assert tree["coordinator"]["dispatch"]["profile"] == str(profile.resolve())
+    lengths = {"prompt_tokens": 100.0, "p95_prompt_tokens": 100.0, "answer_tokens": 10.0}
+    assert tree["coordinator"]["replan"]["expected"] == lengths, "nobody asked for a rate"
     assert sum(pool["workers"] for pool in tree["pools"]) <= 3
     for pool in tree["pools"]:
         assert (pool["tensor_parallel"], pool["pipeline_parallel"]) == (1, 1)
@@ -90,6 +92,7 @@ def test_a_rate_gets_the_fewest_devices_and_too_high_a_one_says_so(
     assert done.status == 0, done.stderr
     assert [pool["workers"] for pool in read_plan(output)["pools"]] == [1]
     assert "on 1 device, " in done.stdout
+    assert read_plan(output)["coordinator"]["replan"]["expected"]["rate_rps"] == 1.0
     done = run_tandem(*base, "--gpus", "1", "--rate", "1000")
     assert done.status == 1
     assert "no plan on these devices serves 1e+03 requests/s; this is the most they can" in done.stdout

@@ -12,7 +12,8 @@ from contracts.requests import SamplingParams
 from gateway.core import Submission
 from gateway.limits import GatewayLimits
 from simulator import Program, run
-from simulator.cluster import ClusterSpec, SimulatedCluster
+from simulator.cluster import COORDINATOR_HOST, ClusterSpec, SimulatedCluster
+from simulator.faults.rules import Link, Partition
 from tests.support.workload import Answer, Ask, check, check_books, workload
 
 if TYPE_CHECKING:
@@ -142,6 +143,69 @@ def test_a_worker_that_dies_meanwhile_is_done_without(victim: str, seed: int) ->
             assert lost <= open_then + 2
 
     run(main, seed=seed)
+
+
+def heartbeats_lost() -> list[Partition]:
+    return [Partition(Link(worker_id, COORDINATOR_HOST)) for worker_id in ROLES]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_coordinator_that_hears_no_worker_any_more_refuses_nobody(seed: int) -> None:
+    """It answers its gateways all the while, and they hear every worker."""
+
+    async def main(program: Program) -> None:
+        async with SimulatedCluster(program, ClusterSpec(roles=ROLES)) as cluster:
+            await asyncio.sleep(2 * LIMITS.members_interval_s)
+            begin_s = asyncio.get_running_loop().time()
+            members = {one.info.worker_id: one.info for one in await cluster.core.members()}
+            losses = heartbeats_lost()
+
+            async def go_away() -> None:
+                await asyncio.sleep(GOES_S)
+                for loss in losses:
+                    cluster.network.add(loss)
+                await asyncio.sleep(AWAY_S)
+                for loss in losses:
+                    cluster.network.remove(loss)
+
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(go_away())
+                loading = tasks.create_task(load(program, [cluster.core], begin_s))
+            (served,) = loading.result()
+            check_served(served)
+            stats = cluster.core.stats
+            assert (stats.replays, stats.coordinator_outages) == ({}, 0)
+            # It is silence that it notices, and late.
+            assert stats.placements["snapshot"] >= 20
+            assert slowest(served, 0.0, 12.0) < USUAL_TTFT_S
+            assert {one.info.worker_id: one.info for one in await cluster.core.members()} == members
+            await asyncio.sleep(10.0)
+            await check_books(cluster)
+
+    run(main, seed=seed)
+
+
+def test_a_gateway_without_streams_looks_for_the_workers_itself() -> None:
+    """It was idle until long after the coordinator had heard the last of them."""
+
+    async def main(program: Program) -> None:
+        async with SimulatedCluster(program, ClusterSpec(roles=ROLES)) as cluster:
+            await asyncio.sleep(2 * LIMITS.members_interval_s)
+            for loss in heartbeats_lost():
+                cluster.network.add(loss)
+            await asyncio.sleep(12.0)
+            assert await cluster.core.members() == ()
+            # Dead by now, which only this gateway can tell.
+            cluster.crash("p0")
+            await asyncio.sleep(0.5)
+            begin_s = asyncio.get_running_loop().time()
+            asks = workload(program.rng("late"), count=20, over_s=2.0)
+            served = await asyncio.gather(*(ask(cluster.core, one, begin_s) for one in asks))
+            check_served(served)
+            assert cluster.core.stats.replays == {}
+            assert cluster.core.stats.placements == {"snapshot": 20}
+
+    run(main, seed=5)
 
 
 def test_a_coordinator_that_was_just_started_refuses_nobody() -> None:

@@ -14,7 +14,7 @@ from benchmarks.chaos_client import End, Question, Try
 from tests.support.chaos_asking import BOUND_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tests.support.chaos_asking import Asker
 
@@ -107,15 +107,15 @@ async def _stream(client: httpx.AsyncClient, body: dict[str, Any], choices: list
         _end(choices, End.BROKEN, "the stream ended without [DONE]")
 
 
-def _take(event: dict[str, Any], choices: list[Choice]) -> None:
+def _take(event: dict[str, Any], choices: Sequence[Choice]) -> None:
     if "error" in event:
         for choice in choices:
             choice.record.error = (str(event["error"]["code"]), str(event["error"]["message"]))
         return
     for piece in event["choices"]:
-        choice = choices[piece["index"]]
+        choice = choices[int(piece["index"])]
         record = choice.record
-        token_ids = piece.get("token_ids") or []
+        token_ids: list[int] = piece.get("token_ids") or []
         if token_ids:
             record.stamps_s.append(time.monotonic())
         record.token_ids += token_ids

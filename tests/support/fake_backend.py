@@ -81,6 +81,8 @@ class Script:
     reject_reason: str = ""
     #: Coordinator: was just started, no worker has registered yet.
     is_ignorant: bool = False
+    #: Coordinator: how long it has not heard its workers, as it says.
+    heartbeat_age_s: float = 0.1
     #: What the coordinator tells of its placements.
     predicted: Predicted | None = None
     prefix: PrefixPlan | None = None
@@ -370,7 +372,8 @@ class FakeCluster:
 
     async def _members(self, body: Empty, context: CallContext) -> MembersReply:
         members = tuple(
-            Member(info=worker.info(), load=WorkerLoad(), heartbeat_age_s=0.1) for worker in self.workers.values()
+            Member(info=worker.info(), load=WorkerLoad(), heartbeat_age_s=self.script.heartbeat_age_s)
+            for worker in self.workers.values()
         )
         if self.script.is_ignorant:
             members = ()

@@ -123,7 +123,7 @@ def audit(result: StudyResult) -> None:
     else:
         assert written >= expected_written
         assert read >= expected_read
-    assert ((0 <= columns.cached_tokens) & (columns.cached_tokens < columns.prompt_tokens)).all()
+    assert ((columns.cached_tokens >= 0) & (columns.cached_tokens < columns.prompt_tokens)).all()
     assert (columns.refusal[rejected] >= 0).all(), "a refusal has a reason"
     assert sum(worker.steps for worker in result.workers) == result.num_steps
     assert sum(worker.preemptions for worker in result.workers) == columns.preemptions.sum()

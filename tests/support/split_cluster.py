@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -17,7 +18,7 @@ from tests.support.chaos_asking import Asker, asking, clean, until_audit
 from tests.support.sites import Site, sites
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Mapping
 
     from benchmarks.chaos_reference import Auditor
     from contracts.messages import AuditReply, MembersReply
@@ -64,11 +65,11 @@ class SplitCluster:
         self._brake = brake
         self.auditor = auditor
         self._stack = stack
-        self.coordinator = self._at("coordinator", lambda bind: processes.start_coordinator(bind))
+        self.coordinator = self._at("coordinator", processes.start_coordinator)
         self.addresses = {"coordinator": self.coordinator.address}
         self.workers: dict[str, Part] = {}
         for name in NAMES[2:]:
-            self.workers[name] = self._at(name, lambda bind, name=name: self._start_worker(name, bind))  # type: ignore[misc]
+            self.workers[name] = self._at(name, partial(self._start_worker, name))
         host = {"gateway.host": self.sites["gateway"].address} if self.sites else {}
         self.gateway = self._at("gateway", lambda _: processes.start_gateway(settings=host))
         for name, worker in self.workers.items():
@@ -166,20 +167,21 @@ class SplitCluster:
         """Starts the workers that have ended anew, on the address they had."""
         for name, worker in self.workers.items():
             if worker.process.poll() is not None:
-                new = self._at(name, lambda _, name=name: self._start_worker(name, self.addresses[name]))  # type: ignore[misc]
+                new = self._at(name, partial(self._start_worker, name, known=self.addresses[name]))
                 self.processes.wait_ready(new)
                 new.address = worker.address
                 self.workers[name] = new
 
-    def _start_worker(self, name: str, bind: str) -> Part:
+    def _start_worker(self, name: str, bind: str, known: str | None = None) -> Part:
+        """`known`: where it was before."""
         pool, _, index = name.rpartition("-")
-        return self.processes.start_worker(pool, int(index), bind, wait=False)
+        return self.processes.start_worker(pool, int(index), known or bind, wait=False)
 
-    def _at(self, name: str, start: Any) -> Part:
+    def _at(self, name: str, start: Callable[[str], Part]) -> Part:
         """Starts a process where it belongs; `start` is given the address to bind to."""
         site = self.sites.get(name)
         self.processes.launcher = () if site is None else site.launcher
-        part: Part = start("127.0.0.1:0" if site is None else f"{site.address}:0")
+        part = start("127.0.0.1:0" if site is None else f"{site.address}:0")
         return part
 
     def _reached(self, name: str, address: str) -> str:

@@ -217,6 +217,12 @@ def test_a_secret_of_the_wrong_type_is_not_repeated() -> None:
             "{file}: coordinator.admission.from: unknown key; did you mean 'form'?",
         ),
         ("slo: {chat: {ttft: 3}}", "{file}: slo.chat.ttft_ms: this key is required"),
+        ("slo: {chat: }", "{file}: slo.chat = null: Input should be a section with ttft_ms and tpot_ms"),
+        ("engine: {queue: 3}", "{file}: engine.queue = 3: Input should be a section of order, ageing_s,"),
+        (
+            "coordinator: {max_directory_blocks: 100000001}",
+            "{file}: coordinator.max_directory_blocks = 100000001: Input should be less than or equal to 100000000",
+        ),
         ("slo: {chat: {ttft_ms: 3, tpot_ms: 0}}", "{file}: slo.chat.tpot_ms = 0: Input should be greater than 0"),
         ("gateway: {tenants: [{name: a}]}", "{file}: gateway.tenants.a.api_keys: this key is required"),
         ("gateway: {tenants: [{name: a, wieght: 2}]}", "{file}: gateway.tenants.a.api_keys: this key is required"),

@@ -226,16 +226,32 @@ def test_answers_that_will_have_ended_do_not_count() -> None:
 def test_inputs_for_the_log() -> None:
     made = conductor(pending=500, decodes=20)
     refusal = made.decide(item_of(100, 400, blocks=range(6)), 0.0)
-    inputs = made.inputs(refusal)
+    inputs = made.inputs()
+    assert isinstance(refusal, Refused)
+    assert (inputs.pending_tokens, inputs.waiting_requests) == (500, 0)
     assert (inputs.slo_class, inputs.was_refused, inputs.best_held_blocks) == ("chat", False, 0)
     assert inputs.limits == pytest.approx((512 * MILLI, 50 * MILLI))
     assert (inputs.num_decodes, inputs.answer_tokens) == (20.0, 256.0)
     assert 0 < inputs.num_decodes_then < 20, "some will have ended"
-    assert made.inputs(made.decide(item_of(100, 400), 0.0)).was_refused
+    made.decide(item_of(100, 400), 0.0)
+    assert made.inputs().was_refused
     made.report(WorkerId("p0"), WorkerLoad(), 1.0)
-    assert made.inputs(made.decide(item_of(10, 400, slo_class="x"), 1.0)).slo_class == "chat"
+    made.decide(item_of(10, 400, slo_class="x"), 1.0)
+    assert made.inputs().slo_class == "chat"
+
+
+def test_a_placement_s_own_load_is_no_input_of_it() -> None:
+    made = conductor_of(["p0", "d0"])
+    for others in range(3):
+        assert isinstance(made.decide(item_of(600, 100, name=str(others)), 0.0), Chosen)
+        inputs = made.inputs()
+        assert (inputs.pending_tokens, inputs.waiting_requests) == (600 * others, others)
+        assert (inputs.num_decodes, inputs.context_tokens) == (0.0, 0.0)
+        assert (inputs.num_decodes_then > 0, inputs.context_tokens_then > 0) == (others > 0, others > 0)
+    made.decide(item_of(100_000), 0.0)
+    assert made.inputs()[-6:] == (0, 0, 0.0, 0.0, 0.0, 0.0), "it fits into no worker"
 
 
 def test_words_need_a_decision() -> None:
     with pytest.raises(ValueError, match="nothing has been decided"):
-        conductor().inputs(best(1.0, 1.0))
+        conductor().inputs()

@@ -108,6 +108,12 @@ def test_priority_counts_like_an_earlier_target() -> None:
     assert [queue_s(made, 1.0, rank) for rank in range(3)] == [100 * MILLI, 100 * MILLI, 200 * MILLI]
 
 
+def test_priorities_count_only_so_far_as_workers_let_them() -> None:
+    made = conductor_of(["p0", "d0"], slos=CLASSES, settings=ConductorSettings(priority_s=1e-3))
+    made.decide(item_of(100, slo_class="slow", priority=2**31), 1.0)
+    assert queue_s(made, 1.0, 0) == 0.0, "a few milliseconds more urgent than its class"
+
+
 @pytest.mark.parametrize("order", ["fcfs", "shortest"])
 def test_without_deadlines_all_wait_for_all(order: Literal["fcfs", "shortest"]) -> None:
     made = conductor_of(["p0", "d0"], slos=CLASSES, settings=ConductorSettings(queue_order=order))

@@ -208,6 +208,10 @@ def no_split(_: SplitQuestion) -> SplitAnswer:
     raise NoSplit("nobody is here")
 
 
+def hardly_better(_: SplitQuestion) -> SplitAnswer:
+    return msgspec.structs.replace(ANSWER, best_rps=5.1)
+
+
 def broken(_: SplitQuestion) -> SplitAnswer:
     raise ZeroDivisionError("a bug")
 
@@ -218,7 +222,7 @@ def broken(_: SplitQuestion) -> SplitAnswer:
         (no_split, "no better split of the workers was looked for: nobody is here"),
         (broken, "the planner failed: ZeroDivisionError: a bug"),
         (
-            lambda _: msgspec.structs.replace(ANSWER, best_rps=5.1),
+            hardly_better,
             "no other split would serve notably more than 2 prefill + 2 decode",
         ),
     ],

@@ -39,6 +39,7 @@ from contracts.messages import (
 from coordinator import CoordinatorShell
 from coordinator.decision import Chosen, Refused
 from coordinator.live_costs import LiveCosts
+from coordinator.refusal_lines import MAX_LINES_PER_S
 from coordinator.shell import default_conductor
 from rpc import MemoryNetwork
 from simulator import Program, VirtualClock, run
@@ -270,7 +271,11 @@ def test_while_everybody_is_silent_nobody_gets_requests() -> None:
         assert verdict.code == "not_ready"
         await office.beat("w1")
         assert where((await office.ask("b"))[0]) == "w1"
-        assert (await office.members()).members[0].info.worker_id == "w1"
+        # The other has not had the time to be heard.
+        assert {one.info.worker_id: one.state for one in (await office.members()).members} == {
+            "w0": "suspect",
+            "w1": "up",
+        }
 
     with_office(body)
 
@@ -349,5 +354,21 @@ def test_measured_links_become_costs() -> None:
         assert office.costs.transfer.bandwidth_bytes_s == 1e9
         await office.beat("w0", transfers=TransferReport(links=(link,)))
         assert office.costs.transfer.bandwidth_bytes_s == 5e9
+
+    with_office(body)
+
+
+def test_every_refusal_is_logged_with_its_inputs_or_counted() -> None:
+    async def body(office: Office) -> None:
+        await office.ask("r0")
+        (line,) = [line for line in office.said if line.startswith("refused: ")]
+        assert "no prefill worker" in line
+        assert '"request":"r0"' in line
+        for _ in range(4):
+            await office.ask(*(f"r{number}" for number in range(60)))
+        await asyncio.sleep(2.0)
+        lines = [line for line in office.said if line.startswith("refused: ")]
+        assert len(lines) == MAX_LINES_PER_S + 1
+        assert lines[-1] == "refused: 41 more within a second, not told one by one"
 
     with_office(body)

@@ -142,6 +142,50 @@ async def test_a_coordinator_that_knows_nobody_yet_is_helped_out(
     assert core.stats.placements == {"snapshot": 1, "coordinator": 1}
 
 
+async def ask_on(core: GatewayCore) -> None:
+    while True:
+        await core.submit(submission()).accepted()
+
+
+async def go_deaf(core: GatewayCore, script: Script) -> None:
+    """The coordinator: it calls all workers silent, then names none of them."""
+    script.heartbeat_age_s = 2.9
+    core.snapshot.told(await core.members(), core.clock.now_s())
+    script.is_ignorant = True
+
+
+async def test_a_coordinator_that_hears_nobody_is_helped_out(
+    core: GatewayCore, cluster: FakeCluster, script: Script
+) -> None:
+    for _ in range(2):
+        assert await tokens_of(core.submit(submission())) == TEN
+    await go_deaf(core, script)
+    for _ in range(4):
+        assert await tokens_of(core.submit(submission())) == TEN
+    assert core.stats.placements == {"coordinator": 2, "snapshot": 4}
+    assert core.stats.replays == {}
+
+
+async def test_of_workers_that_no_coordinator_hears_the_dead_get_nothing(
+    core: GatewayCore, cluster: FakeCluster, script: Script
+) -> None:
+    await go_deaf(core, script)
+    # Asking opens the streams of all of them.
+    assert await tokens_of(core.submit(submission())) == TEN
+    cluster.workers["prefill-0"].kill()
+    cluster.workers["decode-1"].kill()
+    async with asyncio.timeout(30):
+        while core.stats.lost_streams < 2:
+            assert await tokens_of(core.submit(submission())) == TEN
+    replays = core.stats.replays.copy()
+    for _ in range(6):
+        assert await tokens_of(core.submit(submission())) == TEN
+    assert core.stats.replays == replays
+    cluster.workers["prefill-1"].kill()
+    with pytest.raises(NotReady, match="nobody is up"):
+        await asyncio.wait_for(ask_on(core), 30)
+
+
 async def test_a_coordinator_that_knows_its_workers_is_believed(core: GatewayCore, script: Script) -> None:
     script.rejection = ("not_ready", "none of them can take it", 1.0)
     with pytest.raises(NotReady, match="none of them can take it"):

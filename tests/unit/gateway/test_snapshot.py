@@ -60,17 +60,23 @@ def item(number: int = 0, prompt_tokens: int = 100, avoid: tuple[str, ...] = ())
     )
 
 
+def lives(worker_ids: Iterable[str]) -> set[WorkerLife]:
+    return {WorkerLife(WorkerId(worker_id), Incarnation(1)) for worker_id in worker_ids}
+
+
 def place(
     snapshot: Snapshot,
     asked: DispatchItem,
     now_s: float = 0.0,
     lost: Iterable[str] = (),
     own: dict[str, OwnLoad] | None = None,
+    heard: Iterable[str] = (),
 ) -> Placement | Rejection:
     return snapshot.place(
         asked,
         now_s,
-        lost={WorkerLife(WorkerId(worker_id), Incarnation(1)) for worker_id in lost},
+        lost=lives(lost),
+        heard=lives(heard),
         own=lambda: {WorkerId(worker_id): load for worker_id, load in (own or {}).items()},
     )
 
@@ -180,6 +186,65 @@ def test_who_had_fallen_silent_and_is_not_named_any_more_is_gone() -> None:
     snapshot.told([member(DECODES[0], 2.9), member(DECODES[1]), *(member(one) for one in PREFILLS)], 0.0)
     snapshot.told([member(DECODES[1]), *(member(one) for one in PREFILLS)], 1.0)
     assert {workers_of(place(snapshot, item(number), 1.0))[1] for number in range(4)} == {"d1"}
+
+
+EVERYBODY = [worker.worker_id for worker in ALL]
+
+
+def falling_silent(heard: Iterable[str]) -> Snapshot:
+    """All are well at 0, silent at 2, and at 4 the coordinator names none of them any more."""
+    snapshot = told()
+    snapshot.told([member(worker, 2.0) for worker in ALL], 2.0, heard=lives(heard))
+    snapshot.told([], 4.0, heard=lives(heard))
+    return snapshot
+
+
+def test_a_coordinator_that_hears_nobody_is_not_believed_against_frames() -> None:
+    snapshot = falling_silent(EVERYBODY)
+    for now_s in range(5, 65):
+        snapshot.told([], now_s, heard=lives(EVERYBODY))
+        assert workers_of(place(snapshot, item(now_s), now_s, heard=EVERYBODY))
+    assert snapshot.unnamed == set(EVERYBODY)
+    snapshot.told([], 64.1, heard=lives(EVERYBODY))
+    assert snapshot.is_empty, "longer than a snapshot is good for"
+
+
+def test_whose_frames_cease_meanwhile_is_gone() -> None:
+    snapshot = falling_silent(EVERYBODY)
+    others = [worker_id for worker_id in EVERYBODY if worker_id != "d0"]
+    snapshot.told([], 5.0, heard=lives(others))
+    assert "d0" in snapshot.unnamed, "its next frame may be late"
+    snapshot.told([], 7.1, heard=lives(others))
+    assert snapshot.unnamed == set(others)
+
+
+def test_without_frames_a_coordinator_that_hears_nobody_is_doubted_only_briefly() -> None:
+    snapshot = falling_silent([])
+    assert {peer.worker_id for peer in snapshot.unproven} == set(EVERYBODY)
+    assert isinstance(place(snapshot, item(), 4.0), Placement)
+    snapshot.told([], 6.9, heard=lives(["p0", "d0"]))
+    assert {peer.worker_id for peer in snapshot.unproven} == {"p1", "p2", "d1"}
+    snapshot.told([], 7.1)
+    assert snapshot.unnamed == {"p0", "d0"}
+    assert snapshot.unproven == []
+
+
+def test_a_coordinator_that_hears_somebody_knows_who_is_gone() -> None:
+    snapshot = falling_silent(EVERYBODY)
+    snapshot.told([member(PREFILLS[0])], 5.0, heard=lives(EVERYBODY))
+    assert EVERYBODY[:1] == [one.info.worker_id for one in snapshot.members]
+    restarted = told()
+    restarted.told([member(PREFILLS[0])], 1.0)
+    assert restarted.unnamed
+    assert restarted.unproven == [], "it names them soon, or they have left"
+
+
+def test_what_this_gateway_hears_is_not_silent() -> None:
+    snapshot = Snapshot(LIMITS)
+    snapshot.told([member(worker, 2.0 if worker in PREFILLS else 0.1) for worker in ALL], 0.0)
+    places = [workers_of(place(snapshot, item(number), heard=["p1"])) for number in range(4)]
+    assert {prefill for prefill, _ in places} == {"p1"}
+    assert workers_of(place(snapshot, item(), lost=["p1"], heard=["p1"]))[0] in {"p0", "p2"}
 
 
 def test_a_later_life_takes_the_place_of_an_earlier_one() -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contracts.requests import MOST_PRIORITY
 from prefill.ordering import UNHURRIED_AGEINGS, OrderName, QueueRules, longest_span_s, place_of
 from prefill.waiting import WaitingQueue
 
@@ -81,7 +82,7 @@ def _asks(draw: st.DrawFn) -> list[Ask]:
                 received_s,
                 tokens=draw(st.integers(1, MAX_TOKENS)),
                 due_in_s=draw(st.none() | st.floats(-20, 200)),
-                priority=draw(st.integers(0, MAX_PRIORITY)),
+                priority=draw(st.integers(0, MAX_PRIORITY) | st.integers(-(2**31), 2**31)),
                 read_s=draw(st.floats(0, 10)),
             )
         )
@@ -111,7 +112,10 @@ def test_without_targets_the_earliest_deadline_is_the_earliest_arrival(asks: lis
 @given(_asks(), st.sampled_from(ORDERS), st.lists(st.floats(0, 30), min_size=30, max_size=30))
 def test_nobody_is_passed_by_what_came_much_later(asks: list[Ask], order: OrderName, pauses_s: list[float]) -> None:
     """Prompts come and are served as time goes on; each is passed only by those of a bounded span behind it."""
-    span_s = longest_span_s(rules(order), max_tokens=MAX_TOKENS, priorities=MAX_PRIORITY)
+    most = max((ask.priority for ask in asks), default=0)
+    least = min((ask.priority for ask in asks), default=0)
+    span_s = longest_span_s(rules(order), max_tokens=MAX_TOKENS, priorities=most - least)
+    assert span_s <= longest_span_s(rules(order), max_tokens=MAX_TOKENS)
     queue: WaitingQueue[Ask] = WaitingQueue(rules(order))
     coming, now_s = list(asks), 0.0
     pauses = iter(pauses_s)
@@ -181,6 +185,19 @@ def test_one_priority_is_worth_one_ageing() -> None:
     asks = [Ask(0, 0.0), Ask(1, 9.9, priority=1), Ask(2, 10.1, priority=1), Ask(3, 19.0, priority=2)]
     for order in ORDERS:
         assert names(served(queue_of(order, asks), 20.0)) == [3, 1, 0, 2]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_whoever_asks_for_most_cannot_keep_others_waiting(order: OrderName) -> None:
+    """One client after the other of the same tenant asks to be first of all, once a second."""
+    queue = queue_of(order, [Ask(0, 0.0, due_in_s=0.5), Ask(1, 0.0, due_in_s=0.5, priority=2**31)])
+    most_s = int(AGEING_S * (UNHURRIED_AGEINGS + MOST_PRIORITY))
+    turns: list[int] = []
+    for now_s in range(1, most_s + 3):
+        turns.append(queue.first(now_s).name)
+        queue.discard(queue.first(now_s))
+        add(queue, Ask(now_s + 1, now_s, due_in_s=0.5, priority=2**31))
+    assert 0 in turns
 
 
 @given(

@@ -196,7 +196,12 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(run_tandem
 
 
 def test_help_lists_it_without_loading_what_simulates(run_tandem: Tandem) -> None:
-    assert [entry.name for entry in entry_points(group="tandem.commands")] == ["loadtest", "plan", "rejects", "simulate"]
+    assert [entry.name for entry in entry_points(group="tandem.commands")] == [
+        "loadtest",
+        "plan",
+        "rejects",
+        "simulate",
+    ]
     assert "Predict how a cluster would serve a workload" in run_tandem("--help").stdout
     assert "--find-goodput" in run_tandem("simulate", "--help").stdout
     heavy = "{'torch', 'numpy', 'matplotlib', 'simulator.heap'}"

@@ -1,4 +1,4 @@
-"""The evaluator of a running cluster: the split follows the work."""
+"""The evaluator of a running cluster, by studies on the event heap: the split follows the work."""
 
 from __future__ import annotations
 
