@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,6 @@ from prefill.ordering import QueueRules
 from simulator.heap.results import REFUSALS, Outcome
 from simulator.heap.spec import StudySpec, WorkerGroup
 from simulator.heap.study import simulate
-from simulator.rejects.replay import beside
 from simulator.study.metrics import request_latencies
 from workload import Fixed, LogNormal, Poisson, SloClass, at_speed, read_trace, synthetic
 from workload.transform import spread_ties
@@ -65,30 +64,15 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """A sample of the requests that a job refuses is let in, and those that it accepts are accepted again: see
-    `simulator.rejects.replay`."""
-
-    #: Rows of all that were refused, and of the sample.
-    refused: tuple[int, ...]
-    let_in: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Refusals:
-    """Those of a job by admission or for want of room, or those of a trial's sample; one element each, in order of
-    arrival."""
+    """One element each, in order of arrival."""
 
     rows: NDArray[np.int64]
-    #: Names in `REFUSALS`; of a trial: empty.
+    #: Names in `REFUSALS`.
     reasons: NDArray[np.str_]
-    #: What the coordinator expected of the place that it had for it; NaN: it had none.
+    #: What the coordinator expected of the best place that it had; NaN: it had none.
     predicted_ttft_s: NDArray[np.float64]
     predicted_tpot_s: NDArray[np.float64]
-    #: What came; NaN where nothing did.
-    ttft_s: NDArray[np.float64]
-    tpot_s: NDArray[np.float64]
-    met: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +85,6 @@ class Job:
     #: Admission rests on these.
     ttft_target_s: float = TTFT_TARGET_S
     tpot_target_s: float = TPOT_TARGETS_S[1]
-    trial: Trial | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,15 +106,19 @@ class Ran:
     fetched_share: float
     prefill_busy: float
     decode_busy: float
-    #: What was refused; of a trial: its sample.
-    judged: Refusals
+    refusals: Refusals
     #: Loads of both pools over time (`TimeLine.prefill_load`), while requests arrived.
     prefill_load: NDArray[np.float32]
     decode_load: NDArray[np.float32]
+    #: Of the event heap.
     num_events: int
     #: Of the processor, for the simulation alone.
     cpu_s: float
     num_rejected_for: dict[str, int]
+
+    @property
+    def events_per_s(self) -> float:
+        return self.num_events / self.cpu_s
 
 
 def study(job: Job) -> StudySpec:
@@ -216,19 +203,8 @@ def requests_of(load: Load) -> Iterable[WorkloadRequest]:
     return at_speed(requests, load.speed)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Offered:
-    row: int
-    workload: WorkloadRequest
-    is_accepted: bool
-
-
 def run(job: Job) -> Ran:
     spec, requests = study(job), list(requests_of(job.load))
-    chosen: NDArray[np.bool_] | None = None
-    if job.trial is not None:
-        requests, chosen = _tried(requests, job.trial)
-        spec = replace(spec, forced=frozenset(range(len(requests))))
     began_s = time.process_time()
     result = simulate(spec, requests)
     cpu_s = time.process_time() - began_s
@@ -237,17 +213,13 @@ def run(job: Job) -> Ran:
     met = {target_s: _met(result, job.ttft_target_s, target_s) for target_s in targets_s}
     own = met[job.tpot_target_s]
     accepted = rows.outcome != Outcome.REJECTED
-    judged = ~accepted
-    if chosen is not None:
-        # What is told of the accepted is not told of the sample.
-        judged, accepted = chosen, accepted & ~chosen
     latencies = request_latencies(result, spec.slos)
     ttft_s = latencies.ttft_s[np.isfinite(latencies.ttft_s)]
     read = np.isfinite(rows.started_s)
     read_tokens = int(rows.prompt_tokens[read].sum())
     line = result.time_line
     arriving = line.at_s <= rows.arrival_s[-1]
-    reasons = np.array(["", *REFUSALS])[rows.refusal[judged] + 1]
+    reasons = np.array(REFUSALS)[rows.refusal[~accepted]]
     names, counts = np.unique(reasons, return_counts=True)
     return Ran(
         job=job,
@@ -262,31 +234,18 @@ def run(job: Job) -> Ran:
         fetched_share=float(rows.fetched_tokens[read].sum() / read_tokens),
         prefill_busy=float(line.prefill_busy[arriving].mean()),
         decode_busy=float(line.decode_busy[arriving].mean()),
-        judged=Refusals(
-            rows=np.flatnonzero(judged),
+        refusals=Refusals(
+            rows=np.flatnonzero(~accepted),
             reasons=reasons,
-            predicted_ttft_s=rows.predicted_ttft_s[judged],
-            predicted_tpot_s=rows.predicted_tpot_s[judged],
-            ttft_s=latencies.ttft_s[judged],
-            tpot_s=latencies.tpot_s[judged],
-            met=own[judged],
+            predicted_ttft_s=rows.predicted_ttft_s[~accepted],
+            predicted_tpot_s=rows.predicted_tpot_s[~accepted],
         ),
         prefill_load=line.prefill_load[arriving],
         decode_load=line.decode_load[arriving],
         num_events=result.num_events,
         cpu_s=cpu_s,
-        num_rejected_for={str(name): int(count) for name, count in zip(names, counts, strict=True) if name},
+        num_rejected_for={str(name): int(count) for name, count in zip(names, counts, strict=True)},
     )
-
-
-def _tried(requests: list[WorkloadRequest], trial: Trial) -> tuple[list[WorkloadRequest], NDArray[np.bool_]]:
-    """The requests of a trial, and which of them are its sample."""
-    refused, let_in = frozenset(trial.refused), frozenset(trial.let_in)
-    offered = [
-        _Offered(row=row, workload=request, is_accepted=row not in refused) for row, request in enumerate(requests)
-    ]
-    kept = beside([offered[row] for row in trial.let_in], offered)
-    return [each.workload for each in kept], np.array([each.row in let_in for each in kept], np.bool_)
 
 
 def _met(result: StudyResult, ttft_target_s: float, tpot_target_s: float) -> NDArray[np.bool_]:

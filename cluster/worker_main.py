@@ -217,6 +217,8 @@ async def _run(shell: WorkerShell, clock: Clock) -> None:
 
 
 def _info(launch: WorkerLaunch, engine: LiveEngine, address: str) -> WorkerInfo:
+    from prefill import PrefillLimits
+
     return WorkerInfo(
         worker_id=launch.worker_id,
         incarnation=launch.incarnation,

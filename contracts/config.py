@@ -331,8 +331,8 @@ class QueueConfig(_Section):
     count)."""
 
     saturation_tokens: Count | None = None
-    """Prompt tokens that fill a step: several short prompts share a step up to it, a longer one has its own; default: no
-    such limit, prompts are cut where a step is full."""
+    """Prompt tokens that fill a step: several short prompts share a step up to it, a longer one has its own;
+    default: no such limit, prompts are cut where a step is full."""
 
     tpot_chunks: bool = True
     """Mixed workers cut prompts so that a step stays within the tightest TPOT target among its answers."""

@@ -197,7 +197,7 @@ class Conductor:
             question.held_lengths[-1] if question.held_lengths else 0,
             int(pending_tokens),
             int(waiting_requests),
-            *map(float, answers),
+            *answers,
         )
 
     # --- inside -----------------------------------------------------------------------------------
@@ -255,11 +255,18 @@ class Conductor:
 def _loads(chosen: Chosen, view: FleetView, outlook: Outlook) -> tuple[float, ...]:
     """As in `Inputs`."""
     reader, writer = chosen.prefill_row, chosen.decode_row
-    prompts = view.prefill_load_tokens[reader], view.waiting_requests[reader]
+    pending_tokens, waiting_requests = view.prefill_load_tokens.item(reader), view.waiting_requests.item(reader)
     if chosen.plan is None:
-        return *prompts, 0.0, 0.0, 0.0, 0.0
-    then = outlook.decoding[outlook.slots.index_at(chosen.plan.begin_s)]
-    return *prompts, outlook.num_decodes[writer], outlook.context_tokens[writer], then[0, writer], then[1, writer]
+        return pending_tokens, waiting_requests, 0.0, 0.0, 0.0, 0.0
+    slot, decoding = outlook.slots.index_at(chosen.plan.begin_s), outlook.decoding
+    return (
+        pending_tokens,
+        waiting_requests,
+        outlook.num_decodes.item(writer),
+        outlook.context_tokens.item(writer),
+        decoding.item(slot, 0, writer),
+        decoding.item(slot, 1, writer),
+    )
 
 
 def _rank_targets(slos: Iterable[SloClass], settings: ConductorSettings) -> list[float]:

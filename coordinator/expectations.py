@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 
 #: What a token of an answer takes before anything is known of steps.
 _UNKNOWN_TOKEN_S = 0.05
-#: Of the mean over workers: how much the last report counts.
+#: Of the mean over workers: how much the last report counts; over requests: the last that was placed.
 _NEWEST_SHARE = 0.05
-#: Of the mean over prompts: how much the last placed one counts.
-_NEWEST_PROMPT_SHARE = 0.05
 #: From one report to the next, where blocks are not all taken any more.
 _MORE_SEATS = 1.25
 #: Tables of costs that no worker has any more go when there are so many.
@@ -67,6 +65,10 @@ class Expectations:
         self._prefill_free_s: Seconds = np.zeros((num_ranks, 0))
         self.answer_lengths = AnswerLengths()
         self._pace = Pace(answer_tokens=self.answer_lengths.mean_tokens, token_s=_UNKNOWN_TOKEN_S)
+        #: Reports that told of the pace; placements, and the mean of what they allow their answers.
+        self._num_paces = 0
+        self._num_placed = 0
+        self._allowed_tokens = 0.0
         self._forecast = DecodeForecast(longest_wait_s, self._pace)
         #: Made when asked for after a worker or its costs changed.
         self._outlook: Outlook | None = None
@@ -132,20 +134,34 @@ class Expectations:
         if info.role != "decode":
             self._note_prompts(row, load, booked_s, view, now_s)
 
+    def says_nothing(self, row: int, load: WorkerLoad, now_s: float) -> bool:
+        """Whether a report like the last one, of a worker to which nothing was given meanwhile, changes nothing: a worker
+        that only reads prompts and has none."""
+        if load.pending_prompt_tokens > 0 or self._infos[row].role != "prefill":
+            return False
+        return bool(self._prefill_free_s[-1, row] <= now_s)
+
     def _note_answers(self, row: int, load: WorkerLoad, context_tokens: int, now_s: float) -> None:
         told = self._told_answers[row]
         if load.answers != told:
             self.answer_lengths.ended(load.answers, told)
             self._told_answers[row] = load.answers
-            self._pace.answer_tokens = self.answer_lengths.mean_tokens
+            self._note_lengths()
         table, num_decodes = self._tables[row], count_of(load.running_decodes)
         seats = self._note_seats(row, load, num_decodes)
         if table is not None and num_decodes:
             size = int(min(num_decodes, seats, len(table.decode_base_s) - 1))
             context_s = float(table.decode_context_s[size]) * context_tokens * min(1.0, seats / num_decodes)
             step_s = float(table.decode_base_s[size]) + context_s
-            self._pace.token_s += _NEWEST_SHARE * (max(step_s, 1e-9) - self._pace.token_s)
+            self._num_paces += 1
+            share = max(_NEWEST_SHARE, 1.0 / self._num_paces)
+            self._pace.token_s += share * (max(step_s, 1e-9) - self._pace.token_s)
         self._forecast.report(row, num_decodes, context_tokens, now_s, seats)
+
+    def _note_lengths(self) -> None:
+        """Before many have ended little but what they are allowed is known of answers."""
+        mean_tokens = self.answer_lengths.mean_tokens
+        self._pace.answer_tokens = max(1.0, min(mean_tokens, self._allowed_tokens)) if self._num_placed else mean_tokens
 
     def _note_seats(self, row: int, load: WorkerLoad, num_decodes: int) -> float:
         """As `Outlook.seats`."""
@@ -201,8 +217,11 @@ class Expectations:
         columns["reading_s"][prefill_row] = float(columns["reading_s"][prefill_row]) * fade + plan.prefill_s
         columns["reading_as_of_s"][prefill_row] = now_s
         prompt_tokens = count_of(item.prompt_tokens)
-        share = _NEWEST_PROMPT_SHARE if self._pace.prompt_tokens else 1.0
+        self._num_placed += 1
+        share = max(_NEWEST_SHARE, 1.0 / self._num_placed)
         self._pace.prompt_tokens += share * (prompt_tokens - self._pace.prompt_tokens)
+        self._allowed_tokens += share * (count_of(item.max_tokens) - self._allowed_tokens)
+        self._note_lengths()
         self._forecast.advance(now_s)
         self._forecast.add(decode_row, plan.begin_s, prompt_tokens)
 

@@ -74,6 +74,7 @@ class Fleet:
         # Parallel, by worker id.
         self._infos: list[WorkerInfo] = []
         self._bookings: list[_Bookings] = []
+        self._told: list[WorkerLoad | None] = []
         self._numbers: list[int] = []
         self._prefill_load_tokens = np.zeros(0, np.int64)
         self._decode_load_tokens = np.zeros(0, np.int64)
@@ -107,6 +108,7 @@ class Fleet:
             raise ValueError(f"worker {info.worker_id} is in the fleet already")
         self._infos.insert(row, info)
         self._bookings.insert(row, _Bookings())
+        self._told.insert(row, None)
         self._prefill_load_tokens = np.insert(self._prefill_load_tokens, row, 0)
         self._decode_load_tokens = np.insert(self._decode_load_tokens, row, 0)
         self._waiting_requests = np.insert(self._waiting_requests, row, 0)
@@ -118,7 +120,7 @@ class Fleet:
     def remove(self, worker_id: WorkerId) -> None:
         """Raises KeyError when the worker is not here."""
         row = self.row_of(worker_id)
-        del self._infos[row], self._bookings[row]
+        del self._infos[row], self._bookings[row], self._told[row]
         self._prefill_load_tokens = np.delete(self._prefill_load_tokens, row)
         self._decode_load_tokens = np.delete(self._decode_load_tokens, row)
         self._waiting_requests = np.delete(self._waiting_requests, row)
@@ -133,7 +135,11 @@ class Fleet:
     def report(self, row: int, load: WorkerLoad, now_s: float) -> None:
         """A worker's own figures, as of now. Times of calls must not go backwards."""
         bookings = self._bookings[row]
-        bookings.settle(now_s - self._booking_grace_s)
+        if bookings.queue:
+            bookings.settle(now_s - self._booking_grace_s)
+        elif load == self._told[row] and self._expectations.says_nothing(row, load, now_s):
+            return
+        self._told[row] = load
         self._prefill_load_tokens[row] = count_of(load.pending_prompt_tokens) + bookings.prefill_tokens
         self._decode_load_tokens[row] = count_of(load.context_tokens) + bookings.decode_tokens
         self._waiting_requests[row] = count_of(load.waiting_requests) + bookings.requests

@@ -45,6 +45,8 @@ class DecodeForecast:
         self._expects: list[bool] = []
         #: By row: whether more answers wait for a place than the worker writes, as far as the table reaches.
         self._is_crowded: list[bool] = []
+        #: By row: whether nothing but zeros stands in the table.
+        self._is_blank: list[bool] = []
         self._pace = pace
         #: Seconds and tokens of an answer that `_stay` and `_grown` were made for.
         self._seen = math.nan, math.nan
@@ -56,11 +58,12 @@ class DecodeForecast:
         self._reported_s.insert(row, now_s)
         self._expects.insert(row, False)
         self._is_crowded.insert(row, False)
+        self._is_blank.insert(row, True)
 
     def delete(self, row: int) -> None:
         self.table = np.delete(self.table, row, axis=2)
         self._begins = np.delete(self._begins, row, axis=2)
-        del self._reported_s[row], self._expects[row], self._is_crowded[row]
+        del self._reported_s[row], self._expects[row], self._is_crowded[row], self._is_blank[row]
 
     def advance(self, now_s: float) -> None:
         """Slots that are over make room for later ones. To be called before `add` and `report` at a new time."""
@@ -88,6 +91,7 @@ class DecodeForecast:
         begins[0, row] += 1.0
         begins[1, row] += prompt_tokens
         self._expects[row] = True
+        self._is_blank[row] = False
         num_after = NUM_SLOTS - first
         if self._is_crowded[row]:
             # It lasts until others have ended.
@@ -97,24 +101,39 @@ class DecodeForecast:
         self.table[first:, 0, row] += self._stay[:num_after]
         self.table[first:, 1, row] += self._grown[:num_after] + prompt_tokens * self._stay[:num_after]
 
-    def report(
-        self, row: int, num_decodes: int, context_tokens: int, now_s: float, seats: float = math.inf
-    ) -> None:
+    def report(self, row: int, num_decodes: int, context_tokens: int, now_s: float, seats: float = math.inf) -> None:
         """The worker's figures contain what began before now. It writes `seats` answers at a time, at most."""
         self._look_at_pace()
+        last_s, self._reported_s[row] = self._reported_s[row], now_s
+        expects = self._expects[row]
+        if expects:
+            self._let_begin(row, last_s, now_s)
+            expects = self._expects[row]
+        self._is_crowded[row] = False
+        if not expects and num_decodes <= seats:
+            self._write_down(row, num_decodes, context_tokens)
+            return
         column = num_decodes * self._of_one
         column[:, 1] += context_tokens * self._stay
-        last_s, self._reported_s[row] = self._reported_s[row], now_s
-        if self._expects[row]:
-            self._let_begin(row, last_s, now_s)
-            if self._expects[row]:
-                begins = self._begins[:, :, row]
-                column += self._stay_after @ begins
-                column[:, 1] += self._grown_after @ begins[:, 0]
-        self._is_crowded[row] = False
-        if column[:, 0].max() > seats:
+        if expects:
+            begins = self._begins[:, :, row]
+            column += self._stay_after @ begins
+            column[:, 1] += self._grown_after @ begins[:, 0]
+        if np.maximum.reduce(column[:, 0]) > seats:
             self._queue_for_seats(row, num_decodes, seats, column)
         self.table[:, :, row] = column
+        self._is_blank[row] = False
+
+    def _write_down(self, row: int, num_decodes: int, context_tokens: int) -> None:
+        """There are these answers and no others."""
+        if num_decodes or context_tokens:
+            column = self.table[:, :, row]
+            np.multiply(self._of_one, num_decodes, out=column)
+            column[:, 1] += context_tokens * self._stay
+            self._is_blank[row] = False
+        elif not self._is_blank[row]:
+            self.table[:, :, row] = 0.0
+            self._is_blank[row] = True
 
     def _queue_for_seats(self, row: int, num_decodes: int, seats: float, column: NDArray[np.float64]) -> None:
         """Only those with a seat get on, so that no more than these end within the duration of one: a queue that is
@@ -132,11 +151,12 @@ class DecodeForecast:
         counted_from_s = max(last_s, slots.first * slots.width_s)
         if now_s > counted_from_s:
             begins[0] *= max(0.0, slot_end_s - now_s) / (slot_end_s - counted_from_s)
-        self._expects[row] = bool(begins[:, 0].any())
+        self._expects[row] = bool(np.count_nonzero(begins[:, 0]))
 
     def _look_at_pace(self) -> None:
         """By slots since an answer began: the probability that it is still written; times its expected tokens."""
-        answer_s, tokens = self._pace.answer_s, self._pace.answer_tokens
+        pace = self._pace
+        answer_s, tokens = pace.answer_tokens * pace.token_s, pace.answer_tokens
         seen_s, seen_tokens = self._seen
         if abs(answer_s - seen_s) <= _SAME * answer_s and abs(tokens - seen_tokens) <= _SAME * tokens:
             return

@@ -1,4 +1,4 @@
-"""When prompts wait for the workers that write the answers, not for those that read.
+"""When prompts wait for answers to end, not for the worker that reads them.
 
 A worker keeps the KV that it has read for another one until that takes it, and only so much of it; beyond that it
 reads no more prompts. So where answers are short of seats or of blocks prompts are read no faster than answers end, and
@@ -8,14 +8,17 @@ one by one; it is a stream through a worker's budget into the room of all writer
 - a prompt can be read when what stands before it on its worker, read or not, is down to that worker's budget;
 - the writers take from all readers in turn, first what they have room for, then as their answers end: the answers that
   they write at a time within the duration of one.
+
+A mixed worker is its own writer: its prompts wait until its answers have left it a seat and blocks.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from coordinator.policy.outlook import Decoding, with_rest
 from coordinator.policy.pairing import is_any
 
 if TYPE_CHECKING:
@@ -24,22 +27,25 @@ if TYPE_CHECKING:
     from coordinator.policy.question import Question
 
 
+class _Lengths(NamedTuple):
+    """Mean tokens of what was placed lately."""
+
+    prompt: float
+    answer: float
+
+    @property
+    def whole(self) -> float:
+        return self.prompt + self.answer
+
+
 def held_up_s(question: Question, view: FleetView, outlook: Outlook) -> Seconds | None:
-    """By row: until the prompt could have the blocks to be read into, however fast its worker reads. None: nobody is
-    held up. Pure."""
-    before = outlook.untaken_tokens + _ahead_tokens(question, view, outlook)
-    above = before - np.minimum(outlook.handoff_tokens, outlook.total_tokens - question.item.prompt_tokens)
-    if above.max(initial=0.0) <= 0:
-        return None
-    wait_s = np.zeros(len(above))
-    for readers, writers in zip(view.readers_of_class, view.writers_of_class, strict=True):
-        held_up = readers & (above > 0) & np.isfinite(outlook.handoff_tokens)
-        if not is_any(held_up) or not is_any(writers):
-            continue
-        # While these are taken, so are others'.
-        taken = above[held_up] * (float(before[readers].sum()) / before[held_up])
-        room_tokens, tokens_per_s = _taking(question, outlook, writers)
-        wait_s[held_up] = np.maximum(taken - room_tokens, 0.0) / tokens_per_s
+    """By row: until the prompt could be read, however fast its worker reads. None: nobody is held up. Pure."""
+    ahead = _ahead_tokens(question, view, outlook)
+    lengths = _Lengths(outlook.pace.prompt_tokens or float(question.item.prompt_tokens), outlook.pace.answer_tokens)
+    wait_s = _until_taken_s(question, view, outlook, ahead, lengths)
+    if outlook.any_mixed:
+        own_s = _until_ended_s(question, view, outlook, ahead, lengths)
+        wait_s = own_s if wait_s is None or own_s is None else np.maximum(wait_s, own_s)
     return wait_s
 
 
@@ -53,14 +59,48 @@ def _ahead_tokens(question: Question, view: FleetView, outlook: Outlook) -> Expe
     return ahead
 
 
-def _taking(question: Question, outlook: Outlook, writers: Flags) -> tuple[float, float]:
+def _until_taken_s(
+    question: Question, view: FleetView, outlook: Outlook, ahead: Expected, lengths: _Lengths
+) -> Seconds | None:
+    """Of prompts that other workers take."""
+    before = outlook.untaken_tokens + ahead
+    above = before - np.minimum(outlook.handoff_tokens, outlook.total_tokens - question.item.prompt_tokens)
+    if above.max(initial=0.0) <= 0:
+        return None
+    wait_s = np.zeros(len(above))
+    for readers, writers in zip(view.readers_of_class, view.writers_of_class, strict=True):
+        held_up = readers & (above > 0) & np.isfinite(outlook.handoff_tokens)
+        if not is_any(held_up) or not is_any(writers):
+            continue
+        # While these are taken, so are others'.
+        taken = above[held_up] * (float(before[readers].sum()) / np.maximum(before[held_up], 1.0))
+        room_tokens, tokens_per_s = _taking(outlook, writers, lengths)
+        turns = (taken - room_tokens) / (tokens_per_s * outlook.pace.answer_s)
+        wait_s[held_up] = with_rest(turns) * outlook.pace.answer_s
+    return wait_s
+
+
+def _taking(outlook: Outlook, writers: Flags, lengths: _Lengths) -> tuple[float, float]:
     """Of prompts, by all writers: tokens that they have room for, and then so many each second."""
-    answer_tokens = outlook.pace.answer_tokens
-    prompt_tokens = outlook.pace.prompt_tokens or float(question.item.prompt_tokens)
-    whole_tokens = prompt_tokens + answer_tokens
     free_tokens = outlook.free_tokens[writers]
     # Less than one needs is no room.
-    room_tokens = float((free_tokens * (free_tokens >= whole_tokens)).sum()) * prompt_tokens / whole_tokens
-    in_blocks = outlook.total_tokens[writers] / (prompt_tokens + 0.5 * answer_tokens)
+    room_tokens = float((free_tokens * (free_tokens >= lengths.whole)).sum()) * lengths.prompt / lengths.whole
+    in_blocks = outlook.total_tokens[writers] / (lengths.prompt + 0.5 * lengths.answer)
     num_answers = float(np.minimum(outlook.seats[writers], np.maximum(in_blocks, 1.0)).sum())
-    return room_tokens, num_answers * prompt_tokens / outlook.pace.answer_s
+    return room_tokens, num_answers * lengths.prompt / outlook.pace.answer_s
+
+
+def _until_ended_s(
+    question: Question, view: FleetView, outlook: Outlook, ahead: Expected, lengths: _Lengths
+) -> Seconds | None:
+    """On mixed workers."""
+    num_before, total, seats = outlook.num_decodes + ahead / lengths.prompt, outlook.total_tokens, outlook.seats
+    own_tokens = question.item.prompt_tokens + min(question.answer_tokens, 0.5 * lengths.answer)
+    tokens_before = outlook.context_tokens + ahead * (lengths.whole / lengths.prompt)
+    turns = np.maximum((num_before + 1.0 - seats) / seats, (tokens_before + own_tokens - total) / total)
+    turns = turns * view.is_mixed
+    if turns.max(initial=0.0) <= 0:
+        return None
+    token_s = outlook.token_s(Decoding(outlook.num_decodes, outlook.context_tokens), question.now_s, view.is_mixed)
+    wait_s: Seconds = with_rest(turns) * token_s * lengths.answer
+    return wait_s

@@ -48,6 +48,10 @@ class Slots:
         """Of the slot that holds a time, or of the nearest there is."""
         return min(max(int(at_s / self.width_s) - self.first, 0), NUM_SLOTS - 1)
 
+    @property
+    def end_s(self) -> float:
+        return (self.first + NUM_SLOTS) * self.width_s
+
 
 @dataclass(slots=True, eq=False)
 class Pace:
@@ -68,6 +72,13 @@ class ReadGroup(NamedTuple):
 
     kind: int
     kv_class: int
+
+
+def with_rest(turns: Expected) -> Expected:
+    """Durations of an answer that are waited for where others stand before, so many for each seat: of those that hold
+    the seats half a duration is left on average, and answers that began together end together."""
+    rounded: Expected = np.maximum(turns + np.minimum(turns, 0.5), 0.0)
+    return rounded
 
 
 class Decoding(NamedTuple):
@@ -127,8 +138,10 @@ class Outlook:
     def company_s(self, queue_s: Seconds, now_s: float) -> Seconds:
         """What the last step of a prompt that waits so long takes longer for prompts that came after it: they fill
         that step as far as it has room, half of it on average, and as far as they come in time."""
-        fade = np.exp((self.reading_as_of_s - now_s) / READING_WINDOW_S)
-        coming_s = queue_s * self.reading_s * fade * (1.0 / READING_WINDOW_S)
+        coming_s: Seconds = np.exp((self.reading_as_of_s - now_s) * (1.0 / READING_WINDOW_S))
+        coming_s *= queue_s
+        coming_s *= self.reading_s
+        coming_s *= 1.0 / READING_WINDOW_S
         company_s: Seconds = np.minimum(coming_s, 0.5 * self.full_step_s)
         return company_s
 
@@ -169,23 +182,26 @@ class Outlook:
         """Of one more answer, on each worker: a step with it in the midst of its length, and what it waits for a seat
         and for blocks where those are taken, spread over its tokens. `is_mixed` by row; None: nobody is."""
         context_tokens = decoding.context_tokens + (prompt_tokens + 0.5 * answer_tokens)
-        num_decodes = decoding.num_decodes + 1.0
-        unseated = num_decodes - self.seats
-        is_crowded = unseated.max(initial=0.0) > 0
-        if is_crowded:
-            seated = np.minimum(num_decodes, self.seats)
-            context_tokens = context_tokens * (seated / num_decodes)
-            num_decodes = seated
-        step_s = self.tables.decode_step_s(self.write_kind, num_decodes, context_tokens)
-        if is_mixed is not None:
-            step_s = self._beside_chunks(step_s, decoding, now_s, is_mixed)
+        joined = Decoding(decoding.num_decodes + 1.0, context_tokens)
+        step_s = self.token_s(joined, now_s, is_mixed)
+        unseated = joined.num_decodes - self.seats
         missing = prompt_tokens + answer_tokens - self.tokens_room(decoding)
-        if is_crowded or missing.max(initial=0.0) > 0:
+        if unseated.max(initial=0.0) > 0 or missing.max(initial=0.0) > 0:
             # Both come free as answers end: each worker's all within the duration of one.
             held = np.minimum(np.maximum(decoding.context_tokens, 1.0), self.total_tokens)
-            turns = np.maximum(np.maximum(missing, 0.0) / held, np.maximum(unseated, 0.0) / self.seats)
+            turns = np.maximum(np.maximum(missing, 0.0) / held, with_rest(unseated / self.seats))
             step_s = step_s + turns * (self.pace.answer_s / max(answer_tokens - 1.0, 1.0))
         return step_s
+
+    def token_s(self, decoding: Decoding, now_s: float, is_mixed: Flags | None) -> Seconds:
+        """From one token of an answer with a seat to its next. `is_mixed` as for `tpot_s`."""
+        num_decodes, context_tokens = decoding
+        if (num_decodes > self.seats).any():
+            seated = np.minimum(num_decodes, self.seats)
+            context_tokens = context_tokens * (seated / np.maximum(num_decodes, 1.0))
+            num_decodes = seated
+        step_s = self.tables.decode_step_s(self.write_kind, num_decodes, context_tokens)
+        return step_s if is_mixed is None else self._beside_chunks(step_s, decoding, now_s, is_mixed)
 
     def _beside_chunks(self, step_s: Seconds, decoding: Decoding, now_s: float, is_mixed: Flags) -> Seconds:
         """Mean over steps that only decode and steps that read prompts too."""

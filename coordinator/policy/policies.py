@@ -238,7 +238,7 @@ def _rest_s(
     num_later = max(question.answer_tokens - 1.0, 0.0)
     # Who has no writer stays last, also where there is nothing to write.
     slower_s = np.multiply(by_reader - best_s, num_later, out=by_reader.copy(), where=np.isfinite(by_reader))
-    rest_s = handoff_s + slower_s
+    rest_s: Seconds = handoff_s + slower_s
     if question.tpot_limit_s is not None:
         rest_s = rest_s + _MISSES_TARGET_S * (by_reader > question.tpot_limit_s)
     return rest_s
@@ -268,14 +268,19 @@ class _Ahead:
         """When the answer of a prompt read there begins."""
         writing = self._writings.get(reader)
         if writing is None:
-            begin_s = self._question.now_s + self.reading(reader).reach_s
+            begin_s = self.begin_s(reader)
             writing = self._writings[reader] = writing_at(self._question, self._view, self._outlook, begin_s)
         return writing
 
+    def begin_s(self, reader: int) -> float:
+        """When it does. Who is held up beyond what is looked ahead to counts as if he were not: his answer is one of
+        many then that nobody can tell apart, and all that matters is that each writer gets its part of them."""
+        reading = self.reading(reader)
+        begin_s = self._question.now_s + reading.reach_s
+        return begin_s - reading.held_up_s if begin_s >= self._outlook.slots.end_s else begin_s
 
-def _handoff_wait_s(
-    question: Question, link: Link, kv_token_bytes: int, read_s: float, last_tokens: int
-) -> float:
+
+def _handoff_wait_s(question: Question, link: Link, kv_token_bytes: int, read_s: float, last_tokens: int) -> float:
     """From the first token to the second: KV is pulled while later chunks compute, so either the last chunk's alone is
     late, or the link is slower than the computation."""
     whole_s = link.transfer.transfer_s(question.item.prompt_tokens * kv_token_bytes, 1)
@@ -290,9 +295,9 @@ def _chosen(
     if ahead is None:
         return Chosen(best.reader, best.writer, held_blocks)
     reading = ahead.reading(best.reader)
-    queue_s, fetch_wait_s, read_s, work_s, last_tokens, way = reading
+    queue_s, _, fetch_wait_s, read_s, work_s, last_tokens, way = reading
     is_handed_over = best.reader != best.writer
-    plan = Plan(question.rank, work_s, question.now_s + reading.reach_s)
+    plan = Plan(question.rank, work_s, ahead.begin_s(best.reader))
     if way.source_blocks:
         source = ahead.prompt.source(int(view.kv_class[best.reader]))
         if source is not None:

@@ -63,6 +63,8 @@ class Reading(NamedTuple):
     """What is expected on one worker."""
 
     queue_s: float
+    #: Of that, for which the worker would not wait if its prompts were taken at once.
+    held_up_s: float
     #: A fetch, as far as it takes longer than the queue.
     fetch_wait_s: float
     read_s: float
@@ -126,8 +128,10 @@ class Prompt:
         """What is expected on one worker."""
         question, outlook = self._question, self._outlook
         queue_s = max(0.0, float(outlook.prefill_free_s[question.rank, row]) - question.now_s)
+        held_up_s = 0.0
         if self._held_up_s is not None:
-            queue_s = max(queue_s, float(self._held_up_s[row]))
+            held_up_s = max(0.0, float(self._held_up_s[row]) - queue_s)
+            queue_s += held_up_s
         group = int(outlook.read_group[row])
         way = self.way(group, question.held_by(row))
         table = outlook.tables.kinds[outlook.read_groups[group].kind]
@@ -138,6 +142,7 @@ class Prompt:
         work_s = min(way.read_s, table.share_s(new_tokens, cached_tokens)) if queue_s else way.read_s
         return Reading(
             queue_s=queue_s,
+            held_up_s=held_up_s,
             fetch_wait_s=max(0.0, way.fetch_s - queue_s),
             read_s=way.read_s + extra_s + company_s,
             work_s=work_s + extra_s,

@@ -67,8 +67,8 @@ class Answers:
         """Tokens of running and preempted sequences; the group is `ahead` steps on."""
         tokens = self.lockstep.context_tokens(ahead)
         for some in (self._loose, self._reread, self._preempted):
-            for request in some.values():
-                tokens += request.num_tokens
+            if some:
+                tokens += sum(request.num_tokens for request in some.values())
         return tokens
 
     # --- sequences --------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ class Tallies:
     def __init__(self) -> None:
         #: By `prompt_tokens.bit_length()`; made anew with each, so that reports can keep it.
         self.by_size: tuple[AnswerTally, ...] = ()
+        self._without_work: WorkerLoad | None = None
 
     def add(self, request: Request) -> None:
         """Its answer was written to its end."""
@@ -26,18 +27,30 @@ class Tallies:
         answers, output_tokens = tallies[size].answers, tallies[size].output_tokens
         tallies[size] = AnswerTally(answers + 1, output_tokens + request.output_tokens)
         self.by_size = tuple(tallies)
+        self._without_work = None
+
+    def without_work(self, num_blocks: int) -> WorkerLoad:
+        """What a worker with so many blocks, all of them free, reports while these are its answers."""
+        if self._without_work is None:
+            self._without_work = WorkerLoad(answers=self.by_size, free_blocks=num_blocks)
+        return self._without_work
 
 
 def load_of(worker: Worker) -> WorkerLoad:
-    """As a live worker reports it, as far as policies look at it."""
-    worker.sync()
+    """As a live worker reports it, as far as policies look at it. Of a worker without work the same object, until an
+    answer ends there."""
     prompts, answers, incoming = worker.prompts, worker.answers, worker.incoming
+    num_waiting = prompts.num_waiting + incoming.num_open + answers.num_preempted
+    if worker.available_blocks == worker.num_blocks and not num_waiting:
+        return worker.tallies.without_work(worker.num_blocks)
+    worker.sync()
+    num_running, num_preempted = answers.num_running, answers.num_preempted
     return WorkerLoad(
-        waiting_requests=prompts.num_waiting + incoming.num_open + answers.num_preempted,
+        waiting_requests=num_waiting,
         pending_prompt_tokens=prompts.pending_tokens,
         pending_prompt_pairs=float(prompts.pending_pairs),
-        running_requests=len(prompts.running) + answers.num_running,
-        running_decodes=answers.num_running + answers.num_preempted + incoming.num_sealed,
+        running_requests=len(prompts.running) + num_running,
+        running_decodes=num_running + num_preempted + incoming.num_sealed,
         context_tokens=answers.context_tokens(worker.steps_ahead()) + incoming.num_tokens,
         unread_tokens=incoming.num_tokens - incoming.sealed_tokens,
         answers=worker.tallies.by_size,

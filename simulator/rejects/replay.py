@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,20 +33,6 @@ if TYPE_CHECKING:
     from simulator.heap.results import StudyResult
     from simulator.rejects.rebuild import Asked, Rebuilt
     from simulator.study.metrics import RequestLatencies
-    from workload.request import WorkloadRequest
-
-
-class Offered(Protocol):
-    """A request that was decided."""
-
-    @property
-    def workload(self) -> WorkloadRequest: ...
-
-    @property
-    def is_accepted(self) -> bool: ...
-
-
-OfferedT = TypeVar("OfferedT", bound=Offered)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,10 +135,10 @@ def replay(
     )
 
 
-def beside(sample: Sequence[OfferedT], requests: Sequence[OfferedT]) -> list[OfferedT]:
+def beside(sample: Sequence[Asked], requests: Sequence[Asked]) -> list[Asked]:
     """The sample and the accepted ones, in order, without those that go for it."""
     chosen = {id(each) for each in sample}
-    kept: list[OfferedT] = []
+    kept: list[Asked] = []
     owed_tokens = 0
     for each in requests:
         tokens = each.workload.prompt_tokens

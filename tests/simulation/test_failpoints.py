@@ -7,6 +7,7 @@ failpoint's meaning allows; nothing else may be noticed by a client, and the boo
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from contracts.failpoints import FAILPOINTS, Failpoints, armed
 from simulator import Program, run
 from simulator.cluster import ClusterSpec, SimulatedCluster
-from tests.support.workload import Answer, serve, workload
+from tests.support.workload import Answer, Ask, serve, workload
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -26,14 +27,29 @@ ROLES: dict[str, dict[str, Role]] = {
     "2P2D": {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"},
     "mixed": {"m0": "mixed", "p0": "prefill", "d0": "decode"},
 }
+#: What happens only where there is another worker to fetch a prefix from.
+OF_FETCHES = {"kvstore.fetch_refused"}
 #: The one whose meaning is that a client is told to come later.
 REFUSES = "prefill.says_full"
 
 
+def begin_alike(rng: random.Random, asks: list[Ask]) -> list[Ask]:
+    """Each gets one of a few beginnings, as far as it is long."""
+    beginnings = [tuple(rng.choices(range(1000), k=80)) for _ in range(12)]
+    drawn: list[Ask] = []
+    for ask in asks:
+        alike = rng.choice(beginnings)[: len(ask.token_ids)]
+        drawn.append(replace(ask, token_ids=(*alike, *ask.token_ids[len(alike) :])))
+    return drawn
+
+
 async def served(program: Program, spec: ClusterSpec) -> list[Answer]:
-    """All answers, checked. A tenth of the clients go away before the end."""
+    """All answers, checked. A tenth of the clients go away before the end. Where workers are named to fetch from,
+    prompts begin alike."""
     async with SimulatedCluster(program, spec) as cluster:
         asks = workload(program.rng("asks"), count=40, over_s=2.0, output=60, cancels=0.1)
+        if spec.hint_chance:
+            asks = begin_alike(program.rng("beginnings"), asks)
         answers = await serve(program, cluster, asks, deadline_s=120.0)
         assert cluster.ended == []
         return answers
@@ -47,6 +63,9 @@ def serve_armed(chances: dict[str, float], cluster: str, seed: int) -> Counter[s
         spec = ClusterSpec(
             roles=ROLES[cluster], num_blocks=40, max_batch_tokens=32, max_waiting_offers=4, lease_ttl_s=2.0
         )
+        if chances.keys() <= OF_FETCHES:
+            # Enough memory for prefixes to stay.
+            spec = replace(spec, num_blocks=200, hint_chance=1.0)
         answers = await served(program, spec)
         refused = [answer for answer in answers if answer.error is not None]
         allowed = {"no_capacity"} if chances.get(REFUSES) else set[str]()
@@ -59,8 +78,10 @@ def serve_armed(chances: dict[str, float], cluster: str, seed: int) -> Counter[s
     return firing.counts
 
 
-@pytest.mark.parametrize("cluster", ["1P1D", "mixed"])
-@pytest.mark.parametrize("name", sorted(FAILPOINTS))
+@pytest.mark.parametrize(
+    ("name", "cluster"),
+    [(name, cluster) for name in sorted(FAILPOINTS) for cluster in ("2P2D" if name in OF_FETCHES else "1P1D", "mixed")],
+)
 def test_a_failpoint_that_fires_is_noticed_by_nobody(name: str, cluster: str) -> None:
     assert serve_armed({name: 0.3}, cluster, seed=1)[name] > 0
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import engine
-from cluster.services import check_servable, conductor_settings, gateway_settings, live_costs, slo_classes
+from cluster.services import (
+    check_servable,
+    conductor_settings,
+    coordinator_service,
+    gateway_settings,
+    live_costs,
+    slo_classes,
+)
 from contracts.config_loader import load_config
 from contracts.errors import ConfigError
+from coordinator.directory.directory import Directory
 from coordinator.policy.settings import AdmissionRule
 from gateway.terms import Tenant
+from rpc import LiveClock, MemoryNetwork
 from tests.support.layout import ROOT
 
 if TYPE_CHECKING:
@@ -77,3 +88,25 @@ def test_a_profile_that_is_not_there_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "no.json"
     with pytest.raises(ConfigError, match=str(missing)):
         live_costs(config(("coordinator.dispatch.profile", str(missing))))
+
+
+def test_a_decision_log_that_cannot_be_written_is_told_at_start(tmp_path: Path) -> None:
+    log = tmp_path / "missing" / "decisions.jsonl"
+
+    async def start() -> None:
+        network = MemoryNetwork(rng=random.Random(0), host="c")
+        given = config(("coordinator.decision_log", str(log)))
+        async with coordinator_service(given, network, LiveClock(), "c:1", lambda line: None):
+            pytest.fail("it serves")
+
+    with pytest.raises(ConfigError, match=rf"^coordinator\.decision_log {log}: cannot be written: No such file"):
+        asyncio.run(start())
+
+
+def test_the_largest_directory_that_may_be_asked_for_can_be_made() -> None:
+    """No memory is used before blocks are known."""
+    most = 100_000_000
+    assert config(("coordinator.max_directory_blocks", str(most))).coordinator.max_directory_blocks == most
+    assert Directory(most).max_blocks == most
+    with pytest.raises(ConfigError, match=r"coordinator\.max_directory_blocks = '100000001': Input should be less"):
+        config(("coordinator.max_directory_blocks", str(most + 1)))

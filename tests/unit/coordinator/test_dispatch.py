@@ -13,6 +13,7 @@ from contracts.ids import Incarnation, RequestId, WorkerId
 from contracts.messages import DispatchItem, Placement, Rejection, Role, WorkerInfo, WorkerLoad
 from coordinator.conductor import Conductor, ConductorSettings, DispatchLimits
 from coordinator.decision import Refused
+from coordinator.directory.directory import Directory
 from tests.support.conductors import LAYOUT, ROLES, Costs, conductor_of, identity, info_of, item_of
 from tests.support.dispatch_reference import Pair, Row, least_loaded
 
@@ -367,3 +368,17 @@ def test_decides_as_the_policy_worker_by_worker(
         assert isinstance(expected, Pair)
         rows[expected.reader].book(ask)
         rows[expected.writer].decode_load_tokens += ask.prompt_tokens + ask.max_tokens
+
+
+def test_a_directory_s_hash_functions_are_not_to_be_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def directory(max_blocks: int, *, seed: int) -> Directory:
+        seeds.append(seed)
+        return Directory(max_blocks, seed=seed)
+
+    monkeypatch.setattr("coordinator.conductor.Directory", directory)
+    for seed in (1, 1, 2):
+        conductor_of([], seed=seed)
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert min(seeds) > 2**32

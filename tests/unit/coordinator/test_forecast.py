@@ -123,3 +123,16 @@ def test_beside_one_by_one(begins: list[tuple[float, int]], reports: list[tuple[
     told_count, told_tokens = at(made, time_s)
     assert told_count == pytest.approx(expected_count, abs=1e-9)
     assert told_tokens == pytest.approx(expected_tokens, abs=1e-6)
+
+
+@pytest.mark.parametrize("extra_slots", [0, 1, 2, 50])
+def test_after_a_long_pause_nothing_is_about_to_begin(extra_slots: int) -> None:
+    """The coordinator stood still for longer than the table reaches."""
+    made = forecast()
+    made.add(0, WIDTH_S * (NUM_SLOTS - 0.5), 50)
+    begun, _ = at(made, WIDTH_S * (NUM_SLOTS - 0.5))
+    now_s = WIDTH_S * (NUM_SLOTS + extra_slots)
+    made.advance(now_s)
+    assert at(made, now_s)[0] == pytest.approx(begun * math.exp(-(extra_slots + 1) * WIDTH_S / ANSWER_S))
+    made.report(0, 0, 0, now_s)
+    assert at(made, now_s + 1.0) == (0.0, 0.0), "what the worker does not tell by now is over"

@@ -290,8 +290,40 @@ def test_a_profile_s_link_stands_while_the_measured_ones_agree() -> None:
     assert costs.transfer.bandwidth_bytes_s == 0.5e9
 
 
+def test_workers_that_are_gone_do_not_count() -> None:
+    costs = LiveCosts()
+    for number in range(10):
+        costs.observe_transfers(WorkerId(f"old{number}"), report(1e8))
+    for number in range(9):
+        costs.observe_transfers(WorkerId(f"new{number}"), report(1e10))
+    assert costs.transfer.bandwidth_bytes_s == 1e8
+    for number in range(10):
+        costs.forget_links(WorkerId(f"old{number}"))
+    costs.forget_links(WorkerId("never heard of"))
+    assert costs.transfer.bandwidth_bytes_s == 1e10
+    for number in range(9):
+        costs.forget_links(WorkerId(f"new{number}"))
+    assert costs.transfer.bandwidth_bytes_s == 1e10, "the last that is known"
+
+
+@pytest.mark.parametrize("profiled", [True, False])
+def test_latency_alone_counts(profiled: bool) -> None:
+    costs = LiveCosts(PROFILE if profiled else None)
+    link = PROFILE.transfer
+    assert link is not None
+    bandwidth = link.bandwidth_bytes_s
+    costs.observe_transfers(WorkerId("a"), report(bandwidth, latency_s=link.latency_s))
+    before = costs.transfer
+    costs.observe_transfers(WorkerId("a"), report(bandwidth, latency_s=link.latency_s + 1e-6))
+    assert costs.transfer is before
+    costs.observe_transfers(WorkerId("a"), report(bandwidth, latency_s=0.1))
+    assert costs.transfer.latency_s == 0.1
+
+
 def test_absurd_links_are_not_believed() -> None:
     costs = LiveCosts()
+    costs.observe_transfers(WorkerId("c"), report(5e-324, 1e300))
+    costs.observe_transfers(WorkerId("d"), report(1e9, latency_s=1e300))
     costs.observe_transfers(WorkerId("a"), report(0.0, -1.0, math.inf, math.nan))
     costs.observe_transfers(WorkerId("b"), report(1e9, latency_s=math.nan))
     assert costs.transfer == UNMEASURED_LINK
@@ -303,3 +335,17 @@ def test_kv_bytes_are_the_model_s() -> None:
     costs = LiveCosts(msgspec.structs.replace(PROFILE, kv_token_bytes=1))
     costs.of(info_of())
     assert costs.kv_token_bytes == LAYOUT.token_bytes
+
+
+def test_of_two_models_each_has_its_own_kv_bytes() -> None:
+    costs = LiveCosts()
+    other = msgspec.structs.replace(LAYOUT, num_layers=4)
+    infos = [info_of("a"), info_of("b")]
+    infos[1] = msgspec.structs.replace(infos[1], identity=msgspec.structs.replace(infos[1].identity, layout=other))
+    for _ in range(2):
+        for info in infos:
+            costs.observe(info, fit(decode=3.0))
+            known = costs.of(info)
+            assert known is not None
+            assert known.kv_token_bytes == info.identity.layout.token_bytes
+        assert costs.kv_token_bytes == other.token_bytes, "of the life that began last, whoever beat last"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contracts.messages import Rejection
 from coordinator.decision import Refused
 from coordinator.decision_records import Decision, record_of
 from coordinator.refusal_lines import RefusalLines
@@ -24,7 +25,8 @@ class Office:
         decision = self.conductor.decide(item, now_s)
         words = self.conductor.in_words(item, decision, now_s)
         assert isinstance(decision, Refused)
-        return self.lines.refused(item, decision, words, now_s)  # type: ignore[arg-type]
+        assert isinstance(words, Rejection)
+        return self.lines.refused(item, decision, words, now_s)
 
 
 def entry(line: str) -> Decision:

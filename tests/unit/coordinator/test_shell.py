@@ -76,6 +76,7 @@ class Office:
             conductor=default_conductor(self.costs),
             on_decision=lambda item, decision, now_s: self.decided.append((item, decision, now_s)),
             on_transfers=self.costs.observe_transfers,
+            on_gone=self.costs.forget_links,
             log=self.said.append,
         )
         server = self.network.server("c:1")
@@ -354,6 +355,9 @@ def test_measured_links_become_costs() -> None:
         assert office.costs.transfer.bandwidth_bytes_s == 1e9
         await office.beat("w0", transfers=TransferReport(links=(link,)))
         assert office.costs.transfer.bandwidth_bytes_s == 5e9
+        assert office.costs.num_remembered == 2
+        await asyncio.sleep(5.0)
+        assert office.costs.num_remembered == 1, "it is gone, and its links with it"
 
     with_office(body)
 

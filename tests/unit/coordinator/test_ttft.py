@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from contracts.config import DispatchPolicyName
 from contracts.ids import WorkerId
 from contracts.latency_models import CostCurve, FittedLatency
-from contracts.messages import Placement, WorkerLoad
+from contracts.messages import Placement, WorkerInfo, WorkerLoad
 from contracts.transfer_models import LinkTransfer
 from coordinator.conductor import AdmissionRule, Conductor, ConductorSettings, DispatchLimits
 from coordinator.costs import WorkerCosts
@@ -36,6 +37,11 @@ def chosen(made: Conductor, decision: Chosen | Refused) -> tuple[str, str]:
     assert isinstance(decision, Chosen)
     infos = made.fleet.view().infos
     return infos[decision.prefill_row].worker_id, infos[decision.decode_row].worker_id
+
+
+def info_and_idle(name: str, fingerprint: str) -> tuple[WorkerInfo, WorkerLoad]:
+    info = info_of(name, fingerprint=fingerprint)
+    return info, WorkerLoad(free_blocks=info.total_blocks)
 
 
 def source(made: Conductor, decision: Chosen | Refused) -> str | None:
@@ -207,6 +213,85 @@ def test_prompts_that_come_later_share_its_last_step() -> None:
     assert predicted_s(100.0) == 100 * MILLI
     share = float(made.fleet.outlook().reading_s[1]) / READING_WINDOW_S
     assert 100 * MILLI < predicted_s(100.0) <= (100 + share * 100) * MILLI
+
+
+def test_what_was_read_long_ago_says_nothing_of_what_comes() -> None:
+    def predicted_s(*, was_busy: bool) -> float:
+        made = conductor_of(["p0", "p1", "d0"], settings=ConductorSettings(admission=NOT_REFUSED))
+        for number in range(100 if was_busy else 0):
+            made.decide(item_of(400, name=str(number)), 0.0)
+        for now_s, pending_tokens in ((10.0, 0), (3600.0, 100)):
+            load = WorkerLoad(free_blocks=1000, pending_prompt_tokens=pending_tokens)
+            made.report(WorkerId("p0"), load, now_s)
+            made.report(WorkerId("p1"), load, now_s)
+        decision = made.decide(item_of(100), 3600.0)
+        assert isinstance(decision, Chosen)
+        assert decision.predicted is not None
+        return decision.predicted.ttft_s
+
+    assert predicted_s(was_busy=True) == pytest.approx(predicted_s(was_busy=False), rel=1e-6)
+
+
+def test_who_was_busy_long_ago_is_not_avoided() -> None:
+    made = conductor_of(["p0", "d0"], settings=ConductorSettings(admission=NOT_REFUSED))
+    for number in range(100):
+        made.decide(item_of(400, name=str(number)), 0.0)
+    made.report(WorkerId("p0"), WorkerLoad(free_blocks=1000), 100.0)
+    made.add(info_of("p1"), 3600.0)
+    for name, pending_tokens in (("p0", 100), ("p1", 150)):
+        made.report(WorkerId(name), WorkerLoad(free_blocks=1000, pending_prompt_tokens=pending_tokens), 3600.0)
+    assert chosen(made, made.decide(item_of(100), 3600.0)) == ("p0", "d0")
+
+
+def test_an_answer_of_one_token_goes_to_whoever_reads_it_first() -> None:
+    """Nothing is written after it, whatever others would take for that; and a reader without a writer stays last."""
+    workers: list[str | tuple[WorkerInfo, WorkerLoad]] = [
+        "m0",
+        (info_of("p0"), WorkerLoad(free_blocks=1000, pending_prompt_tokens=500)),
+        "d0",
+    ]
+    stranger = (info_of("p1", fingerprint="other"), WorkerLoad(free_blocks=1000))
+    with np.errstate(all="raise"):
+        for number in range(3):
+            made = conductor_of([*workers, stranger], settings=ConductorSettings(admission=NOT_REFUSED))
+            assert chosen(made, made.decide(item_of(100, max_tokens=1 + number), 0.0)) == ("m0", "m0")
+
+
+def test_workers_that_do_not_write_may_have_no_costs_of_it() -> None:
+    reads_only = FittedLatency(prefill=PLAIN.prefill, pair_s=0.0, decode=CostCurve.line(0.0, 0.0), context_token_s=0.0)
+    costs = Costs(named={"p0": WorkerCosts(latency=reads_only, max_batch_tokens=512)})
+    with np.errstate(all="raise", under="ignore"):
+        made = conductor_of(["m0", "p0", "d0"], costs=costs, settings=ConductorSettings(admission=NOT_REFUSED))
+        for number in range(20):
+            assert isinstance(made.decide(item_of(100, name=str(number)), 0.1 * number), Chosen)
+
+
+def test_each_model_s_kv_is_moved_at_its_own_price() -> None:
+    """Two models in one fleet, and the source's figure is that of the other: its fetch would be too dear."""
+    small = WorkerCosts(latency=PLAIN, max_batch_tokens=512, kv_token_bytes=1)
+    costs = Costs(
+        common=WorkerCosts(latency=PLAIN, max_batch_tokens=512, kv_token_bytes=2**20),
+        named={"p0": small, "p1": small},
+        transfer=LinkTransfer(latency_s=0.0, bandwidth_bytes_s=2.0**20),
+        kv_token_bytes=2**20,
+    )
+    made = conductor_of(
+        [
+            "p0",
+            (info_of("p1"), WorkerLoad(pending_prompt_tokens=3000, free_blocks=1000)),
+            "d0",
+            (info_of("p8", fingerprint="large"), WorkerLoad(pending_prompt_tokens=9000, free_blocks=1000)),
+            info_and_idle("d8", "large"),
+        ],
+        costs=costs,
+        settings=ConductorSettings(admission=NOT_REFUSED),
+    )
+    hold(made, "p1", range(60))
+    decision = made.decide(item_of(1000, blocks=range(60)), 0.0)
+    assert (chosen(made, decision), source(made, decision)) == (("p0", "d0"), "p1")
+    assert isinstance(decision, Chosen)
+    assert decision.predicted is not None
+    assert decision.predicted.transfer_s == 960 / 2**20
 
 
 # --- hot spots --------------------------------------------------------------------------------------------
