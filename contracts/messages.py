@@ -101,6 +101,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pending_prompt_tokens: int = 0
     #: Query-key pairs of their attention: see `contracts.latency.StepWork.prefill_pairs`.
     pending_prompt_pairs: float = 0.0
+    #: Of these, offers from other workers that have no blocks yet.
+    waiting_offers: int = 0
     running_requests: int = 0
     #: Sequences among these that write answers; offers not yet adopted count too, once their prompts have been read.
     running_decodes: int = 0

@@ -13,9 +13,10 @@ import numpy as np
 
 from coordinator.answer_lengths import AnswerLengths
 from coordinator.forecast import DecodeForecast
+from coordinator.pace import PaceKeeper
 from coordinator.policy.cost_tables import CostTable, stack
 from coordinator.policy.fleet_view import LARGEST_COUNT, count_of
-from coordinator.policy.outlook import READING_WINDOW_S, Outlook, Pace, ReadGroup
+from coordinator.policy.outlook import READING_WINDOW_S, Outlook, ReadGroup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,10 +29,8 @@ if TYPE_CHECKING:
     from coordinator.decision import Plan
     from coordinator.policy.fleet_view import Counts, FleetView, Seconds
 
-#: What a token of an answer takes before anything is known of steps.
-_UNKNOWN_TOKEN_S = 0.05
-#: Of the mean over workers: how much the last report counts; over requests: the last that was placed.
-_NEWEST_SHARE = 0.05
+#: How much an earlier figure of seats counts beside a later, smaller one.
+_PAST_SHARE = 0.5
 #: From one report to the next, where blocks are not all taken any more.
 _MORE_SEATS = 1.25
 #: Tables of costs that no worker has any more go when there are so many.
@@ -42,6 +41,7 @@ _COLUMNS = (
     "num_decodes",
     "context_tokens",
     "free_tokens",
+    "waiting_offers",
     "untaken_tokens",
     "handoff_tokens",
     "total_tokens",
@@ -64,12 +64,10 @@ class Expectations:
         self._columns: dict[str, NDArray[np.float64]] = {name: np.zeros(0) for name in _COLUMNS}
         self._prefill_free_s: Seconds = np.zeros((num_ranks, 0))
         self.answer_lengths = AnswerLengths()
-        self._pace = Pace(answer_tokens=self.answer_lengths.mean_tokens, token_s=_UNKNOWN_TOKEN_S)
-        #: Reports that told of the pace; placements, and the mean of what they allow their answers.
-        self._num_paces = 0
-        self._num_placed = 0
-        self._allowed_tokens = 0.0
-        self._forecast = DecodeForecast(longest_wait_s, self._pace)
+        self._pace = PaceKeeper(self.answer_lengths.mean_tokens)
+        #: By row: when its last report was, if all its seats were taken then; else not a number.
+        self._crowded_s: list[float] = []
+        self._forecast = DecodeForecast(longest_wait_s, self._pace.pace)
         #: Made when asked for after a worker or its costs changed.
         self._outlook: Outlook | None = None
 
@@ -79,6 +77,7 @@ class Expectations:
         self._infos.insert(row, info)
         self._tables.insert(row, None)
         self._told_answers.insert(row, ())
+        self._crowded_s.insert(row, math.nan)
         for name, column in self._columns.items():
             self._columns[name] = np.insert(column, row, 0.0)
         block_tokens = info.identity.layout.block_tokens
@@ -93,7 +92,7 @@ class Expectations:
         self._outlook = None
 
     def delete(self, row: int) -> None:
-        del self._infos[row], self._tables[row], self._told_answers[row]
+        del self._infos[row], self._tables[row], self._told_answers[row], self._crowded_s[row]
         for name, column in self._columns.items():
             self._columns[name] = np.delete(column, row)
         self._prefill_free_s = np.delete(self._prefill_free_s, row, axis=1)
@@ -127,6 +126,7 @@ class Expectations:
         # What is reserved for prompts that are still being read counts where their answers begin.
         for_unread_tokens = min(count_of(load.reserved_blocks) * block_tokens, count_of(load.unread_tokens))
         columns["free_tokens"][row] = free_blocks * block_tokens + for_unread_tokens
+        columns["waiting_offers"][row] = count_of(load.waiting_offers)
         columns["untaken_tokens"][row] = count_of(load.offered_blocks) * block_tokens
         self._forecast.advance(now_s)
         if info.role != "prefill":
@@ -142,44 +142,41 @@ class Expectations:
         return bool(self._prefill_free_s[-1, row] <= now_s)
 
     def _note_answers(self, row: int, load: WorkerLoad, context_tokens: int, now_s: float) -> None:
-        told = self._told_answers[row]
+        told, num_tokens = self._told_answers[row], 0
         if load.answers != told:
+            num_tokens = _num_tokens(load.answers) - _num_tokens(told)
             self.answer_lengths.ended(load.answers, told)
             self._told_answers[row] = load.answers
-            self._note_lengths()
+            self._pace.note_lengths(self.answer_lengths.mean_tokens)
         table, num_decodes = self._tables[row], count_of(load.running_decodes)
         seats = self._note_seats(row, load, num_decodes)
         if table is not None and num_decodes:
             size = int(min(num_decodes, seats, len(table.decode_base_s) - 1))
             context_s = float(table.decode_context_s[size]) * context_tokens * min(1.0, seats / num_decodes)
             step_s = float(table.decode_base_s[size]) + context_s
-            self._num_paces += 1
-            share = max(_NEWEST_SHARE, 1.0 / self._num_paces)
-            self._pace.token_s += share * (max(step_s, 1e-9) - self._pace.token_s)
+            crowded_s, self._crowded_s[row] = self._crowded_s[row], math.nan
+            is_crowded = self._infos[row].role == "decode" and (num_decodes > seats or load.waiting_offers > 0)
+            if is_crowded:
+                self._crowded_s[row] = now_s
+            if is_crowded and crowded_s < now_s and num_tokens >= 0:
+                self._pace.note_step(step_s, seats * (now_s - crowded_s), num_tokens)
+            else:
+                self._pace.note_step(step_s)
         self._forecast.report(row, num_decodes, context_tokens, now_s, seats)
-
-    def _note_lengths(self) -> None:
-        """Before many have ended little but what they are allowed is known of answers."""
-        mean_tokens = self.answer_lengths.mean_tokens
-        self._pace.answer_tokens = max(1.0, min(mean_tokens, self._allowed_tokens)) if self._num_placed else mean_tokens
 
     def _note_seats(self, row: int, load: WorkerLoad, num_decodes: int) -> float:
         """As `Outlook.seats`."""
         seats, info = self._columns["seats"], self._infos[row]
         num_running, most = count_of(load.running_requests), _most_seats(info)
         present = float(seats[row])
-        if info.role == "decode" and num_decodes > num_running > 0 and self._is_short(row):
-            present = float(num_running)
+        if info.role == "decode" and load.waiting_offers > 0 < num_running:
+            # The others that hold blocks do not write yet.
+            present = num_running + _PAST_SHARE * max(0.0, min(present, num_decodes) - num_running)
         elif present < most:
             # As slowly as it may have become less crowded, for answers end one by one.
             present *= _MORE_SEATS
         present = seats[row] = max(1.0, min(present, most))
         return float(present)
-
-    def _is_short(self, row: int) -> bool:
-        """Whether its blocks do not hold one more answer."""
-        one_more = self._pace.prompt_tokens + self._pace.answer_tokens
-        return bool(self._columns["free_tokens"][row] < one_more)
 
     def _note_prompts(self, row: int, load: WorkerLoad, booked_s: float, view: FleetView, now_s: float) -> None:
         """Corrects when it will have read everything."""
@@ -217,11 +214,7 @@ class Expectations:
         columns["reading_s"][prefill_row] = float(columns["reading_s"][prefill_row]) * fade + plan.prefill_s
         columns["reading_as_of_s"][prefill_row] = now_s
         prompt_tokens = count_of(item.prompt_tokens)
-        self._num_placed += 1
-        share = max(_NEWEST_SHARE, 1.0 / self._num_placed)
-        self._pace.prompt_tokens += share * (prompt_tokens - self._pace.prompt_tokens)
-        self._allowed_tokens += share * (count_of(item.max_tokens) - self._allowed_tokens)
-        self._note_lengths()
+        self._pace.note_placed(prompt_tokens, count_of(item.max_tokens))
         self._forecast.advance(now_s)
         self._forecast.add(decode_row, plan.begin_s, prompt_tokens)
 
@@ -255,9 +248,13 @@ class Expectations:
             prefill_free_s=self._prefill_free_s,
             decoding=self._forecast.table,
             slots=self._forecast.slots,
-            pace=self._pace,
+            pace=self._pace.pace,
             **columns,
         )
+
+
+def _num_tokens(tallies: Sequence[AnswerTally]) -> int:
+    return sum(count_of(tally.output_tokens) for tally in tallies)
 
 
 def _most_seats(info: WorkerInfo) -> float:

@@ -43,8 +43,8 @@ class DecodeForecast:
         self._reported_s: list[float] = []
         #: By row: whether anything may stand in `_begins`.
         self._expects: list[bool] = []
-        #: By row: whether more answers wait for a place than the worker writes, as far as the table reaches.
-        self._is_crowded: list[bool] = []
+        #: By row: number of the first slot, counted from time 0, in which nobody is expected to wait for a seat.
+        self._crowded_until: list[int] = []
         #: By row: whether nothing but zeros stands in the table.
         self._is_blank: list[bool] = []
         self._pace = pace
@@ -57,13 +57,13 @@ class DecodeForecast:
         self._begins = np.insert(self._begins, row, 0.0, axis=2)
         self._reported_s.insert(row, now_s)
         self._expects.insert(row, False)
-        self._is_crowded.insert(row, False)
+        self._crowded_until.insert(row, 0)
         self._is_blank.insert(row, True)
 
     def delete(self, row: int) -> None:
         self.table = np.delete(self.table, row, axis=2)
         self._begins = np.delete(self._begins, row, axis=2)
-        del self._reported_s[row], self._expects[row], self._is_crowded[row], self._is_blank[row]
+        del self._reported_s[row], self._expects[row], self._crowded_until[row], self._is_blank[row]
 
     def advance(self, now_s: float) -> None:
         """Slots that are over make room for later ones. To be called before `add` and `report` at a new time."""
@@ -92,12 +92,12 @@ class DecodeForecast:
         begins[1, row] += prompt_tokens
         self._expects[row] = True
         self._is_blank[row] = False
+        if (seated := self._crowded_until[row] - self.slots.first) > first:
+            # It waits among the others before it gets on.
+            self.table[first:seated, 0, row] += 1.0
+            self.table[first:seated, 1, row] += prompt_tokens
+            first = min(seated, NUM_SLOTS)
         num_after = NUM_SLOTS - first
-        if self._is_crowded[row]:
-            # It lasts until others have ended.
-            self.table[first:, 0, row] += 1.0
-            self.table[first:, 1, row] += prompt_tokens
-            return
         self.table[first:, 0, row] += self._stay[:num_after]
         self.table[first:, 1, row] += self._grown[:num_after] + prompt_tokens * self._stay[:num_after]
 
@@ -109,7 +109,7 @@ class DecodeForecast:
         if expects:
             self._let_begin(row, last_s, now_s)
             expects = self._expects[row]
-        self._is_crowded[row] = False
+        self._crowded_until[row] = 0
         if not expects and num_decodes <= seats:
             self._write_down(row, num_decodes, context_tokens)
             return
@@ -120,29 +120,34 @@ class DecodeForecast:
             column += self._stay_after @ begins
             column[:, 1] += self._grown_after @ begins[:, 0]
         if np.maximum.reduce(column[:, 0]) > seats:
-            self._queue_for_seats(row, num_decodes, seats, column)
+            self._queue_for_seats(row, num_decodes, context_tokens, seats, column)
         self.table[:, :, row] = column
         self._is_blank[row] = False
 
     def _write_down(self, row: int, num_decodes: int, context_tokens: int) -> None:
         """There are these answers and no others."""
         if num_decodes or context_tokens:
-            column = self.table[:, :, row]
-            np.multiply(self._of_one, num_decodes, out=column)
-            column[:, 1] += context_tokens * self._stay
+            table, stay = self.table, self._stay
+            np.multiply(stay, num_decodes, out=table[:, 0, row])
+            np.add(num_decodes * self._grown, context_tokens * stay, out=table[:, 1, row])
             self._is_blank[row] = False
         elif not self._is_blank[row]:
             self.table[:, :, row] = 0.0
             self._is_blank[row] = True
 
-    def _queue_for_seats(self, row: int, num_decodes: int, seats: float, column: NDArray[np.float64]) -> None:
+    def _queue_for_seats(
+        self, row: int, num_decodes: int, context_tokens: int, seats: float, column: NDArray[np.float64]
+    ) -> None:
         """Only those with a seat get on, so that no more than these end within the duration of one: a queue that is
         served at that rate, or what there would be with seats for all, whichever is longer."""
-        begun = num_decodes + self._begins[:, 0, row].cumsum() if self._expects[row] else float(num_decodes)
-        queue = begun - self._ages * seats
-        longer = np.maximum(queue / np.maximum(column[:, 0], 1e-9), 1.0)
-        column *= longer[:, None]
-        self._is_crowded[row] = bool(queue[-1] > seats)
+        begun = self._begins[:, :, row].cumsum(axis=0)
+        begun += (num_decodes, context_tokens)
+        queue = begun[:, 0] - self._ages * seats
+        is_longer = queue > column[:, 0]
+        # Whoever waits does not grow, and whoever comes takes the place of one that has grown.
+        column[is_longer, 1] = queue[is_longer] * (begun[is_longer, 1] / begun[is_longer, 0])
+        column[is_longer, 0] = queue[is_longer]
+        self._crowded_until[row] = self.slots.first + int(np.count_nonzero(queue > seats))
 
     def _let_begin(self, row: int, last_s: float, now_s: float) -> None:
         """Of the present slot's some have begun since the last report: as many as of its time has passed."""

@@ -137,6 +137,11 @@ class DecodeBatch:
         return len(self._running)
 
     @property
+    def waiting_offers(self) -> int:
+        """Offers that have no blocks yet."""
+        return self._incoming.num_waiting
+
+    @property
     def waiting_count(self) -> int:
         return len(self._incoming) + len(self._preempted)
 

@@ -65,6 +65,12 @@ class IncomingOffers:
     def __len__(self) -> int:
         return len(self._offers)
 
+    @property
+    def num_waiting(self) -> int:
+        """Those without blocks."""
+        self.note_blocks()
+        return len(self._waiting)
+
     def __contains__(self, lease_id: LeaseId) -> bool:
         return lease_id in self._offers
 

@@ -329,33 +329,49 @@ class Ledger:
                 if reserved_by[block] is not None:
                     problems.append(f"block {block} reserved by {reserved_by[block]} and {lease_id}")
                 reserved_by[block] = lease_id
-        for index in range(self.num_blocks):
-            kept = (self._references[index], self._pins[index], self._reserved_by[index])
-            counted = (references[index], pins[index], reserved_by[index])
-            if kept != counted:
-                problems.append(f"block {index} (references, pins, lease) kept {kept}, counted {counted}")
-            if counted[2] is not None and counted[:2] != (0, 0):
-                problems.append(f"block {index} is reserved for {counted[2]} and held: {counted[:2]}")
+        if (references, pins, reserved_by) != (self._references, self._pins, self._reserved_by):
+            kept = zip(self._references, self._pins, self._reserved_by, strict=True)
+            counted = zip(references, pins, reserved_by, strict=True)
+            problems.extend(
+                f"block {index} (references, pins, lease) kept {ours}, counted {right}"
+                for index, (ours, right) in enumerate(zip(kept, counted, strict=True))
+                if ours != right
+            )
+        for index, holder in enumerate(reserved_by):
+            if holder is not None and (references[index] or pins[index]):
+                problems.append(f"block {index} is reserved for {holder} and held: {(references[index], pins[index])}")
         return problems
 
     def _class_problems(self) -> list[str]:
-        problems: list[str] = []
-        counts = [0] * len(BlockClass)
-        for index in range(self.num_blocks):
-            expected = self._class_of(BlockId(index))
-            counts[expected] += 1
-            if self._classes[index] is not expected:
-                problems.append(f"block {index} is {expected.name}, kept as {self._classes[index].name}")
+        expected = self._classes_anew()
+        problems = [
+            f"block {index} is {right.name}, kept as {kept.name}"
+            for index, (right, kept) in enumerate(zip(expected, self._classes, strict=True))
+            if right is not kept
+        ]
+        counts = [expected.count(block_class) for block_class in BlockClass]
         if counts != self._counts or sum(counts) != self.num_blocks:
             problems.append(f"class counts kept {self._counts}, counted {counts} of {self.num_blocks}")
         for name, members, block_class in (
             ("free list", list(self._free), BlockClass.FREE),
             ("cache", list(self._cached), BlockClass.CACHED),
         ):
-            classed = [index for index in range(self.num_blocks) if self._classes[index] is block_class]
+            classed = [index for index, kept in enumerate(self._classes) if kept is block_class]
             if sorted(members) != classed:
                 problems.append(f"{name} holds {sorted(members)[:16]}, blocks of that class {classed[:16]}")
         return problems
+
+    def _classes_anew(self) -> list[BlockClass]:
+        """As `_class_of` says of each; at one go, because audits after every event are most of what trials take."""
+        free, cached, offered, owned = BlockClass.FREE, BlockClass.CACHED, BlockClass.OFFERED, BlockClass.OWNED
+        found = [
+            owned if references else offered if pins else free if key is None else cached
+            for references, pins, key in zip(self._references, self._pins, self._keys, strict=True)
+        ]
+        for index, lease_id in enumerate(self._reserved_by):
+            if lease_id is not None:
+                found[index] = self._class_of(BlockId(index))
+        return found
 
     def _key_problems(self) -> list[str]:
         named = {key: BlockId(index) for index, key in enumerate(self._keys) if key is not None}

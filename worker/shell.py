@@ -512,6 +512,7 @@ class WorkerShell:
         return WorkerLoad(
             **self.ledger.load(),
             waiting_requests=self.prefill.waiting_count + self.decode.waiting_count,
+            waiting_offers=self.decode.waiting_offers,
             pending_prompt_tokens=self.prefill.pending_tokens,
             pending_prompt_pairs=self.prefill.pending_pairs,
             running_requests=self.prefill.running_count + self.decode.running_count,

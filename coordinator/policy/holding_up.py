@@ -18,13 +18,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from coordinator.policy.outlook import Decoding, with_rest
+from coordinator.policy.outlook import Decoding
 from coordinator.policy.pairing import is_any
 
 if TYPE_CHECKING:
     from coordinator.policy.fleet_view import Expected, Flags, FleetView, Seconds
     from coordinator.policy.outlook import Outlook
     from coordinator.policy.question import Question
+
+
+#: Workers take nobody in without leaving what all have room for so much more.
+_GROWTH_TOKENS = 64.0
 
 
 class _Lengths(NamedTuple):
@@ -74,33 +78,43 @@ def _until_taken_s(
             continue
         # While these are taken, so are others'.
         taken = above[held_up] * (float(before[readers].sum()) / np.maximum(before[held_up], 1.0))
-        room_tokens, tokens_per_s = _taking(outlook, writers, lengths)
-        turns = (taken - room_tokens) / (tokens_per_s * outlook.pace.answer_s)
-        wait_s[held_up] = with_rest(turns) * outlook.pace.answer_s
+        room_tokens, answers_per_s = _taking(outlook, writers, lengths)
+        num_ends = np.maximum(taken - room_tokens, 0.0) / lengths.prompt
+        wait_s[held_up] = _prudent(num_ends) / answers_per_s
     return wait_s
 
 
 def _taking(outlook: Outlook, writers: Flags, lengths: _Lengths) -> tuple[float, float]:
-    """Of prompts, by all writers: tokens that they have room for, and then so many each second."""
+    """Tokens of prompts that all writers have room for, and the answers of theirs that end each second."""
     free_tokens = outlook.free_tokens[writers]
-    # Less than one needs is no room.
-    room_tokens = float((free_tokens * (free_tokens >= lengths.whole)).sum()) * lengths.prompt / lengths.whole
-    in_blocks = outlook.total_tokens[writers] / (lengths.prompt + 0.5 * lengths.answer)
-    num_answers = float(np.minimum(outlook.seats[writers], np.maximum(in_blocks, 1.0)).sum())
-    return room_tokens, num_answers * lengths.prompt / outlook.pace.answer_s
+    # What is left beside offers that wait is kept for what is there already; and less than one needs is no room.
+    is_room = (free_tokens >= lengths.whole) & (outlook.waiting_offers[writers] == 0)
+    room_tokens = float((free_tokens * is_room).sum()) * lengths.prompt / lengths.whole
+    num_answers = float(_num_places(outlook, lengths)[writers].sum())
+    return room_tokens, num_answers / outlook.pace.answer_s
 
 
 def _until_ended_s(
     question: Question, view: FleetView, outlook: Outlook, ahead: Expected, lengths: _Lengths
 ) -> Seconds | None:
     """On mixed workers."""
-    num_before, total, seats = outlook.num_decodes + ahead / lengths.prompt, outlook.total_tokens, outlook.seats
-    own_tokens = question.item.prompt_tokens + min(question.answer_tokens, 0.5 * lengths.answer)
-    tokens_before = outlook.context_tokens + ahead * (lengths.whole / lengths.prompt)
-    turns = np.maximum((num_before + 1.0 - seats) / seats, (tokens_before + own_tokens - total) / total)
-    turns = turns * view.is_mixed
-    if turns.max(initial=0.0) <= 0:
+    num_places = _num_places(outlook, lengths)
+    num_ends = (outlook.num_decodes + ahead / lengths.prompt + 1.0 - num_places) * view.is_mixed
+    if num_ends.max(initial=0.0) <= 0:
         return None
     token_s = outlook.token_s(Decoding(outlook.num_decodes, outlook.context_tokens), question.now_s, view.is_mixed)
-    wait_s: Seconds = with_rest(turns) * token_s * lengths.answer
+    wait_s: Seconds = _prudent(np.maximum(num_ends, 0.0)) * (token_s * lengths.answer / num_places)
     return wait_s
+
+
+def _num_places(outlook: Outlook, lengths: _Lengths) -> Expected:
+    """Answers that a worker can write at a time: it has seats for them, and blocks for all that they have grown to and
+    soon will, half of their length on average."""
+    held_tokens = lengths.prompt + min(lengths.answer, 0.5 * lengths.answer + _GROWTH_TOKENS)
+    return np.minimum(outlook.seats, np.maximum(outlook.total_tokens / held_tokens, 1.0))
+
+
+def _prudent(num_ends: Expected) -> Expected:
+    """How many answers would have ended on average when so many have for all but one in six: they end at random."""
+    longer: Expected = num_ends + np.sqrt(num_ends)
+    return longer

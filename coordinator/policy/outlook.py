@@ -115,6 +115,8 @@ class Outlook:
     num_decodes: Expected
     context_tokens: Expected
     free_tokens: Expected
+    #: Offers of answers for which there are no blocks.
+    waiting_offers: Expected
     #: KV of prompts that were read and that their writers have not taken; how much of it may wait until the worker
     #: reads on for other workers; all that its blocks hold.
     untaken_tokens: Expected

@@ -57,6 +57,9 @@ class Coordinator:
                 handoff_blocks=worker.handoff_blocks,
             )
             self._conductor.add(info, 0.0)
+        self._fleet = self._conductor.fleet
+        #: From one heartbeat to the next.
+        self._pause_s = spec.heartbeat_interval_s + 2 * spec.message_s
         by_id = {worker.worker_id: worker for worker in workers}
         #: By row of the fleet.
         self._workers = [by_id[info.worker_id] for info in self._conductor.fleet.view().infos]
@@ -72,8 +75,8 @@ class Coordinator:
         if self._is_over():
             self._heap.overtaken()
             return
-        self._conductor.fleet.report(row, load_of(self._workers[row]), self._heap.now_s)
-        self._heap.after(self._spec.heartbeat_interval_s + 2 * self._spec.message_s, self._beat, row)
+        self._fleet.report(row, load_of(self._workers[row]), self._heap.now_s)
+        self._heap.after(self._pause_s, self._beat, row)
 
     def cache_changed(self, worker: Worker) -> None:
         """Something came into its prefix cache, or left it, for the first time since that was told last."""

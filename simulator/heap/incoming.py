@@ -39,6 +39,11 @@ class Incoming:
         self._offers: deque[Request] = deque()
         self._num_offers = 0
 
+    @property
+    def num_waiting(self) -> int:
+        """Offers without blocks."""
+        return self._num_offers
+
     def offered(self, request: Request) -> None:
         """An offer arrives, for the first time or again after a refusal."""
         if request.over:

@@ -40,18 +40,26 @@ def load_of(worker: Worker) -> WorkerLoad:
     """As a live worker reports it, as far as policies look at it. Of a worker without work the same object, until an
     answer ends there."""
     prompts, answers, incoming = worker.prompts, worker.answers, worker.incoming
-    num_waiting = prompts.num_waiting + incoming.num_open + answers.num_preempted
+    # Most workers have one role: what belongs to the other need not be asked.
+    num_waiting, num_reading, num_running, num_preempted, context_tokens = 0, 0, 0, 0, 0
+    if worker.reads:
+        num_waiting, num_reading = prompts.num_waiting, len(prompts.running)
+    if worker.writes:
+        num_running, num_preempted = answers.num_running, answers.num_preempted
+        num_waiting += incoming.num_open + num_preempted
     if worker.available_blocks == worker.num_blocks and not num_waiting:
         return worker.tallies.without_work(worker.num_blocks)
     worker.sync()
-    num_running, num_preempted = answers.num_running, answers.num_preempted
+    if worker.writes:
+        context_tokens = answers.context_tokens(worker.steps_ahead()) + incoming.num_tokens
     return WorkerLoad(
         waiting_requests=num_waiting,
+        waiting_offers=incoming.num_waiting,
         pending_prompt_tokens=prompts.pending_tokens,
         pending_prompt_pairs=float(prompts.pending_pairs),
-        running_requests=len(prompts.running) + num_running,
+        running_requests=num_reading + num_running,
         running_decodes=num_running + num_preempted + incoming.num_sealed,
-        context_tokens=answers.context_tokens(worker.steps_ahead()) + incoming.num_tokens,
+        context_tokens=context_tokens,
         unread_tokens=incoming.num_tokens - incoming.sealed_tokens,
         answers=worker.tallies.by_size,
         free_blocks=worker.available_blocks,

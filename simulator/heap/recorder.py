@@ -143,18 +143,18 @@ class Sampler:
         has_targets = not math.isnan(self._ttft_s)
         for index, worker in enumerate(self._workers):
             worker.sync()
-            prompts += worker.prompts.num_open
-            answers += worker.answers.num_running
-            preempted += worker.answers.num_preempted
             used_blocks += worker.used_blocks
             busy_s = worker.busy_until_now_s()
             delta_s, self._last_busy_s[index] = busy_s - self._last_busy_s[index], busy_s
             if worker.role != "decode":
+                prompts += worker.prompts.num_open
                 prefill_busy_s += delta_s
                 num_prefill += 1
                 if has_targets:
                     queues_s += queue_s(worker)
             if worker.role != "prefill":
+                answers += worker.answers.num_running
+                preempted += worker.answers.num_preempted
                 decode_busy_s += delta_s
                 num_decode += 1
                 if has_targets:

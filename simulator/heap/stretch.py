@@ -30,11 +30,12 @@ class Stretch(NamedTuple):
 
     def ended_by(self, time_s: float) -> int:
         """How many steps have ended at `time_s`."""
-        since_s = time_s - self.start_s + self.gap_s
+        start_s, first_s, growth_s, gap_s = self
+        since_s = time_s - start_s + gap_s
         if since_s <= 0.0:
             return 0
-        linear_s = self.first_s + self.gap_s - 0.5 * self.growth_s
-        root_s = math.sqrt(max(0.0, linear_s * linear_s + 2.0 * self.growth_s * since_s))
+        linear_s = first_s + gap_s - 0.5 * growth_s
+        root_s = math.sqrt(max(0.0, linear_s * linear_s + 2.0 * growth_s * since_s))
         num_steps = int(2.0 * since_s / (linear_s + root_s))
         # Rounding: what `end_s` says counts.
         while num_steps and self.end_s(num_steps) > time_s:

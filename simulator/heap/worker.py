@@ -48,6 +48,10 @@ class State(IntEnum):
     STEP = 3
 
 
+#: Looking up a member of an enumeration takes longer than comparing with it.
+_STRETCH, _STEP = State.STRETCH, State.STEP
+
+
 class Worker:
     def __init__(self, context: Context, group: WorkerGroup, worker_id: str, row: int) -> None:
         self._heap = context.heap
@@ -60,6 +64,8 @@ class Worker:
         self.worker_id = worker_id
         self.row = row
         self.role: Role = group.role
+        self.reads = group.role != "decode"
+        self.writes = group.role != "prefill"
         self.num_blocks = group.num_blocks
         self.max_batch_tokens = group.budget.max_tokens
         self.max_sequences = group.budget.max_sequences
@@ -123,7 +129,9 @@ class Worker:
     def take_blocks(self, num_blocks: int) -> None:
         self.available_blocks -= num_blocks
         assert self.available_blocks >= 0, self
-        self._peak_blocks = max(self._peak_blocks, self.num_blocks - self.available_blocks)
+        used_blocks = self.num_blocks - self.available_blocks
+        if used_blocks > self._peak_blocks:
+            self._peak_blocks = used_blocks
 
     def free_blocks(self, num_blocks: int) -> None:
         self.available_blocks += num_blocks
@@ -132,19 +140,15 @@ class Worker:
     def sync(self) -> None:
         """Brings the blocks up to date, before anything looks at them: those of a group grow during a stretch. Their
         integral takes the growth between two looks as even."""
-        now_s = self._heap.now_s
-        if now_s == self._counted_s:
+        now_s, counted_s = self._heap.now_s, self._counted_s
+        if now_s == counted_s:
             return
         used_before = self.num_blocks - self.available_blocks
-        if self._state is State.STRETCH:
-            self._grow(self._steps_ended())
-        used_blocks = used_before + self.num_blocks - self.available_blocks
-        self._block_seconds += 0.5 * (now_s - self._counted_s) * used_blocks
-        self._counted_s = now_s
-
-    def _grow(self, ahead: int) -> None:
-        if more := self.answers.grow(ahead):
+        if self._state is _STRETCH and (more := self.answers.grow(self._steps_ended())):
             self.take_blocks(more)
+        used_blocks = used_before + self.num_blocks - self.available_blocks
+        self._block_seconds += 0.5 * (now_s - counted_s) * used_blocks
+        self._counted_s = now_s
 
     def _steps_ended(self) -> int:
         """Of the stretch; its last step ends with an event of its own."""
@@ -165,7 +169,7 @@ class Worker:
 
     def steps_ahead(self) -> int:
         """How many steps the group of its answers is ahead of what is written down of it."""
-        return self._steps_ended() if self._state is State.STRETCH else 0
+        return self._steps_ended() if self._state is _STRETCH else 0
 
     def next_sequence_id(self) -> int:
         self._num_sequences += 1
@@ -351,7 +355,7 @@ class Worker:
 
     def step_age_s(self) -> float:
         """How long the step that reads prompts has been running; 0 where none is."""
-        return max(0.0, self._heap.now_s - self._stretch.start_s) if self._state is State.STEP else 0.0
+        return max(0.0, self._heap.now_s - self._stretch.start_s) if self._state is _STEP else 0.0
 
     def busy_until_now_s(self) -> float:
         """Seconds spent in steps so far, of pipelines in their first stage."""

@@ -145,7 +145,10 @@ class NamesWhatIsScheduled(PrefillQueue):
 
     def _take_blocks(self, prompt: Prompt, cached: list[BlockId], now_s: float) -> None:
         super()._take_blocks(prompt, cached, now_s)
-        self._prefixes.name(prompt.chain, prompt.sequence.block_ids, prompt.num_named, len(prompt.chain))
+        sequence = prompt.sequence
+        num_computed, sequence.num_computed = sequence.num_computed, len(sequence.token_ids)
+        self._prefixes.name_final(prompt)
+        sequence.num_computed = num_computed
 
 
 class WaitsWhileHolding(Reader):

