@@ -135,8 +135,8 @@ class Expectations:
             self._note_prompts(row, load, booked_s, view, now_s)
 
     def says_nothing(self, row: int, load: WorkerLoad, now_s: float) -> bool:
-        """Whether a report like the last one, of a worker to which nothing was given meanwhile, changes nothing: a worker
-        that only reads prompts and has none."""
+        """Whether a report like the last one, of a worker to which nothing was given meanwhile, changes nothing: a
+        worker that only reads prompts and has none."""
         if load.pending_prompt_tokens > 0 or self._infos[row].role != "prefill":
             return False
         return bool(self._prefill_free_s[-1, row] <= now_s)
@@ -203,6 +203,10 @@ class Expectations:
             free_s += total_s - believed_s
         np.minimum(free_s, total_s, out=free_s)
 
+    def note_placed(self, item: DispatchItem) -> None:
+        """Of every placement, whether anything was predicted of it or not."""
+        self._pace.note_placed(count_of(item.prompt_tokens), count_of(item.max_tokens))
+
     def book(self, item: DispatchItem, prefill_row: int, decode_row: int, plan: Plan, now_s: float) -> None:
         free_s = self._prefill_free_s[plan.rank :, prefill_row]
         np.maximum(free_s, now_s, out=free_s)
@@ -213,10 +217,8 @@ class Expectations:
         fade = math.exp((float(columns["reading_as_of_s"][prefill_row]) - now_s) / READING_WINDOW_S)
         columns["reading_s"][prefill_row] = float(columns["reading_s"][prefill_row]) * fade + plan.prefill_s
         columns["reading_as_of_s"][prefill_row] = now_s
-        prompt_tokens = count_of(item.prompt_tokens)
-        self._pace.note_placed(prompt_tokens, count_of(item.max_tokens))
         self._forecast.advance(now_s)
-        self._forecast.add(decode_row, plan.begin_s, prompt_tokens)
+        self._forecast.add(decode_row, plan.begin_s, count_of(item.prompt_tokens))
 
     # --- what dispatch looks at -------------------------------------------------------------------
 

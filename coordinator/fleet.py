@@ -156,6 +156,7 @@ class Fleet:
         self._prefill_load_tokens[prefill_row] += to_prefill
         self._waiting_requests[prefill_row] += 1
         self._decode_load_tokens[decode_row] += to_decode
+        self._expectations.note_placed(item)
         if plan is not None:
             self._expectations.book(item, prefill_row, decode_row, plan, now_s)
 

@@ -38,8 +38,8 @@ class DecodeForecast:
         self.slots = Slots(width_s=horizon_s / NUM_SLOTS)
         #: As `Outlook.decoding`.
         self.table: NDArray[np.float64] = np.zeros((NUM_SLOTS, 2, 0))
-        #: Alike: answers that no report contains and that begin within the slot; tokens of their prompts.
-        self._begins: NDArray[np.float64] = np.zeros((NUM_SLOTS, 2, 0))
+        #: `[row, slot, 0 or 1]`: answers that no report contains and that begin in the slot; tokens of their prompts.
+        self._begins: NDArray[np.float64] = np.zeros((0, NUM_SLOTS, 2))
         self._reported_s: list[float] = []
         #: By row: whether anything may stand in `_begins`.
         self._expects: list[bool] = []
@@ -54,7 +54,7 @@ class DecodeForecast:
 
     def insert(self, row: int, now_s: float) -> None:
         self.table = np.insert(self.table, row, 0.0, axis=2)
-        self._begins = np.insert(self._begins, row, 0.0, axis=2)
+        self._begins = np.insert(self._begins, row, 0.0, axis=0)
         self._reported_s.insert(row, now_s)
         self._expects.insert(row, False)
         self._crowded_until.insert(row, 0)
@@ -62,7 +62,7 @@ class DecodeForecast:
 
     def delete(self, row: int) -> None:
         self.table = np.delete(self.table, row, axis=2)
-        self._begins = np.delete(self._begins, row, axis=2)
+        self._begins = np.delete(self._begins, row, axis=0)
         del self._reported_s[row], self._expects[row], self._crowded_until[row], self._is_blank[row]
 
     def advance(self, now_s: float) -> None:
@@ -78,8 +78,8 @@ class DecodeForecast:
             self._begins[:] = 0.0
             self.table[:] = self.table[-1] * math.exp((NUM_SLOTS - 1 - passed) * slots.width_s / self._seen[0])
             return
-        self._begins[:-passed] = self._begins[passed:]
-        self._begins[-passed:] = 0.0
+        self._begins[:, :-passed] = self._begins[:, passed:]
+        self._begins[:, -passed:] = 0.0
         # Until the next reports, what lies beyond the last slot looks like the last.
         self.table[:-passed] = self.table[passed:]
         self.table[-passed:] = self.table[-1]
@@ -87,9 +87,9 @@ class DecodeForecast:
     def add(self, row: int, begin_s: float, prompt_tokens: int) -> None:
         """One more answer, from then on."""
         first = self.slots.index_at(begin_s)
-        begins = self._begins[first]
-        begins[0, row] += 1.0
-        begins[1, row] += prompt_tokens
+        begins = self._begins[row, first]
+        begins[0] += 1.0
+        begins[1] += prompt_tokens
         self._expects[row] = True
         self._is_blank[row] = False
         if (seated := self._crowded_until[row] - self.slots.first) > first:
@@ -98,8 +98,9 @@ class DecodeForecast:
             self.table[first:seated, 1, row] += prompt_tokens
             first = min(seated, NUM_SLOTS)
         num_after = NUM_SLOTS - first
-        self.table[first:, 0, row] += self._stay[:num_after]
-        self.table[first:, 1, row] += self._grown[:num_after] + prompt_tokens * self._stay[:num_after]
+        more = self._of_one[:num_after].copy()
+        more[:, 1] += prompt_tokens * self._stay[:num_after]
+        self.table[first:, :, row] += more
 
     def report(self, row: int, num_decodes: int, context_tokens: int, now_s: float, seats: float = math.inf) -> None:
         """The worker's figures contain what began before now. It writes `seats` answers at a time, at most."""
@@ -116,7 +117,7 @@ class DecodeForecast:
         column = num_decodes * self._of_one
         column[:, 1] += context_tokens * self._stay
         if expects:
-            begins = self._begins[:, :, row]
+            begins = self._begins[row]
             column += self._stay_after @ begins
             column[:, 1] += self._grown_after @ begins[:, 0]
         if np.maximum.reduce(column[:, 0]) > seats:
@@ -140,7 +141,7 @@ class DecodeForecast:
     ) -> None:
         """Only those with a seat get on, so that no more than these end within the duration of one: a queue that is
         served at that rate, or what there would be with seats for all, whichever is longer."""
-        begun = self._begins[:, :, row].cumsum(axis=0)
+        begun = self._begins[row].cumsum(axis=0)
         begun += (num_decodes, context_tokens)
         queue = begun[:, 0] - self._ages * seats
         is_longer = queue > column[:, 0]
@@ -151,7 +152,7 @@ class DecodeForecast:
 
     def _let_begin(self, row: int, last_s: float, now_s: float) -> None:
         """Of the present slot's some have begun since the last report: as many as of its time has passed."""
-        slots, begins = self.slots, self._begins[:, :, row]
+        slots, begins = self.slots, self._begins[row]
         slot_end_s = (slots.first + 1) * slots.width_s
         counted_from_s = max(last_s, slots.first * slots.width_s)
         if now_s > counted_from_s:

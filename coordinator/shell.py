@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         WorkerLoad,
     )
     from coordinator.decision import Chosen
+    from coordinator.directory.directory import Match
     from coordinator.membership import Standing
     from coordinator.policy.fleet_view import Flags, FleetView
     from rpc import CallContext, Server
@@ -193,15 +194,24 @@ class CoordinatorShell:
     # --- gateways ---------------------------------------------------------------------------------
 
     async def _on_dispatch(self, ask: DispatchRequest, context: CallContext) -> DispatchReply:
-        standing = self.membership.standing(self._clock.now_s())
-        return DispatchReply(verdicts=tuple([self._verdict(item, standing) for item in ask.items]))
+        begun_s = self._clock.now_s()
+        standing = self.membership.standing(begun_s)
+        matches = self.conductor.matches(ask.items)
+        each_s = (self._clock.now_s() - begun_s) / max(1, len(matches))
+        verdicts = [
+            self._verdict(item, match, standing, each_s) for item, match in zip(ask.items, matches, strict=True)
+        ]
+        return DispatchReply(verdicts=tuple(verdicts))
 
-    def _verdict(self, item: DispatchItem, standing: Standing) -> Placement | Rejection:
+    def _verdict(
+        self, item: DispatchItem, match: Match | None, standing: Standing, prepared_s: float
+    ) -> Placement | Rejection:
+        """`prepared_s`: what was spent on it before."""
         now_s = self._clock.now_s()
         if standing is ALL_UP:
-            decision = self.conductor.decide(item, now_s)
+            decision = self.conductor.decide(item, now_s, match=match)
         else:
-            item, decision = self._decide_warily(item, standing, now_s)
+            item, decision = self._decide_warily(item, match, standing, now_s)
         if self._on_decision is not None:
             self._on_decision(item, decision, now_s)
         verdict = self.conductor.in_words(item, decision, now_s)
@@ -211,7 +221,7 @@ class CoordinatorShell:
         if item.avoid:
             _AVOIDS.reached()
         outcome = decision.why if isinstance(decision, Refused) else "placement"
-        self.figures.count(outcome, self._clock.now_s() - now_s)
+        self.figures.count(outcome, self._clock.now_s() - now_s + prepared_s)
         return verdict
 
     def _tell(self, lines: Iterable[str]) -> None:
@@ -219,12 +229,12 @@ class CoordinatorShell:
             self._log(line)
 
     def _decide_warily(
-        self, item: DispatchItem, standing: Standing, now_s: float
+        self, item: DispatchItem, match: Match | None, standing: Standing, now_s: float
     ) -> tuple[DispatchItem, Chosen | Refused]:
         """With suspects only where nobody else can take it, and as few of them as possible; and rather with a suspect
         than with one that the item avoids. Returns the item that was decided."""
         up, heard = self._usable.flags(standing)
-        decision = self.conductor.decide(item, now_s, up)
+        decision = self.conductor.decide(item, now_s, up, match)
         if not standing.suspects or not isinstance(decision, Refused) or decision.why in _FINAL:
             return item, decision
         _SUSPECTS_USED.reached()
@@ -232,11 +242,11 @@ class CoordinatorShell:
         if item.avoid:
             wary = msgspec.structs.replace(item, avoid=suspects)
             not_avoided = heard & ~self.conductor.fleet.view().rows_of(item.avoid)
-            decision = self.conductor.decide(wary, now_s, not_avoided)
+            decision = self.conductor.decide(wary, now_s, not_avoided, match)
             if not isinstance(decision, Refused) or decision.why in _FINAL:
                 return wary, decision
         wary = msgspec.structs.replace(item, avoid=(*item.avoid, *suspects))
-        return wary, self.conductor.decide(wary, now_s, heard)
+        return wary, self.conductor.decide(wary, now_s, heard, match)
 
     async def _on_members(self, ask: Empty, context: CallContext) -> MembersReply:
         return MembersReply(

@@ -159,9 +159,7 @@ class DecodeBatch:
     @property
     def unread_tokens(self) -> int:
         """Of these, of prompts that are still being read elsewhere."""
-        return sum(
-            len(each.request.token_ids) for each in self._incoming if not self._reader.is_sealed(each.lease_id)
-        )
+        return sum(len(each.request.token_ids) for each in self._incoming if not self._reader.is_sealed(each.lease_id))
 
     def keys_of(self, gateway_id: GatewayId) -> list[RequestKey]:
         """The tries whose tokens go to this gateway."""

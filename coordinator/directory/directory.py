@@ -9,6 +9,7 @@ blocks: growing and sweeping ride along with each change.
 from __future__ import annotations
 
 from heapq import heappop, heappush
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,6 +18,8 @@ from coordinator.directory.holder_sets import HolderSets
 from coordinator.directory.table import HintTable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from coordinator.directory.hints import Hints
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 
 #: Looked up at once: the rest of a long prompt only where all of this is known.
 _WINDOW_HINTS = 512
+
+#: How many prompts' beginnings are looked up at once.
+_WINDOWS_AT_ONCE = 16
 
 #: Changed at once, at most: a larger batch would crowd into few buckets.
 _BATCH_HINTS = 16384
@@ -169,14 +175,34 @@ class Directory:
 
     def match(self, hints: Hints) -> Match:
         """How many of these blocks, from the first on, each worker holds."""
+        return self.match_each([hints])[0]
+
+    def match_each(self, prompts: Sequence[Hints]) -> list[Match]:
+        """Of each of these prompts how much each worker holds; what all begin with is looked up together."""
+        if not self._table.num_hints:
+            return [Match(np.zeros(self.num_numbers, np.int32), ()) for _ in prompts]
+        firsts = [hints[:_WINDOW_HINTS] for hints in prompts]
+        found: list[Match] = []
+        num_done = 0
+        while num_done < len(firsts):
+            # More at once would not stay in the processor's cache.
+            stops = list(accumulate(len(first) for first in firsts[num_done : num_done + _WINDOWS_AT_ONCE]))
+            together = firsts[num_done] if len(stops) == 1 else np.concatenate(firsts[num_done : num_done + len(stops)])
+            slots = self._table.find(np.maximum(together, 1))
+            start = 0
+            for stop, hints in zip(stops, prompts[num_done : num_done + len(stops)], strict=True):
+                found.append(self._match(hints, slots[start:stop]))
+                start = stop
+            num_done += len(stops)
+        return found
+
+    def _match(self, hints: Hints, slots: Slots) -> Match:
+        """`slots` of the first window."""
         counts = np.zeros(self.num_numbers, np.int32)
         lengths: list[int] = []
         holders = self._live
-        hints = np.maximum(hints, 1)
         start = 0
-        is_known = True
-        while holders and is_known and start < len(hints):
-            slots = self._table.find(hints[start : start + _WINDOW_HINTS])
+        while holders and len(slots):
             is_missing = slots < 0
             first_missing = int(is_missing.argmax())
             is_known = not is_missing[first_missing]
@@ -190,6 +216,9 @@ class Directory:
                     if not holders:
                         break
             start += len(sets)
+            if not is_known or start >= len(hints):
+                break
+            slots = self._table.find(np.maximum(hints[start : start + _WINDOW_HINTS], 1))
         if holders:
             self._count(holders, start, counts, lengths)
         return Match(counts, tuple(lengths))

@@ -69,6 +69,8 @@ class CostTable:
         asked for.
         """
         budget = self.max_batch_tokens
+        if 0 < new_tokens <= budget:
+            return self._chunk_s(new_tokens, cached_tokens)
         num_full, rest = divmod(new_tokens, budget)
         seconds = self._chunk_s(rest, cached_tokens + num_full * budget) if rest else 0.0
         if num_full:

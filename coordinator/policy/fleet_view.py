@@ -55,6 +55,11 @@ class FleetView:
     #: Longest prompt that fits together with one token of an answer.
     max_prompt_tokens: Counts
     max_context_tokens: Counts
+    #: The smallest of each: most requests are below, and need not be compared with every row.
+    least_prompt_tokens: int
+    least_context_tokens: int
+    #: Marks all.
+    everybody: Flags
 
     # --- changing with heartbeats and placements ---
     #: Prompt tokens not yet computed.
@@ -65,7 +70,9 @@ class FleetView:
     waiting_requests: Counts
 
     def fits(self, item: DispatchItem) -> Flags:
-        """Marks the workers that can hold the prompt and one token of an answer."""
+        """Marks the workers that can hold the prompt and one token of an answer: `everybody` where all can."""
+        if item.prompt_tokens <= self.least_prompt_tokens:
+            return self.everybody
         return self.max_prompt_tokens >= item.prompt_tokens
 
     def rows_of(self, worker_ids: Iterable[WorkerId]) -> Flags:
@@ -110,6 +117,10 @@ def view_of(
     kv_class = _counts(classes.setdefault(info.identity, len(classes)) for info in infos)
     can_read = _flags(info.role != "decode" for info in infos)
     is_writer = _flags(info.role == "decode" for info in infos)
+    max_prompt_tokens = _counts(
+        min(info.max_context_tokens, info.total_blocks * info.identity.layout.block_tokens) - 1 for info in infos
+    )
+    max_context_tokens = _counts(info.max_context_tokens for info in infos)
     return FleetView(
         infos=tuple(infos),
         can_read=can_read,
@@ -118,10 +129,11 @@ def view_of(
         kv_class=kv_class,
         readers_of_class=tuple(_read_only(can_read & (kv_class == number)) for number in classes.values()),
         writers_of_class=tuple(_read_only(is_writer & (kv_class == number)) for number in classes.values()),
-        max_prompt_tokens=_counts(
-            min(info.max_context_tokens, info.total_blocks * info.identity.layout.block_tokens) - 1 for info in infos
-        ),
-        max_context_tokens=_counts(info.max_context_tokens for info in infos),
+        max_prompt_tokens=max_prompt_tokens,
+        max_context_tokens=max_context_tokens,
+        least_prompt_tokens=min(max_prompt_tokens.tolist(), default=0),
+        least_context_tokens=min(max_context_tokens.tolist(), default=0),
+        everybody=_flags(True for _ in infos),
         prefill_load_tokens=_read_only(prefill_load_tokens),
         decode_load_tokens=_read_only(decode_load_tokens),
         waiting_requests=_read_only(waiting_requests),

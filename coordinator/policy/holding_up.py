@@ -55,7 +55,7 @@ def held_up_s(question: Question, view: FleetView, outlook: Outlook) -> Seconds 
 
 def _ahead_tokens(question: Question, view: FleetView, outlook: Outlook) -> Expected:
     """Of prompts that are not read and that go first."""
-    tokens: Expected = view.prefill_load_tokens
+    tokens = view.prefill_load_tokens.astype(np.float64)
     if question.rank == len(outlook.prefill_free_s) - 1:
         return tokens
     own_s, all_s = outlook.queue_s(question.rank, question.now_s), outlook.queue_s(-1, question.now_s)
@@ -69,7 +69,7 @@ def _until_taken_s(
     """Of prompts that other workers take."""
     before = outlook.untaken_tokens + ahead
     above = before - np.minimum(outlook.handoff_tokens, outlook.total_tokens - question.item.prompt_tokens)
-    if above.max(initial=0.0) <= 0:
+    if not is_any(above > 0):
         return None
     wait_s = np.zeros(len(above))
     for readers, writers in zip(view.readers_of_class, view.writers_of_class, strict=True):
@@ -115,6 +115,6 @@ def _num_places(outlook: Outlook, lengths: _Lengths) -> Expected:
 
 
 def _prudent(num_ends: Expected) -> Expected:
-    """How many answers would have ended on average when so many have for all but one in six: they end at random."""
-    longer: Expected = num_ends + np.sqrt(num_ends)
+    """How many answers would have ended on average when so many have for all but one in forty: they end at random."""
+    longer: Expected = num_ends + 2.0 * np.sqrt(num_ends)
     return longer

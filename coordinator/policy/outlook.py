@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from coordinator.policy.pairing import is_any
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -179,16 +181,25 @@ class Outlook:
         return np.minimum(self.free_tokens + self.context_tokens, self.total_tokens) - decoding.context_tokens
 
     def tpot_s(
-        self, decoding: Decoding, prompt_tokens: int, answer_tokens: float, now_s: float, is_mixed: Flags | None
+        self,
+        decoding: Decoding,
+        prompt_tokens: int,
+        answer_tokens: float,
+        now_s: float,
+        is_mixed: Flags | None,
+        room_tokens: Expected | None = None,
     ) -> Seconds:
         """Of one more answer, on each worker: a step with it in the midst of its length, and what it waits for a seat
-        and for blocks where those are taken, spread over its tokens. `is_mixed` by row; None: nobody is."""
+        and for blocks where those are taken, spread over its tokens. `is_mixed` by row; None: nobody is.
+        `room_tokens`: what `tokens_room` says, where that is known."""
         context_tokens = decoding.context_tokens + (prompt_tokens + 0.5 * answer_tokens)
         joined = Decoding(decoding.num_decodes + 1.0, context_tokens)
         step_s = self.token_s(joined, now_s, is_mixed)
         unseated = joined.num_decodes - self.seats
-        missing = prompt_tokens + answer_tokens - self.tokens_room(decoding)
-        if unseated.max(initial=0.0) > 0 or missing.max(initial=0.0) > 0:
+        if room_tokens is None:
+            room_tokens = self.tokens_room(decoding)
+        missing = prompt_tokens + answer_tokens - room_tokens
+        if is_any(unseated > 0) or is_any(missing > 0):
             # Both come free as answers end: each worker's all within the duration of one.
             held = np.minimum(np.maximum(decoding.context_tokens, 1.0), self.total_tokens)
             turns = np.maximum(np.maximum(missing, 0.0) / held, with_rest(unseated / self.seats))
@@ -198,7 +209,7 @@ class Outlook:
     def token_s(self, decoding: Decoding, now_s: float, is_mixed: Flags | None) -> Seconds:
         """From one token of an answer with a seat to its next. `is_mixed` as for `tpot_s`."""
         num_decodes, context_tokens = decoding
-        if (num_decodes > self.seats).any():
+        if is_any(num_decodes > self.seats):
             seated = np.minimum(num_decodes, self.seats)
             context_tokens = context_tokens * (seated / np.maximum(num_decodes, 1.0))
             num_decodes = seated

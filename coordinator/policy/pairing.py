@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -61,8 +59,8 @@ def wished(candidates: Flags, wish: Flags) -> Flags:
 
 
 def is_any(marked: Flags) -> bool:
-    """Whether any row is marked. `any` takes four times as long."""
-    return bool(np.count_nonzero(marked))
+    """Whether any row is marked. `any` takes ten times as long."""
+    return 1 in marked.tobytes()
 
 
 def least(figures: Counts | Expected | Seconds, candidates: Flags) -> int:
@@ -81,14 +79,18 @@ def fewest_wishes_dropped(question: Question, view: FleetView, found: Candidates
     """Of these writers those not avoided before avoided ones, then those that can hold the whole answer."""
     if found.avoided is not None:
         writers = wished(writers, ~found.avoided)
-    item = question.item
-    return wished(writers, view.max_context_tokens >= item.prompt_tokens + item.max_tokens)
+    whole_tokens = question.item.prompt_tokens + question.item.max_tokens
+    if whole_tokens <= view.least_context_tokens:
+        return writers
+    return wished(writers, view.max_context_tokens >= whole_tokens)
 
 
 def _writer_for(view: FleetView, found: Candidates, reader: int, pick_writer: PickWriter) -> int | None:
     if view.is_mixed[reader]:
         return reader
-    writers = found.fits & view.writers_of_class[int(view.kv_class[reader])]
+    writers = view.writers_of_class[int(view.kv_class[reader])]
+    if found.fits is not view.everybody:
+        writers = found.fits & writers
     return pick_writer(reader, writers) if is_any(writers) else None
 
 

@@ -61,7 +61,7 @@ def candidates(question: Question, view: FleetView, limits: DispatchLimits) -> C
     fits = view.fits(item)
     if question.usable is not None:
         fits = fits & question.usable
-    readers = fits & view.can_read
+    readers = view.can_read if fits is view.everybody else fits & view.can_read
     open_readers = readers & (view.waiting_requests < limits.max_waiting_requests)
     return Candidates(fits, readers, open_readers, view.rows_of(item.avoid) if item.avoid else None)
 

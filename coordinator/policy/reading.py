@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from coordinator.policy.holding_up import held_up_s
-from coordinator.policy.pairing import least
+from coordinator.policy.pairing import is_any, least
 
 if TYPE_CHECKING:
     from contracts.latency import TransferModel
-    from coordinator.policy.fleet_view import FleetView, Seconds
+    from coordinator.policy.fleet_view import Flags, FleetView, Seconds
     from coordinator.policy.outlook import Outlook
     from coordinator.policy.question import Question
 
 #: So many different lengths of held prefixes are looked at for each group of workers; where there are more, a worker
 #: counts as holding the next smaller of these.
 _MAX_LENGTHS = 32
+#: So many holders are looked at one by one.
+_FEW_HOLDERS = 8
 
 
 class Link(NamedTuple):
@@ -103,11 +105,10 @@ class Prompt:
         queue_s = outlook.queue_s(question.rank, question.now_s)
         if self._held_up_s is not None:
             queue_s = np.maximum(queue_s, self._held_up_s)
+        if len(outlook.read_groups) == 1 and not outlook.any_mixed and (holders := self._few_holders()) is not None:
+            return self._reach_s_alike(queue_s, holders)
         lengths = self._lengths()
         num_lengths, num_groups = len(lengths), len(outlook.read_groups)
-        if num_lengths == 1 and num_groups == 1:
-            reach_s: Seconds = queue_s + outlook.company_s(queue_s, question.now_s) + self.way(0, 0).read_s
-            return reach_s + self._extra_s(question.item.prompt_tokens) if outlook.any_mixed else reach_s
         codes = np.zeros(len(queue_s), np.int64) if num_groups == 1 else outlook.read_group * num_lengths
         if question.held is not None:
             codes = codes + (np.array(lengths, question.held.dtype).searchsorted(question.held, "right") - 1)
@@ -118,11 +119,31 @@ class Prompt:
             way = self.way(code // num_lengths, lengths[code % num_lengths])
             read_s[code], fetch_s[code], cached_blocks[code] = way.read_s, way.fetch_s, way.cached_blocks
         begin_s = np.maximum(queue_s, np.array(fetch_s).take(codes)) if any(fetch_s) else queue_s
-        reach_s = begin_s + outlook.company_s(queue_s, question.now_s) + np.array(read_s).take(codes)
+        reach_s: Seconds = begin_s + outlook.company_s(queue_s, question.now_s) + np.array(read_s).take(codes)
         if not outlook.any_mixed:
             return reach_s
         cached_tokens = np.array(cached_blocks).take(codes) * self._link.block_tokens
         return reach_s + self._extra_s(question.item.prompt_tokens - cached_tokens)
+
+    def _few_holders(self) -> list[tuple[int, int]] | None:
+        """Rows that hold a part of the prompt, and how much; None: too many to look at one by one."""
+        held = self._question.held
+        if held is None:
+            return []
+        rows = held.nonzero()[0]
+        return list(zip(rows.tolist(), held[rows].tolist(), strict=True)) if len(rows) <= _FEW_HOLDERS else None
+
+    def _reach_s_alike(self, queue_s: Seconds, holders: list[tuple[int, int]]) -> Seconds:
+        """Of workers of one group, none of them mixed: all but the holders need the same."""
+        company_s = self._outlook.company_s(queue_s, self._question.now_s)
+        way = self.way(0, 0)
+        reach_s: Seconds = np.maximum(queue_s, way.fetch_s) if way.fetch_s else queue_s.copy()
+        reach_s += company_s
+        reach_s += way.read_s
+        for row, blocks in holders:
+            way = self.way(0, blocks)
+            reach_s[row] = max(queue_s.item(row), way.fetch_s) + company_s.item(row) + way.read_s
+        return reach_s
 
     def at(self, row: int) -> Reading:
         """What is expected on one worker."""
@@ -210,12 +231,20 @@ class Prompt:
             may = may & question.usable
         if question.item.avoid:
             may = may & ~view.rows_of(question.item.avoid)
+        most_blocks = question.held_lengths[-1]
+        hold_most = (question.held == most_blocks) & may
+        if is_any(hold_most):
+            return self._source_of(hold_most, most_blocks)
         held = question.held * may
         blocks = int(held.max())
         if not blocks:
             return None
-        row = least(self._outlook.source_free_s, held == blocks)
-        return Source(row, blocks, max(0.0, float(self._outlook.source_free_s[row]) - question.now_s))
+        return self._source_of(held == blocks, blocks)
+
+    def _source_of(self, rows: Flags, blocks: int) -> Source:
+        """The best of these, which hold so much."""
+        row = least(self._outlook.source_free_s, rows)
+        return Source(row, blocks, max(0.0, float(self._outlook.source_free_s[row]) - self._question.now_s))
 
     def _extra_s(self, new_tokens: Seconds | int) -> Seconds:
         """What the answers of mixed workers add to the steps that read the prompt."""

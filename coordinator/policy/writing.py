@@ -32,8 +32,11 @@ class Writing(NamedTuple):
 def writing_at(question: Question, view: FleetView, outlook: Outlook, begin_s: float) -> Writing:
     decoding = outlook.decoding_at(begin_s)
     is_mixed = view.is_mixed if outlook.any_mixed else None
-    tpot_s = outlook.tpot_s(decoding, question.item.prompt_tokens, question.answer_tokens, question.now_s, is_mixed)
-    return Writing(tpot_s, outlook.tokens_room(decoding), decoding.num_decodes + 1.0 <= outlook.seats)
+    room_tokens = outlook.tokens_room(decoding)
+    tpot_s = outlook.tpot_s(
+        decoding, question.item.prompt_tokens, question.answer_tokens, question.now_s, is_mixed, room_tokens
+    )
+    return Writing(tpot_s, room_tokens, decoding.num_decodes + 1.0 <= outlook.seats)
 
 
 def choose_writer(

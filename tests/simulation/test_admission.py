@@ -1,5 +1,9 @@
-"""Admission under overload, where decode is the bottleneck and prompts take seconds to be read: Mooncake's case (arXiv
-2407.00079, section 7). What is refused by the present decode load is refused too late, and for too long."""
+"""Admission under overload, where decode is the bottleneck.
+
+Where prompts take seconds to be read, Mooncake's case (arXiv 2407.00079, section 7): what is refused by the present
+decode load is refused too late, and for too long. Where decode has no seats or no blocks for more answers: prompts wait
+although nothing computes, and that has to be foreseen too.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ import pytest
 
 from coordinator.policy.settings import AdmissionRule, ConductorSettings
 from engine.compose import StepBudget
+from prefill import PrefillLimits
+from prefill.ordering import QueueRules
 from simulator.heap.results import REFUSALS, Outcome
 from simulator.heap.spec import StudySpec, WorkerGroup
 from simulator.heap.study import simulate
@@ -128,3 +134,63 @@ def test_forced_requests_are_admitted_and_others_are_not() -> None:
     assert np.isfinite(again.requests.predicted_ttft_s[sorted(forced)]).all()
     accepted, before = again.requests.outcome != Outcome.REJECTED, result.requests.outcome != Outcome.REJECTED
     assert accepted.sum() <= before.sum() + len(forced)
+
+
+# --- short of seats, or of blocks -------------------------------------------------------------------------
+
+#: A prompt takes 12 ms, an answer with a seat a quarter of a second: two writers with two seats each end some 19 a
+#: second. Those who ask are five times as many.
+SHORT_OF_PLACES_RPS = 90.0
+SHORT_OF_PLACES_S = 40.0
+CHAT = SloClass("default", 3000.0, 300.0)
+PLACES_RPS = 18.0
+
+
+def short_of_places(
+    form: AdmissionForm, seed: int, *, max_sequences: int = 64, reader_blocks: int = 128, writer_blocks: int = 128
+) -> StudyResult:
+    def group(name: str, latency: AffineLatency, num_blocks: int) -> WorkerGroup:
+        return WorkerGroup(
+            name=name,
+            role="prefill" if name == "p" else "decode",
+            count=2,
+            latency=latency,
+            num_blocks=num_blocks,
+            budget=StepBudget(max_tokens=96, max_sequences=max_sequences),
+            prefill=PrefillLimits(queue=QueueRules(order="fcfs")),
+        )
+
+    spec = StudySpec(
+        groups=(
+            group("p", AffineLatency(base_s=0.002, token_s=0.0001), reader_blocks),
+            group("d", AffineLatency(base_s=0.0045, sequence_s=0.0002), writer_blocks),
+        ),
+        transfer=FAST_LINK,
+        kv_token_bytes=1000,
+        conductor=ConductorSettings(admission=AdmissionRule(form=form)),
+        slos=(CHAT,),
+        default_slo=CHAT.name,
+        max_output_tokens=48,
+    )
+    rng = random.Random(seed)
+    arrivals_s = np.cumsum([rng.expovariate(SHORT_OF_PLACES_RPS) for _ in range(6000)])
+    requests = (WorkloadRequest(at_s, 96, 48) for at_s in arrivals_s.tolist() if at_s < SHORT_OF_PLACES_S)
+    result = simulate(spec, requests)
+    audit(result)
+    return result
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(
+    "places", [{"max_sequences": 2}, {"reader_blocks": 64, "writer_blocks": 20}], ids=["seats", "blocks"]
+)
+def test_prompts_that_wait_for_places_are_foreseen(places: dict[str, int], seed: int) -> None:
+    result, unrefused = (short_of_places(form, seed, **places) for form in ("predicted", "none"))
+    met, met_unrefused = (request_latencies(each, (CHAT,)).met for each in (result, unrefused))
+    refused = result.requests.outcome == Outcome.REJECTED
+    assert {REFUSALS[index] for index in result.requests.refusal[refused].tolist()} == {"ttft"}, "and no queue is full"
+    accepted = np.count_nonzero(~refused)
+    assert accepted - np.count_nonzero(met) <= 0.05 * accepted
+    # Nothing that could be served was refused: all places were taken, all the time.
+    assert np.count_nonzero(met) > 0.9 * PLACES_RPS * SHORT_OF_PLACES_S
+    assert np.count_nonzero(met_unrefused) < 0.8 * np.count_nonzero(met)

@@ -247,6 +247,7 @@ def test_an_offer_waits_until_what_runs_can_grow_beside_it() -> None:
     side.adopt(generate("runs", prompt=8, max_tokens=50))
     side.offer(generate("waits", prompt=12, max_tokens=50))
     assert not side.batch.may_reserve(), "3 blocks, 2 for each to grow: 7 of 6"
+    assert side.batch.waiting_offers == 1
     side.batch.cancel(key("runs"), "test")
     assert side.batch.may_reserve(), "alone it may have what there is"
 

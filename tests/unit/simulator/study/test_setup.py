@@ -308,7 +308,7 @@ def test_nothing_is_refused_for_targets_unless_somebody_says_so() -> None:
     assert build_setup(ClusterFlags(), LatencyFlags()).spec.conductor.admission.form == "none"
     asked = build_setup(ClusterFlags(), LatencyFlags(), PolicyFlags(admission="predicted"))
     assert asked.spec.conductor.admission.form == "predicted"
-    assert "dispatch ttft_min, admission by predicted load, queues edf" in asked.text
+    assert "dispatch ttft_min, admission by predicted load, queues fcfs" in asked.text
 
 
 @pytest.mark.parametrize(
