@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from contracts.messages import DispatchItem
     from coordinator.decision import Chosen, Refused
+    from coordinator.directory.directory import Match
     from coordinator.policy.fleet_view import Flags
     from simulator.heap.results import StudyResult
     from simulator.heap.spec import StudySpec
@@ -47,8 +48,10 @@ def simulate_logged(
                 started_s=0.0,
             )
 
-        def decide(self, item: DispatchItem, now_s: float, usable: Flags | None = None) -> Chosen | Refused:
-            decision = super().decide(item, now_s, usable)
+        def decide(
+            self, item: DispatchItem, now_s: float, usable: Flags | None = None, match: Match | None = None
+        ) -> Chosen | Refused:
+            decision = super().decide(item, now_s, usable, match)
             if now_s >= starts_s:
                 if not lines:
                     lines.append(self._log.opening(now_s))
