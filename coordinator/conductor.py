@@ -284,8 +284,8 @@ def _loads(chosen: Chosen, view: FleetView, outlook: Outlook) -> tuple[float, ..
         waiting_requests,
         outlook.num_decodes.item(writer),
         outlook.context_tokens.item(writer),
-        decoding.item(slot, 0, writer),
-        decoding.item(slot, 1, writer),
+        decoding.item(writer, slot, 0),
+        decoding.item(writer, slot, 1),
     )
 
 

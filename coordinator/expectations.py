@@ -67,6 +67,8 @@ class Expectations:
         self._pace = PaceKeeper(self.answer_lengths.mean_tokens)
         #: By row: when its last report was, if all its seats were taken then; else not a number.
         self._crowded_s: list[float] = []
+        #: By row: as the worker was told to take at most.
+        self._most_seats: list[float] = []
         self._forecast = DecodeForecast(longest_wait_s, self._pace.pace)
         #: Made when asked for after a worker or its costs changed.
         self._outlook: Outlook | None = None
@@ -86,13 +88,14 @@ class Expectations:
         # A mixed worker keeps what it reads.
         is_told = info.role == "prefill" and info.handoff_blocks > 0
         self._columns["handoff_tokens"][row] = count_of(info.handoff_blocks) * block_tokens if is_told else math.inf
-        self._columns["seats"][row] = _most_seats(info)
+        most_seats = self._columns["seats"][row] = _most_seats(info)
+        self._most_seats.insert(row, most_seats)
         self._prefill_free_s = np.insert(self._prefill_free_s, row, now_s, axis=1)
         self._forecast.insert(row, now_s)
         self._outlook = None
 
     def delete(self, row: int) -> None:
-        del self._infos[row], self._tables[row], self._told_answers[row], self._crowded_s[row]
+        del self._infos[row], self._tables[row], self._told_answers[row], self._crowded_s[row], self._most_seats[row]
         for name, column in self._columns.items():
             self._columns[name] = np.delete(column, row)
         self._prefill_free_s = np.delete(self._prefill_free_s, row, axis=1)
@@ -128,8 +131,8 @@ class Expectations:
         columns["free_tokens"][row] = free_blocks * block_tokens + for_unread_tokens
         columns["waiting_offers"][row] = count_of(load.waiting_offers)
         columns["untaken_tokens"][row] = count_of(load.offered_blocks) * block_tokens
-        self._forecast.advance(now_s)
         if info.role != "prefill":
+            self._forecast.advance(now_s)
             self._note_answers(row, load, context_tokens, now_s)
         if info.role != "decode":
             self._note_prompts(row, load, booked_s, view, now_s)
@@ -139,7 +142,7 @@ class Expectations:
         worker that only reads prompts and has none."""
         if load.pending_prompt_tokens > 0 or self._infos[row].role != "prefill":
             return False
-        return bool(self._prefill_free_s[-1, row] <= now_s)
+        return self._prefill_free_s.item(-1, row) <= now_s
 
     def _note_answers(self, row: int, load: WorkerLoad, context_tokens: int, now_s: float) -> None:
         told, num_tokens = self._told_answers[row], 0
@@ -151,9 +154,7 @@ class Expectations:
         table, num_decodes = self._tables[row], count_of(load.running_decodes)
         seats = self._note_seats(row, load, num_decodes)
         if table is not None and num_decodes:
-            size = int(min(num_decodes, seats, len(table.decode_base_s) - 1))
-            context_s = float(table.decode_context_s[size]) * context_tokens * min(1.0, seats / num_decodes)
-            step_s = float(table.decode_base_s[size]) + context_s
+            step_s = table.decode_s(min(num_decodes, seats), context_tokens, min(1.0, seats / num_decodes))
             crowded_s, self._crowded_s[row] = self._crowded_s[row], math.nan
             is_crowded = self._infos[row].role == "decode" and (num_decodes > seats or load.waiting_offers > 0)
             if is_crowded:
@@ -167,8 +168,8 @@ class Expectations:
     def _note_seats(self, row: int, load: WorkerLoad, num_decodes: int) -> float:
         """As `Outlook.seats`."""
         seats, info = self._columns["seats"], self._infos[row]
-        num_running, most = count_of(load.running_requests), _most_seats(info)
-        present = float(seats[row])
+        num_running, most = count_of(load.running_requests), self._most_seats[row]
+        present = seats.item(row)
         if info.role == "decode" and load.waiting_offers > 0 < num_running:
             # The others that hold blocks do not write yet.
             present = num_running + _PAST_SHARE * max(0.0, min(present, num_decodes) - num_running)
@@ -176,7 +177,7 @@ class Expectations:
             # As slowly as it may have become less crowded, for answers end one by one.
             present *= _MORE_SEATS
         present = seats[row] = max(1.0, min(present, most))
-        return float(present)
+        return present
 
     def _note_prompts(self, row: int, load: WorkerLoad, booked_s: float, view: FleetView, now_s: float) -> None:
         """Corrects when it will have read everything."""
@@ -192,10 +193,10 @@ class Expectations:
                 extra_s = float(outlook.step_extra_s(outlook.decoding_at(now_s))[row])
                 pending_s += math.ceil(pending_tokens / table.max_batch_tokens) * extra_s
             told_s += max(0.0, pending_s - max(0.0, load.step_age_s))
-        believed_s = max(float(free_s[-1]), now_s)
+        believed_s = max(free_s.item(-1), now_s)
         total_s = min(max(believed_s, told_s), told_s + booked_s)
         if len(free_s) == 1:
-            free_s[0] = total_s if total_s > believed_s else min(float(free_s[0]), total_s)
+            free_s[0] = total_s if total_s > believed_s else min(free_s.item(0), total_s)
             return
         if total_s > believed_s:
             # Nobody knows whose it is: everybody waits for it.

@@ -137,7 +137,7 @@ class Fleet:
         bookings = self._bookings[row]
         if bookings.queue:
             bookings.settle(now_s - self._booking_grace_s)
-        elif load == self._told[row] and self._expectations.says_nothing(row, load, now_s):
+        elif self._expectations.says_nothing(row, load, now_s) and load == self._told[row]:
             return
         self._told[row] = load
         self._prefill_load_tokens[row] = count_of(load.pending_prompt_tokens) + bookings.prefill_tokens

@@ -37,8 +37,8 @@ class DecodeForecast:
         horizon_s = max(_SHORTEST_HORIZON_S, _HORIZON_OVER_TARGET * longest_wait_s)
         self.slots = Slots(width_s=horizon_s / NUM_SLOTS)
         #: As `Outlook.decoding`.
-        self.table: NDArray[np.float64] = np.zeros((NUM_SLOTS, 2, 0))
-        #: `[row, slot, 0 or 1]`: answers that no report contains and that begin in the slot; tokens of their prompts.
+        self.table: NDArray[np.float64] = np.zeros((0, NUM_SLOTS, 2))
+        #: Alike: answers that no report contains and that begin in the slot; tokens of their prompts.
         self._begins: NDArray[np.float64] = np.zeros((0, NUM_SLOTS, 2))
         self._reported_s: list[float] = []
         #: By row: whether anything may stand in `_begins`.
@@ -53,7 +53,7 @@ class DecodeForecast:
         self._look_at_pace()
 
     def insert(self, row: int, now_s: float) -> None:
-        self.table = np.insert(self.table, row, 0.0, axis=2)
+        self.table = np.insert(self.table, row, 0.0, axis=0)
         self._begins = np.insert(self._begins, row, 0.0, axis=0)
         self._reported_s.insert(row, now_s)
         self._expects.insert(row, False)
@@ -61,7 +61,7 @@ class DecodeForecast:
         self._is_blank.insert(row, True)
 
     def delete(self, row: int) -> None:
-        self.table = np.delete(self.table, row, axis=2)
+        self.table = np.delete(self.table, row, axis=0)
         self._begins = np.delete(self._begins, row, axis=0)
         del self._reported_s[row], self._expects[row], self._crowded_until[row], self._is_blank[row]
 
@@ -76,13 +76,13 @@ class DecodeForecast:
         if passed >= NUM_SLOTS:
             # All that was placed has begun; of the answers in the last slot some have ended since.
             self._begins[:] = 0.0
-            self.table[:] = self.table[-1] * math.exp((NUM_SLOTS - 1 - passed) * slots.width_s / self._seen[0])
+            self.table[:] = self.table[:, -1:] * math.exp((NUM_SLOTS - 1 - passed) * slots.width_s / self._seen[0])
             return
         self._begins[:, :-passed] = self._begins[:, passed:]
         self._begins[:, -passed:] = 0.0
         # Until the next reports, what lies beyond the last slot looks like the last.
-        self.table[:-passed] = self.table[passed:]
-        self.table[-passed:] = self.table[-1]
+        self.table[:, :-passed] = self.table[:, passed:]
+        self.table[:, -passed:] = self.table[:, -1:]
 
     def add(self, row: int, begin_s: float, prompt_tokens: int) -> None:
         """One more answer, from then on."""
@@ -94,13 +94,12 @@ class DecodeForecast:
         self._is_blank[row] = False
         if (seated := self._crowded_until[row] - self.slots.first) > first:
             # It waits among the others before it gets on.
-            self.table[first:seated, 0, row] += 1.0
-            self.table[first:seated, 1, row] += prompt_tokens
+            self.table[row, first:seated] += (1.0, prompt_tokens)
             first = min(seated, NUM_SLOTS)
         num_after = NUM_SLOTS - first
         more = self._of_one[:num_after].copy()
         more[:, 1] += prompt_tokens * self._stay[:num_after]
-        self.table[first:, :, row] += more
+        self.table[row, first:] += more
 
     def report(self, row: int, num_decodes: int, context_tokens: int, now_s: float, seats: float = math.inf) -> None:
         """The worker's figures contain what began before now. It writes `seats` answers at a time, at most."""
@@ -114,26 +113,26 @@ class DecodeForecast:
         if not expects and num_decodes <= seats:
             self._write_down(row, num_decodes, context_tokens)
             return
-        column = num_decodes * self._of_one
-        column[:, 1] += context_tokens * self._stay
+        self._write_down(row, num_decodes, context_tokens)
+        column = self.table[row]
         if expects:
             begins = self._begins[row]
             column += self._stay_after @ begins
             column[:, 1] += self._grown_after @ begins[:, 0]
         if np.maximum.reduce(column[:, 0]) > seats:
             self._queue_for_seats(row, num_decodes, context_tokens, seats, column)
-        self.table[:, :, row] = column
         self._is_blank[row] = False
 
     def _write_down(self, row: int, num_decodes: int, context_tokens: int) -> None:
         """There are these answers and no others."""
         if num_decodes or context_tokens:
-            table, stay = self.table, self._stay
-            np.multiply(stay, num_decodes, out=table[:, 0, row])
-            np.add(num_decodes * self._grown, context_tokens * stay, out=table[:, 1, row])
+            column = self.table[row]
+            np.multiply(self._of_one, float(num_decodes), column)
+            tokens = column[:, 1]
+            tokens += self._stay * float(context_tokens)
             self._is_blank[row] = False
         elif not self._is_blank[row]:
-            self.table[:, :, row] = 0.0
+            self.table[row] = 0.0
             self._is_blank[row] = True
 
     def _queue_for_seats(

@@ -52,6 +52,10 @@ class CostTable:
         #: By batch size, `MAX_DECODES + 1` of them: a step that only decodes, without its context; one token of that.
         self.decode_base_s = _over_all_sizes([gap_s + term.base_s for term in terms])
         self.decode_context_s = _over_all_sizes([term.per_context_token_s for term in terms])
+        #: The same for one worker at a time: looking numbers up in a list takes a third of the time.
+        self._decode_terms: list[tuple[float, float]] = list(
+            zip(self.decode_base_s.tolist(), self.decode_context_s.tolist(), strict=True)
+        )
         self._gap_s = gap_s
         self._latency = latency
         #: A step full of prompt tokens, without their attention.
@@ -61,6 +65,11 @@ class CostTable:
         #: Where steps are full: a prompt token, and one query-key pair of its attention.
         self.token_s = self.full_step_s / budget
         self.pair_s = max(0.0, behind_s - self.full_step_s) / pairs
+
+    def decode_s(self, num_decodes: float, context_tokens: int, share: float) -> float:
+        """A step that only decodes so many, at least one, which have this share of the context."""
+        base_s, context_s = self._decode_terms[int(min(num_decodes, MAX_DECODES))]
+        return base_s + context_s * context_tokens * share
 
     def prompt_s(self, new_tokens: int, cached_tokens: int) -> float:
         """Reading the rest of a prompt, alone, in steps of at most the worker's budget.

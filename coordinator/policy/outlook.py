@@ -126,7 +126,7 @@ class Outlook:
     total_tokens: Expected
     #: Answers that it writes at the same time: as many as its steps hold, or as have blocks where these are taken.
     seats: Expected
-    #: `[slot, 0 or 1, row]`: answers expected to be written at the slot's time; their context tokens.
+    #: `[row, slot, 0 or 1]`: answers expected to be written at the slot's time; their context tokens.
     decoding: NDArray[np.float64]
     slots: Slots
     pace: Pace
@@ -159,7 +159,8 @@ class Outlook:
 
     def decoding_at(self, at_s: float) -> Decoding:
         """What is expected then, or at the nearest time that is looked ahead to."""
-        then = self.decoding[self.slots.index_at(at_s)]
+        # Copied once, for it is looked at often.
+        then = self.decoding[:, self.slots.index_at(at_s)].T.copy()
         return Decoding(then[0], then[1])
 
     def step_extra_s(self, decoding: Decoding) -> Seconds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Literal
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from contracts.messages import WorkerLoad
 from coordinator.conductor import Conductor, ConductorSettings
 from coordinator.costs import WorkerCosts
 from coordinator.decision import Chosen
+from coordinator.expectations import Expectations
 from tests.support.conductors import MILLI, PLAIN, Costs, conductor_of, costs_of, info_of, item_of
 from workload.slo import SloClass
 
@@ -203,3 +205,42 @@ def test_prompts_that_are_still_read_elsewhere_are_no_answers_yet() -> None:
     assert then.num_decodes[0] > 2.0 * math.exp(-0.5 / outlook.pace.answer_s) + 0.7
     assert outlook.tokens_room(now)[0] == 900 * 16 + 1000
     assert outlook.tokens_room(then)[0] < 900 * 16 + 200
+
+
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("wait"), st.sampled_from([0.1, 0.25, 3.0, 100.0])),
+            st.tuples(st.just("decide"), st.integers(1, 400)),
+            st.tuples(st.just("p0"), st.sampled_from([0, 0, 300])),
+            st.tuples(st.just("d0"), st.integers(0, 2)),
+        ),
+        max_size=25,
+    )
+)
+def test_a_report_that_says_the_same_again_can_be_passed_over(steps: list[tuple[str, float]]) -> None:
+    """Whether it is or not, everything is expected alike, and decided alike."""
+    workers = [info_of(name) for name in ("p0", "p1", "d0", "d1")]
+    first, second = (conductor_of([(info, WorkerLoad(free_blocks=1000)) for info in workers]) for _ in range(2))
+
+    def go(made: Conductor) -> list[object]:
+        now_s, seen = 1.0, list[object]()
+        for what, figure in steps:
+            if what == "wait":
+                now_s += figure
+            elif what == "decide":
+                seen.append(made.decide(item_of(int(figure)), now_s))
+            elif what == "p0":
+                report(made, int(figure), now_s)
+            else:
+                load = WorkerLoad(running_decodes=int(figure), context_tokens=99 * int(figure), free_blocks=900)
+                made.report(WorkerId(what), load, now_s)
+            outlook = made.fleet.outlook()
+            now, later = outlook.decoding_at(now_s), outlook.decoding_at(now_s + 2.0)
+            columns = (outlook.queue_s(0, now_s), outlook.free_tokens, *now, *later)
+            seen += [column.tolist() for column in (*columns, made.fleet.view().prefill_load_tokens)]
+        return seen
+
+    with patch.object(Expectations, "says_nothing", return_value=False):
+        expected = go(first)
+    assert go(second) == expected

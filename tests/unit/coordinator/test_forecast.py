@@ -26,7 +26,7 @@ def forecast(rows: int = 2, now_s: float = 0.0) -> DecodeForecast:
 
 
 def at(made: DecodeForecast, time_s: float, row: int = 0) -> tuple[float, float]:
-    count, tokens = made.table[made.slots.index_at(time_s), :, row]
+    count, tokens = made.table[row, made.slots.index_at(time_s)]
     return float(count), float(tokens)
 
 
@@ -79,7 +79,7 @@ def test_time_without_reports() -> None:
     made.advance(1e6)
     assert at(made, 1e6)[0] < 0.1
     made.report(0, 0, 0, 1e6)
-    assert not made.table[:, :, 0].any()
+    assert not made.table[0].any()
 
 
 def test_rows_come_and_go() -> None:

@@ -163,7 +163,7 @@ def test_no_more_answers_end_than_have_seats() -> None:
     made.advance(0.0)
 
     def at(time_s: float) -> tuple[float, float]:
-        count, tokens = made.table[made.slots.index_at(time_s), :, 0]
+        count, tokens = made.table[0, made.slots.index_at(time_s)]
         return float(count), float(tokens)
 
     made.report(0, 10, 1000, 0.0, seats=2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import get_args
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from contracts.transfer_models import LinkTransfer
 from coordinator.conductor import AdmissionRule, Conductor, ConductorSettings, DispatchLimits
 from coordinator.costs import WorkerCosts
 from coordinator.decision import Chosen, Refused
+from coordinator.policy import reading
 from coordinator.policy.outlook import READING_WINDOW_S
 from tests.support.conductors import (
     BLOCK_TOKENS,
@@ -409,10 +411,16 @@ QUADRATIC = FittedLatency(
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), fetch_ratio=st.sampled_from([None, 1.25, 1.5, 3.0]), max_waiting=st.integers(1, 3))
+@given(
+    data=st.data(),
+    fetch_ratio=st.sampled_from([None, 1.25, 1.5, 3.0]),
+    max_waiting=st.integers(1, 3),
+    few_holders=st.sampled_from([0, 8]),
+)
 def test_decides_as_the_algorithm_worker_by_worker(
-    data: st.DataObject, fetch_ratio: float | None, max_waiting: int
+    data: st.DataObject, fetch_ratio: float | None, max_waiting: int, few_holders: int
 ) -> None:
+    """Whether those that hold a part of the prompt are looked at one by one or in columns."""
     names = data.draw(st.lists(st.sampled_from(["p0", "p1", "p2", "p3", "p4", "d0", "d1"]), unique=True))
     workers = [
         (
@@ -464,7 +472,8 @@ def test_decides_as_the_algorithm_worker_by_worker(
             for row, info in enumerate(view.infos)
         ]
         expected = ttfts(ask, rows, prices, policy.limits, fetch_ratio)
-        decision = made.decide(ask, 0.0)
+        with patch.object(reading, "_FEW_HOLDERS", few_holders):
+            decision = made.decide(ask, 0.0, match=data.draw(st.sampled_from([None, *made.matches([ask])])))
         if isinstance(decision, Refused):
             assert not expected
             continue

@@ -127,6 +127,10 @@ def test_it_is_a_dictionary_of_sets(
         assert directory.num_dropped == directory.num_cut == 0, "only where its buckets are full is a hint lost"
 
     held = {hint: holders(directory, hint) for hint in SOME}
+    prompts = [array(prompt[start:]) for start in range(20)]
+    for some, together in zip(prompts, directory.match_each(prompts), strict=True):
+        alone = directory.match(some)
+        assert (together.counts.tolist(), together.lengths) == (alone.counts.tolist(), alone.lengths)
     match = directory.match(array(prompt))
     for number in WORKERS:
         assert match.counts[number] == lead(prompt, number, held)
@@ -305,3 +309,17 @@ def test_numbers_in_use_are_refused() -> None:
         directory.remove_worker(1)
     with pytest.raises(ValueError, match="max_blocks is 0"):
         Directory(0)
+
+
+def test_long_prompts_are_looked_up_together_too() -> None:
+    directory = Directory(10_000)
+    for number in (0, 1):
+        directory.add_worker(number)
+    hints = np.arange(1, 2001, dtype=np.uint64)
+    directory.store(0, hints[:1500])
+    directory.store(1, hints[:512])
+    prompts = [hints[:length] for length in (2000, 512, 513, 0, 3)]
+    matches = directory.match_each(prompts)
+    assert [match.counts.tolist() for match in matches] == [[1500, 512], [512, 512], [513, 512], [0, 0], [3, 3]]
+    assert [match.lengths for match in matches] == [(512, 1500), (512,), (512, 513), (), (3,)]
+    assert directory.match_each([]) == []
