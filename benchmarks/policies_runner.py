@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from benchmarks.policies_refusals import let_in, trials
+from benchmarks.policies_refusals import let_in, parts
 from benchmarks.policies_runs import TPOT_TARGETS_S, Job, Load, Ran, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from concurrent.futures import Future, ProcessPoolExecutor
 
-    from benchmarks.policies_refusals import LetIn
     from contracts.config import AdmissionForm, DispatchPolicyName
+    from simulator.study.branches import Fate
 
 FORMS: tuple[AdmissionForm, ...] = ("none", "current", "predicted")
 JUDGING_FORMS: tuple[AdmissionForm, ...] = ("current", "predicted")
@@ -40,10 +40,9 @@ class Runner:
         self.prepare(jobs)
         return [self._ran[job].result() for job in jobs]
 
-    def let_in(self, ran: Ran, sample: int) -> list[Future[list[LetIn]]]:
+    def let_in(self, ran: Ran, sample: int) -> list[Future[list[Fate]]]:
         """Begins with a sample of the refused, and does not wait."""
-        parts = trials(ran, sample, 2 * self._num_processes, seed=1)
-        return [self._pool.submit(let_in, part) for part in parts]
+        return [self._pool.submit(let_in, part) for part in parts(ran, sample, 2 * self._num_processes, seed=1)]
 
 
 def job_at(load: Load, factor: float, policy: DispatchPolicyName, form: AdmissionForm = "none") -> Job:

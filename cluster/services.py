@@ -148,6 +148,7 @@ def _surroundings(config: ClusterConfig) -> Surroundings:
         max_sequences=max_sequences,
         queue_ageing_s=config.engine.queue.ageing_s,
         queue_fair=config.engine.queue.fair,
+        tpot_chunks=config.engine.queue.tpot_chunks,
     )
 
 

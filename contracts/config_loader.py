@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from contracts.config import DEFAULT_POOLS, ClusterConfig, PoolConfig
 from contracts.config_paths import (
     KeyPath,
+    Kind,
     Many,
     Tree,
     did_you_mean,
@@ -202,8 +203,10 @@ class _Layers:
         if not path:
             compared = (self.sources[part] for part in _COMPARED if part in self.sources)
             return f"{', '.join(dict.fromkeys(map(str, compared))) or source}: {message}"
-        if detail["type"] in ("model_type", "model_attributes_type"):
+        if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
             message = f"Input should be {_section_in_words(kind_at(path))}"
+        elif detail["type"] == "tuple_type":
+            message = "Input should be a list"
         shown = "(not shown)" if _may_show_secrets(path, detail["input"]) else _shown_input(detail["input"])
         return f"{source}: {key} = {shown}: {message}"
 
@@ -218,8 +221,10 @@ def _may_show_secrets(path: KeyPath, value: object) -> bool:
     return "api_keys" in path or (isinstance(value, str | list | dict) and holds_secrets(kind_at(path)))
 
 
-def _section_in_words(kind: object) -> str:
-    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+def _section_in_words(kind: Kind) -> str:
+    if isinstance(kind, Many):
+        return f"a section of labels, each {_section_in_words(kind.section)}"
+    if kind is None:
         return "a section"
     needed = [name for name, field in kind.model_fields.items() if field.is_required()]
     return f"a section with {' and '.join(needed)}" if needed else f"a section of {', '.join(kind.model_fields)}"
@@ -251,10 +256,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a name", problem_mark=key_node.start_mark)
             if key_node.value in seen:
                 problem = f"the key {key_node.value!r} stands twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-            seen.add(str(key_node.value))
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 

@@ -338,10 +338,11 @@ class DispatchRequest(msgspec.Struct, frozen=True, kw_only=True):
     items: tuple[DispatchItem, ...]
 
 
-class DispatchReply(msgspec.Struct, frozen=True, kw_only=True):
-    """Parallel to the request's items."""
-
+class DispatchReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    #: Parallel to the request's items.
     verdicts: tuple[Placement | Rejection, ...]
+    #: As in `MembersReply`.
+    members_mark: int = 0
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -377,8 +378,11 @@ class CoordinatorFigures(msgspec.Struct, frozen=True, kw_only=True, omit_default
     proposed_split: str = ""
 
 
-class MembersReply(msgspec.Struct, frozen=True, kw_only=True):
+class MembersReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     members: tuple[Member, ...]
+    #: Stands for which lives are known and what they told when they registered: who knows others tells another number,
+    #: who knows the same tells the same one, another coordinator too.
+    members_mark: int = 0
     coordinator: CoordinatorFigures | None = None
 
 

@@ -14,6 +14,10 @@ from contracts.ids import Attempt, GatewayId, Incarnation, OwnerEpoch, RequestId
 #: Why a request ended at the worker. The gateway adds "stop" for stop strings.
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
+#: Workers that are not set up otherwise take nobody in without leaving the KV blocks that everybody there fills within
+#: so many tokens: an answer of at most this length is not preempted.
+GROWTH_TOKENS = 64
+
 #: Priorities above this, or below its negative, count like these.
 MOST_PRIORITY = 6
 

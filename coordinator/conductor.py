@@ -42,6 +42,8 @@ __all__ = ["AdmissionRule", "Conductor", "ConductorSettings", "DispatchLimits", 
 
 #: Classes with the longest targets beyond these share a rank.
 _MAX_RANKS = 16
+#: So many of those that hold most of a prompt are looked at.
+_FEW_HOLDERS = 8
 #: Of the 64-bit hints in `DispatchItem.block_keys`.
 _HINT = np.dtype(np.uint64)
 
@@ -162,6 +164,8 @@ class Conductor:
         was_refused = slo is not None and slo.name in self._refusing
         limits = None if slo is None else limits_of(slo, rule, was_refused=was_refused)
         held, lengths = self._held(item, match)
+        if held is not None and not outlook.knows_reading:
+            self._note_read(item, held, lengths[-1])
         question = Question(
             item=item,
             now_s=now_s,
@@ -246,6 +250,13 @@ class Conductor:
         if match is None or not match.best:
             return None, ()
         return match.counts[self.fleet.numbers()], match.lengths
+
+    def _note_read(self, item: DispatchItem, held: HeldBlocks, most_blocks: int) -> None:
+        """Where nothing is predicted a placement counts until a report contains it, so that the next turn of a
+        conversation would be kept from those who hold it by its own last one."""
+        block_keys = item.block_keys[: most_blocks * _HINT.itemsize]
+        for row in (held == most_blocks).nonzero()[0][:_FEW_HOLDERS].tolist():
+            self.fleet.note_held(row, block_keys)
 
     def _judge(self, question: Question, chosen: Chosen, limits: Limits) -> Refused | None:
         rule, item = self._settings.admission, question.item

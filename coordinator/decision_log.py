@@ -172,6 +172,8 @@ class DecisionLog:
             block_tokens=info.identity.layout.block_tokens,
             max_context_tokens=info.max_context_tokens,
             max_batch_tokens=info.max_batch_tokens,
+            max_sequences=info.max_sequences,
+            handoff_blocks=info.handoff_blocks,
             device=info.device,
             costs=self._kind(self._costs.of(info)),
         )

@@ -38,11 +38,13 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """What a replay needs and the conductor does not know."""
 
     heartbeat_interval_s: float = 0.5
-    #: Running sequences of one worker, by role.
+    #: Running sequences of one worker that does not say it, by role.
     max_sequences: dict[str, int] = {}
     #: Of the order in which prompts are read.
     queue_ageing_s: float = 10.0
     queue_fair: bool = True
+    #: Whether targets of answers cut the prompts beside them.
+    tpot_chunks: bool = True
 
 
 class CostKind(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="costs"):
@@ -74,8 +76,10 @@ class WorkerUp(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, ta
     total_blocks: int
     block_tokens: int
     max_context_tokens: int
-    #: 0: not told.
+    #: See `contracts.messages.WorkerInfo`; 0: not told.
     max_batch_tokens: int = 0
+    max_sequences: int = 0
+    handoff_blocks: int = 0
     device: str = ""
     #: Of a `CostKind`; None: nothing is known of what its steps take.
     costs: int | None = None

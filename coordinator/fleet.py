@@ -15,6 +15,7 @@ import numpy as np
 
 from coordinator.expectations import Expectations
 from coordinator.policy.fleet_view import count_of, decode_tokens, find_row, prefill_tokens, view_of
+from kvstore.block_keys import HINT_BYTES
 
 if TYPE_CHECKING:
     from contracts.ids import WorkerId
@@ -32,6 +33,8 @@ class _Booking(NamedTuple):
     decode_tokens: int
     requests: int
     prefill_s: float
+    #: Hints of all full blocks of the prompt that is read there; none where they are not known.
+    block_keys: bytes = b""
 
 
 @dataclass(slots=True)
@@ -55,12 +58,19 @@ class _Bookings:
         """Forgets those made until then."""
         queue = self.queue
         while queue and queue[0].at_s <= until_s:
-            booking = queue.popleft()
-            self.prefill_tokens -= booking.prefill_tokens
-            self.decode_tokens -= booking.decode_tokens
-            self.requests -= booking.requests
-            self.prefill_s -= booking.prefill_s
-        if not queue:
+            self._take_off(queue.popleft())
+
+    def take_out(self, booking: _Booking) -> None:
+        """Forgets this one, which is here."""
+        self.queue.remove(booking)
+        self._take_off(booking)
+
+    def _take_off(self, booking: _Booking) -> None:
+        self.prefill_tokens -= booking.prefill_tokens
+        self.decode_tokens -= booking.decode_tokens
+        self.requests -= booking.requests
+        self.prefill_s -= booking.prefill_s
+        if not self.queue:
             # Sums of fractions leave a rest.
             self.prefill_s = 0.0
 
@@ -75,6 +85,7 @@ class Fleet:
         self._infos: list[WorkerInfo] = []
         self._bookings: list[_Bookings] = []
         self._told: list[WorkerLoad | None] = []
+        self._told_s: list[float] = []
         self._numbers: list[int] = []
         self._prefill_load_tokens = np.zeros(0, np.int64)
         self._decode_load_tokens = np.zeros(0, np.int64)
@@ -109,6 +120,7 @@ class Fleet:
         self._infos.insert(row, info)
         self._bookings.insert(row, _Bookings())
         self._told.insert(row, None)
+        self._told_s.insert(row, now_s)
         self._prefill_load_tokens = np.insert(self._prefill_load_tokens, row, 0)
         self._decode_load_tokens = np.insert(self._decode_load_tokens, row, 0)
         self._waiting_requests = np.insert(self._waiting_requests, row, 0)
@@ -120,7 +132,7 @@ class Fleet:
     def remove(self, worker_id: WorkerId) -> None:
         """Raises KeyError when the worker is not here."""
         row = self.row_of(worker_id)
-        del self._infos[row], self._bookings[row], self._told[row]
+        del self._infos[row], self._bookings[row], self._told[row], self._told_s[row]
         self._prefill_load_tokens = np.delete(self._prefill_load_tokens, row)
         self._decode_load_tokens = np.delete(self._decode_load_tokens, row)
         self._waiting_requests = np.delete(self._waiting_requests, row)
@@ -135,6 +147,7 @@ class Fleet:
     def report(self, row: int, load: WorkerLoad, now_s: float) -> None:
         """A worker's own figures, as of now. Times of calls must not go backwards."""
         bookings = self._bookings[row]
+        self._told_s[row] = now_s
         if bookings.queue:
             bookings.settle(now_s - self._booking_grace_s)
         elif self._expectations.says_nothing(row, load, now_s) and load == self._told[row]:
@@ -151,7 +164,9 @@ class Fleet:
         """Counts a placement as load from now on, until reports contain it. `plan`: None where nothing is predicted."""
         to_prefill, to_decode = prefill_tokens(item), decode_tokens(item)
         prefill_s = 0.0 if plan is None else plan.prefill_s
-        self._bookings[prefill_row].add(_Booking(now_s, to_prefill, 0, 1, prefill_s))
+        num_blocks = item.prompt_tokens // self._infos[prefill_row].identity.layout.block_tokens
+        block_keys = item.block_keys if len(item.block_keys) == num_blocks * HINT_BYTES else b""
+        self._bookings[prefill_row].add(_Booking(now_s, to_prefill, 0, 1, prefill_s, block_keys))
         self._bookings[decode_row].add(_Booking(now_s, 0, to_decode, 0, 0.0))
         self._prefill_load_tokens[prefill_row] += to_prefill
         self._waiting_requests[prefill_row] += 1
@@ -159,6 +174,18 @@ class Fleet:
         self._expectations.note_placed(item)
         if plan is not None:
             self._expectations.book(item, prefill_row, decode_row, plan, now_s)
+
+    def note_held(self, row: int, block_keys: bytes) -> None:
+        """The worker holds the blocks of these hints: who was placed there with a prompt that ends within them has been
+        read, and waits no more, whatever was reported meanwhile."""
+        bookings = self._bookings[row]
+        for booking in [one for one in bookings.queue if one.block_keys and block_keys.startswith(one.block_keys)]:
+            bookings.take_out(booking)
+            # What was reported since it was placed contains it too.
+            times = 2 if self._told_s[row] >= booking.at_s else 1
+            left_tokens = self._prefill_load_tokens.item(row) - times * booking.prefill_tokens
+            self._prefill_load_tokens[row] = max(left_tokens, bookings.prefill_tokens)
+            self._waiting_requests[row] -= booking.requests
 
     def view(self) -> FleetView:
         """A window: it shows what is reported and booked later too. Stale once a worker came or went."""

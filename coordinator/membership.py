@@ -13,10 +13,13 @@ the coordinator itself did not run is nobody's silence.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from contracts.errors import StaleIncarnation
 from contracts.failpoints import RarePath
@@ -109,6 +112,7 @@ class Membership:
     def __init__(self, limits: MembershipLimits, listener: Listener) -> None:
         self._limits = limits
         self._listener = listener
+        self._mark = 0
         self._pauses = PauseWatch(LONGEST_GAP_S)
         #: When anybody was last heard, and when that was after everybody had been silent; moved on by pauses.
         self._last_heard_s = -math.inf
@@ -129,6 +133,11 @@ class Membership:
         """Present lives, as of the last call."""
         return len(self._entries)
 
+    @property
+    def mark(self) -> int:
+        """`MembersReply.members_mark`, as of the last call."""
+        return self._mark
+
     def register(self, info: WorkerInfo, now_s: float) -> None:
         """Takes up a life of a worker; the earlier one is gone with it. Idempotent.
 
@@ -148,6 +157,7 @@ class Membership:
             self._take_out(known)
         load = WorkerLoad(free_blocks=info.total_blocks)
         self._entries[info.worker_id] = _Entry(info=info, load=load, heartbeat_s=now_s)
+        self._mark ^= _mark_of(info)
         self._listener.add(info, now_s)
 
     def heartbeat(
@@ -315,6 +325,7 @@ class Membership:
     def _take_out(self, entry: _Entry) -> None:
         worker_id = entry.info.worker_id
         del self._entries[worker_id]
+        self._mark ^= _mark_of(entry.info)
         self._standing_until_s = -math.inf
         self._listener.remove(worker_id)
 
@@ -342,3 +353,8 @@ class Membership:
             raise StaleIncarnation(
                 f"incarnation {incarnation} of {worker_id} was given up and is not taken up again: {reason}"
             )
+
+
+def _mark_of(info: WorkerInfo) -> int:
+    """Its part of the mark: combined in any order they give the same number."""
+    return int.from_bytes(hashlib.blake2b(msgspec.msgpack.encode(info), digest_size=8).digest())

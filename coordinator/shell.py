@@ -201,7 +201,7 @@ class CoordinatorShell:
         verdicts = [
             self._verdict(item, match, standing, each_s) for item, match in zip(ask.items, matches, strict=True)
         ]
-        return DispatchReply(verdicts=tuple(verdicts))
+        return DispatchReply(verdicts=tuple(verdicts), members_mark=self.membership.mark)
 
     def _verdict(
         self, item: DispatchItem, match: Match | None, standing: Standing, prepared_s: float
@@ -251,6 +251,7 @@ class CoordinatorShell:
     async def _on_members(self, ask: Empty, context: CallContext) -> MembersReply:
         return MembersReply(
             members=self.membership.members(self._clock.now_s()),
+            members_mark=self.membership.mark,
             coordinator=self.figures.message(self.conductor.directory, self.directory_sync),
         )
 

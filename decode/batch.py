@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from contracts.errors import BadRequest, Cancelled, NoCapacity
 from contracts.failpoints import Failpoint, RarePath
-from contracts.requests import PhaseTimes
+from contracts.requests import GROWTH_TOKENS, PhaseTimes
 from decode.admission import OfferVerdict, admit, may_resume, retry_after_s
 from decode.incoming import Incoming, IncomingOffers
 from engine.answer_tallies import AnswerTallies
@@ -53,9 +53,8 @@ _DEADLINE_PASSED = RarePath("decode.deadline_passed", "a deadline passed while t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeLimits:
-    #: What is admitted leaves the blocks that everything admitted takes within so many tokens: an answer of at
-    #: most this length is not preempted.
-    growth_tokens: int = 64
+    #: What is admitted leaves the blocks that everything admitted takes within so many tokens.
+    growth_tokens: int = GROWTH_TOKENS
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -9,6 +9,7 @@ runs on a virtual loop.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -110,6 +111,8 @@ class GatewayCore:
         self._tasks = asyncio.TaskGroup()
         #: Running tasks in the order they were started, so that stopping is the same in every run.
         self._running: dict[asyncio.Task[None], None] = {}
+        #: Set while the coordinator may know others than the snapshot does.
+        self._others_are_there = asyncio.Event()
         self._cancels = CancelQueue(network, clock, limits, self._spawn)
         self._links = WorkerLinks(network, clock, gateway_id, limits, self._spawn, self._on_frame, self._on_lost)
         self._dispatcher = Dispatcher(
@@ -123,6 +126,7 @@ class GatewayCore:
                 heard=self._heard,
                 own_loads=lambda: own_loads(self._open.values()),
                 follow_members=self._follow_members,
+                on_other_members=self._others_are_there.set,
             ),
             self._on_answer,
             self.stats,
@@ -222,9 +226,11 @@ class GatewayCore:
         return (await self.cluster()).members
 
     async def cluster(self) -> MembersReply:
-        """The same, with what the coordinator tells of itself."""
+        """The same, with what the coordinator tells of itself. The snapshot hears of every answer."""
         channel = self._network.channel(self._coordinator_address)
-        return await channel.call(MEMBERS, Empty(), timeout_s=self.limits.members_timeout_s)
+        reply = await channel.call(MEMBERS, Empty(), timeout_s=self.limits.members_timeout_s)
+        self._told(reply)
+        return reply
 
     def feed(self, request_id: RequestId, event: ev.Event) -> None:
         """Gives a request's machine an event and carries out its instructions, in order; no effect once it is
@@ -273,19 +279,32 @@ class GatewayCore:
         )
 
     async def _watch_members(self) -> None:
-        """Keeps what is known of the cluster up to date. More often while nobody is known: workers are starting."""
+        """Keeps what is known of the cluster up to date: now and then, and when a dispatch was answered by a
+        coordinator that knows others. More often after a change: where one worker starts, more do."""
         limits = self.limits
         while True:
+            self._others_are_there.clear()
+            before = self.snapshot.mark
             await self._follow_members()
-            await self.clock.sleep(limits.probe_interval_s if self.snapshot.is_empty else limits.members_interval_s)
+            is_quiet = self.snapshot.mark == before and not self.snapshot.is_empty
+            longest_s = limits.members_interval_s if is_quiet else limits.probe_interval_s
+            pause_s = min(limits.members_pause_s, longest_s)
+            await self.clock.sleep(pause_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(longest_s - pause_s):
+                    await self._others_are_there.wait()
 
     async def _follow_members(self) -> None:
         try:
-            members = await self.members()
+            await self.members()
         except TandemError as error:
             self.log.debug("members_not_told", error=error.message)
+
+    def _told(self, reply: MembersReply) -> None:
+        if self._stopping:
             return
-        self.snapshot.told(members, self.clock.now_s(), heard=self._heard())
+        members = reply.members
+        self.snapshot.told(members, self.clock.now_s(), mark=reply.members_mark, heard=self._heard())
         for peer in self.snapshot.unproven:
             try:
                 self._links.ensure(peer)

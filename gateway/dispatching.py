@@ -59,6 +59,8 @@ class Surroundings:
     own_loads: Callable[[], Mapping[WorkerId, OwnLoad]]
     #: Asks the coordinator who is there, and tells the snapshot if it answers.
     follow_members: Callable[[], Awaitable[None]]
+    #: Has that done soon: the coordinator knows others than the snapshot does.
+    on_other_members: Callable[[], None]
 
 
 class Dispatcher:
@@ -158,6 +160,8 @@ class Dispatcher:
             return _no_answer(f"did not answer ({error.code})")
         if len(reply.verdicts) != len(batch):
             return _no_answer(f"answered {len(reply.verdicts)} of {len(batch)} requests")
+        if reply.members_mark != self.snapshot.mark:
+            self._surroundings.on_other_members()
         return reply.verdicts
 
     # --- without the coordinator ------------------------------------------------------------------

@@ -49,6 +49,8 @@ class GatewayLimits:
     members_timeout_s: float = 1.0
     #: How often the coordinator is asked who is there.
     members_interval_s: float = 1.0
+    #: At least so long between two such questions where others have come or gone.
+    members_pause_s: float = 0.1
     #: How often a coordinator that did not answer is tried again.
     probe_interval_s: float = 0.25
     #: How long requests are placed by its last answer while it does not answer.

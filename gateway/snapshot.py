@@ -77,6 +77,8 @@ class Snapshot:
     def __init__(self, limits: GatewayLimits) -> None:
         self._limits = limits
         self._workers: dict[WorkerId, _Believed] = {}
+        #: `members_mark` of the last answer.
+        self.mark = 0
         #: When a coordinator last answered; None: never.
         self._told_s: float | None = None
         #: Whether, by its last answer, no worker is heard by it.
@@ -129,9 +131,12 @@ class Snapshot:
     def is_usable(self, now_s: float) -> bool:
         return bool(self._workers) and self.age_s(now_s) <= self._limits.snapshot_ttl_s
 
-    def told(self, members: Sequence[Member], now_s: float, *, heard: Collection[WorkerLife] = ()) -> None:
+    def told(
+        self, members: Sequence[Member], now_s: float, *, mark: int = 0, heard: Collection[WorkerLife] = ()
+    ) -> None:
         """A coordinator's answer. `heard`: lives whose frames come to this gateway."""
         self._told_s = now_s
+        self.mark = mark
         self._loads_s = None
         named = {member.info.worker_id for member in members}
         self._hears_nobody = all(self._was_silent(member) for member in members)

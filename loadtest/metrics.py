@@ -265,7 +265,7 @@ def is_failed(columns: RequestColumns) -> Bools:
     return columns.outcome.equals(*_ERRORS)
 
 
-def wilson(share: float, count: int) -> Interval:
+def wilson(share: float, count: float) -> Interval:
     """Of a share of `count` independent trials, 95 % (Wilson 1927: it stays within [0, 1], also at its ends)."""
     if not count:
         return Interval(math.nan, math.nan)

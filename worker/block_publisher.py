@@ -14,6 +14,7 @@ from contracts.failpoints import Failpoint, RarePath
 from contracts.messages import BLOCK_EVENTS
 from kvstore.block_keys import HINT_BYTES, hints
 from kvstore.block_log import BlockLog
+from worker.outage_lines import OutageLines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +55,8 @@ class BlockPublisher:
         self._address = coordinator_address
         self._clock = clock
         self._registered = registered
-        self._log = log
+        begun, over = "block events are not heard by the coordinator", "block events are heard again"
+        self._outage = OutageLines(begun, over, clock, log)
         self._events = BlockLog(info.worker_id, info.incarnation, lambda: hints(tuple(ledger.all_keys())))
         ledger.key_listener = self
         self._news = asyncio.Event()
@@ -115,8 +117,9 @@ class BlockPublisher:
                 reply = await channel.call(BLOCK_EVENTS, message, timeout_s=TIMEOUT_S)
             except TandemError as error:
                 self._events.failed()
-                self._log(f"block events were not heard: {error.message}")
+                self._outage.failed(error)
                 return False
+            self._outage.answered()
             if _LOST.fires():
                 self._events.failed()
                 return False

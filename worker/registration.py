@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from contracts.errors import StaleIncarnation, TandemError
 from contracts.failpoints import Failpoint, RarePath
 from contracts.messages import DEREGISTER, HEARTBEAT, REGISTER, DeregisterRequest, HeartbeatRequest
+from worker.outage_lines import OutageLines
 from worker.watchdog import LifeOver
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Registration:
         self.registered = asyncio.Event()
         #: Ended lives that were passed on.
         self._buried: frozenset[WorkerLife] = frozenset()
+        at = f"the coordinator at {coordinator_address}"
+        self._outage = OutageLines(f"{at} does not answer", f"{at} answers again", clock, log)
 
     async def keep(self) -> None:
         """Registers, then beats; registers again whenever the coordinator does not know this life.
@@ -87,12 +90,13 @@ class Registration:
                     if self.registered.is_set():
                         self._on_registered_anew()
                     self.registered.set()
+                self._outage.answered()
             except StaleIncarnation as error:
                 _FENCED.reached()
                 raise LifeOver(error.message) from error
             except TandemError as error:
                 _NOT_HEARD.reached()
-                self._log(f"coordinator at {self._address}: {error.message}")
+                self._outage.failed(error)
             await self._clock.sleep(interval_s)
 
     async def leave(self, reason: str) -> None:

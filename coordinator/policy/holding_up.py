@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from contracts.requests import GROWTH_TOKENS
 from coordinator.policy.outlook import Decoding
 from coordinator.policy.pairing import is_any
 
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from coordinator.policy.fleet_view import Expected, Flags, FleetView, Seconds
     from coordinator.policy.outlook import Outlook
     from coordinator.policy.question import Question
-
-
-#: Workers take nobody in without leaving what all have room for so much more.
-_GROWTH_TOKENS = 64.0
 
 
 class _Lengths(NamedTuple):
@@ -68,7 +65,8 @@ def _until_taken_s(
 ) -> Seconds | None:
     """Of prompts that other workers take."""
     before = outlook.untaken_tokens + ahead
-    above = before - np.minimum(outlook.handoff_tokens, outlook.total_tokens - question.item.prompt_tokens)
+    budget = np.minimum(outlook.handoff_tokens, outlook.total_tokens - question.item.prompt_tokens)
+    above = before - budget
     if not is_any(above > 0):
         return None
     wait_s = np.zeros(len(above))
@@ -76,8 +74,10 @@ def _until_taken_s(
         held_up = readers & (above > 0) & np.isfinite(outlook.handoff_tokens)
         if not is_any(held_up) or not is_any(writers):
             continue
-        # While these are taken, so are others'.
-        taken = above[held_up] * (float(before[readers].sum()) / np.maximum(before[held_up], 1.0))
+        # While these are taken, so are others': from each reader as many as it has in the writers' line, which is its
+        # budget at most, however many wait behind that.
+        in_line = np.minimum(before, budget)
+        taken = above[held_up] * (float(in_line[readers].sum()) / np.maximum(in_line[held_up], 1.0))
         room_tokens, answers_per_s = _taking(outlook, writers, lengths)
         num_ends = np.maximum(taken - room_tokens, 0.0) / lengths.prompt
         wait_s[held_up] = _prudent(num_ends) / answers_per_s
@@ -110,7 +110,7 @@ def _until_ended_s(
 def _num_places(outlook: Outlook, lengths: _Lengths) -> Expected:
     """Answers that a worker can write at a time: it has seats for them, and blocks for all that they have grown to and
     soon will, half of their length on average."""
-    held_tokens = lengths.prompt + min(lengths.answer, 0.5 * lengths.answer + _GROWTH_TOKENS)
+    held_tokens = lengths.prompt + min(lengths.answer, 0.5 * lengths.answer + GROWTH_TOKENS)
     return np.minimum(outlook.seats, np.maximum(outlook.total_tokens / held_tokens, 1.0))
 
 

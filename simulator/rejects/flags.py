@@ -29,19 +29,15 @@ class RejectsFlags:
 
     samples: Annotated[
         int,
-        Parameter(name="--samples", group=REPLAY_GROUP, help="Runs, each with other refused requests let in."),
-    ] = 8
-
-    share: Annotated[
-        float,
         Parameter(
-            name="--share",
+            name="--samples",
             group=REPLAY_GROUP,
-            help="How many are let in at once, as a share of the accepted: more disturb what is measured.",
+            help="Refused requests that are tried, each let in alone: of every class and reason some, all if there are "
+            "no more. More make the intervals narrower.",
         ),
-    ] = 0.01
+    ] = 200
 
-    seed: Annotated[int, Parameter(name="--seed", group=REPLAY_GROUP, help="Of the samples.")] = 0
+    seed: Annotated[int, Parameter(name="--seed", group=REPLAY_GROUP, help="Of the choice of these requests.")] = 0
 
     json: Annotated[Path | None, Parameter(name="--json", help="File for the same figures as one JSON document.")] = (
         None

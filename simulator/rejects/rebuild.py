@@ -103,7 +103,7 @@ def rebuild(stretch: Stretch) -> Rebuilt:
             "answers have the mean length for their prompts' lengths, at most what was allowed",
             prefixes,
             "costs as known at the end of the stretch, and an empty cluster at its beginning",
-            "for each refused request that is let in, accepted ones behind it go that have as many prompt tokens",
+            "accepted requests come in and refused ones do not, as logged; who reads and writes each is decided anew",
         ),
     )
 
@@ -196,12 +196,21 @@ def _groups(stretch: Stretch, *, has_hints: bool) -> tuple[WorkerGroup, ...]:
                 prefix_cache_tokens=worker.total_blocks * worker.block_tokens if has_hints else 0,
                 budget=StepBudget(
                     max_tokens=worker.max_batch_tokens or costs.max_batch_tokens or _DEFAULT_BATCH_TOKENS,
-                    max_sequences=header.surroundings.max_sequences.get(worker.role, _DEFAULT_SEQUENCES),
+                    max_sequences=worker.max_sequences
+                    or header.surroundings.max_sequences.get(worker.role, _DEFAULT_SEQUENCES),
                 ),
-                prefill=PrefillLimits(queue=rules),
+                tpot_chunks=header.surroundings.tpot_chunks,
+                prefill=_prefill_limits(worker, rules),
             )
         )
     return tuple(groups)
+
+
+def _prefill_limits(worker: WorkerUp, rules: QueueRules) -> PrefillLimits:
+    if not worker.handoff_blocks:
+        return PrefillLimits(queue=rules)
+    # Half a block more: what is rounded down is then as many as told.
+    return PrefillLimits(queue=rules, handoff_share=min(0.5, (worker.handoff_blocks + 0.5) / worker.total_blocks))
 
 
 def _costs_of(worker: WorkerUp, stretch: Stretch) -> CostKind:

@@ -1,27 +1,26 @@
-"""Replays a stretch of a log over the event heap, as decided, and with samples of the refused let in.
+"""Replays a stretch of a log over the event heap, as decided, and lets in some of the refused, each alone.
 
-*As decided*: the accepted requests alone, none refused. Beside them, each in a run of its own, thin samples of the
-refused, drawn without putting back. For each of a sample, accepted requests behind it go that have as many prompt
-tokens: a coordinator that takes one more refuses others for it, and in a queue that never empties the work of every
-sampled request would stay for all that follow. Nor may the policy decide anew: what it accepts after the first of a
-sample is not what it accepted then, and the next of the sample meets a cluster that would not have refused it. So each
-refused request meets the cluster that it was refused by, and whether it meets its targets there is what its refusal is
-judged by. The interval takes all that were tried as independent.
+*As decided*: the accepted requests come and none is refused. Just before a refused one that is tried would have come,
+the replay branches: there it is let in, while the replay itself goes on without it (`simulator.study.branches`). So
+each meets the cluster that it was refused by, and whether it meets its targets there is what its refusal is judged by.
+
+In its branch others go on arriving until it must have ended to meet its targets, so the verdict is the same as with all
+of them. What comes after the log's end is not known: for the last refusals of a stretch, fewer arrive than did.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from loadtest.metrics import wilson
 from simulator.heap.results import Outcome
 from simulator.heap.study import simulate
-from simulator.rejects.summary import NO_CLASS
+from simulator.rejects.sample import by_kind, draw
+from simulator.study.branches import Trial, simulate_with_branches
 from simulator.study.metrics import request_latencies
 
 if TYPE_CHECKING:
@@ -32,20 +31,20 @@ if TYPE_CHECKING:
     from loadtest.metrics import Interval
     from simulator.heap.results import StudyResult
     from simulator.rejects.rebuild import Asked, Rebuilt
+    from simulator.study.branches import Fate
     from simulator.study.metrics import RequestLatencies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplaySettings:
-    #: Runs with samples, and the size of each as a share of the accepted requests.
-    num_samples: int = 8
-    share: float = 0.01
+    #: Refused requests that are tried.
+    num_tried: int = 200
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """On the refusals of one kind."""
+    """On the refusals of one kind, or on all."""
 
     slo_class: str
     reason: str
@@ -53,15 +52,10 @@ class Verdict:
     num_tried: int
     #: Of these: met both targets.
     num_met: int
-
-    @property
-    def share(self) -> float:
-        return self.num_met / self.num_tried if self.num_tried else math.nan
-
-    @property
-    def interval(self) -> Interval:
-        """Of the share, 95 %."""
-        return wilson(self.share, self.num_tried)
+    #: Of the refused, that would have met them, and its 95 % interval: each that was tried counts as independent, and
+    #: for as many as it stands for. NaN where none was tried.
+    share: float
+    interval: Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,116 +77,109 @@ class Replayed:
     #: All refusals together, and by class and reason.
     overall: Verdict
     verdicts: tuple[Verdict, ...]
-    #: Share of the accepted that met their targets: as decided, and beside the samples.
+    #: Share of the accepted that met their targets, as decided.
     accepted_met: float
-    accepted_met_beside: float
     #: Share of these requests that the same policy refuses where the replay lets it decide.
     refused_again: float
     calibration: Calibration
 
 
-def replay(
-    rebuilt: Rebuilt,
-    settings: ReplaySettings,
-    run: Callable[[Rebuilt, Sequence[Asked], bool], StudyResult] | None = None,
-) -> Replayed:
-    """Equal arguments give equal results. `run` simulates some of the requests, all of them forced or none. Raises
-    ValueError where nothing was accepted nor refused."""
-    run = run or run_requests
-    accepted = [each for each in rebuilt.requests if each.is_accepted]
-    refused = [each for each in rebuilt.requests if not each.is_accepted]
+class Cluster(Protocol):
+    """Where a replay runs."""
+
+    def follow(self, rebuilt: Rebuilt, tried: Sequence[Asked]) -> tuple[StudyResult, list[Fate]]:
+        """The accepted requests, none refused, and the fates of refused ones, by their places in `rebuilt.requests`."""
+        ...
+
+    def decide(self, rebuilt: Rebuilt) -> StudyResult:
+        """All requests; the policy decides."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedCluster:
+    """The event heap, with up to so many processes beside this one."""
+
+    max_branches: int = 1
+    progress: Callable[[float, int], None] | None = None
+
+    def follow(self, rebuilt: Rebuilt, tried: Sequence[Asked]) -> tuple[StudyResult, list[Fate]]:
+        chosen = {id(each) for each in tried}
+        slos = {slo.name: slo for slo in rebuilt.slos}
+        trials: list[Trial] = []
+        for index, each in enumerate(rebuilt.requests):
+            if id(each) in chosen:
+                targets, request = slos[each.workload.slo_class], each.workload
+                # Longer than that, and one of the targets is missed.
+                longest_s = (targets.ttft_ms + targets.tpot_ms * request.output_tokens) / 1e3
+                trials.append(Trial(index=index, patience_s=min(longest_s, rebuilt.spec.request_timeout_s)))
+        return simulate_with_branches(
+            replace(rebuilt.spec, forced=frozenset(range(len(rebuilt.requests)))),
+            (each.workload for each in rebuilt.requests),
+            trials,
+            rebuilt.slos,
+            passed_over=frozenset(index for index, each in enumerate(rebuilt.requests) if not each.is_accepted),
+            max_branches=self.max_branches,
+            progress=self.progress,
+        )
+
+    def decide(self, rebuilt: Rebuilt) -> StudyResult:
+        return simulate(rebuilt.spec, (each.workload for each in rebuilt.requests), progress=self.progress)
+
+
+def replay(rebuilt: Rebuilt, settings: ReplaySettings, cluster: Cluster | None = None) -> Replayed:
+    """Equal arguments give equal results. Raises ValueError where nothing was accepted nor refused."""
     if not rebuilt.requests:
         raise ValueError("nothing to replay")
-    met_alone, calibration = math.nan, _NOTHING_KNOWN
-    if accepted:
-        result = run(rebuilt, accepted, True)
-        latencies = request_latencies(result, rebuilt.slos)
-        met_alone = float(latencies.met.mean())
-        calibration = _calibrate(accepted, latencies)
-    size = max(1, round(settings.share * len(accepted)))
-    order = random.Random(settings.seed).sample(refused, len(refused))
-    samples = [order[at : at + size] for at in range(0, len(order), size)][: settings.num_samples]
-    tried: list[tuple[Asked, bool]] = []
-    met_beside: list[float] = []
-    for sample in samples:
-        requests = beside(sample, rebuilt.requests)
-        met = request_latencies(run(rebuilt, requests, True), rebuilt.slos).met
-        chosen = {id(each) for each in sample}
-        is_sample = np.array([id(each) in chosen for each in requests])
-        tried += [(each, bool(was_met)) for each, was_met in zip(requests, met, strict=True) if id(each) in chosen]
-        if len(sample) < len(requests):
-            met_beside.append(float(met[~is_sample].mean()))
-    again = run(rebuilt, rebuilt.requests, False).requests.outcome
+    cluster = cluster or SimulatedCluster()
+    accepted = [each for each in rebuilt.requests if each.is_accepted]
+    refused = [each for each in rebuilt.requests if not each.is_accepted]
+    result, fates = cluster.follow(rebuilt, draw(refused, settings.num_tried, settings.seed))
+    latencies = request_latencies(result, rebuilt.slos)
+    again = cluster.decide(rebuilt).requests.outcome
+    met = {id(rebuilt.requests[fate.index]): fate.met for fate in fates}
+    verdicts = tuple(_verdict(*kind, members, met) for kind, members in by_kind(refused).items())
     return Replayed(
         num_accepted=len(accepted),
         num_refused=len(refused),
-        overall=_verdict("all", "", refused, tried),
-        verdicts=_verdicts(refused, tried),
-        accepted_met=met_alone,
-        accepted_met_beside=float(np.mean(met_beside)) if met_beside else math.nan,
+        overall=_overall(verdicts),
+        verdicts=verdicts,
+        accepted_met=float(latencies.met.mean()) if accepted else math.nan,
         refused_again=float((again == Outcome.REJECTED).mean()),
-        calibration=calibration,
+        calibration=_calibrate(accepted, latencies),
     )
 
 
-def beside(sample: Sequence[Asked], requests: Sequence[Asked]) -> list[Asked]:
-    """The sample and the accepted ones, in order, without those that go for it."""
-    chosen = {id(each) for each in sample}
-    kept: list[Asked] = []
-    owed_tokens = 0
-    for each in requests:
-        tokens = each.workload.prompt_tokens
-        if id(each) in chosen:
-            owed_tokens += tokens
-        elif not each.is_accepted:
-            continue
-        elif 2 * owed_tokens > tokens:
-            # Rounded to whole requests; what is too much counts for the next.
-            owed_tokens -= tokens
-            continue
-        kept.append(each)
-    return kept
-
-
-def run_requests(
-    rebuilt: Rebuilt,
-    requests: Sequence[Asked],
-    forced: bool,
-    progress: Callable[[float, int], None] | None = None,
-) -> StudyResult:
-    """Requests in order of arrival; `progress` as `simulate` has it."""
-    spec = replace(rebuilt.spec, forced=frozenset(range(len(requests))) if forced else frozenset())
-    return simulate(spec, (each.workload for each in requests), progress=progress)
-
-
-_NOTHING_KNOWN = Calibration(
-    num_requests=0, ttft_median_s=math.nan, ttft_p90_abs_s=math.nan, tpot_median_s=math.nan, tpot_p90_abs_s=math.nan
-)
-
-
-def _verdicts(refused: Sequence[Asked], tried: Sequence[tuple[Asked, bool]]) -> tuple[Verdict, ...]:
-    strata = sorted({_stratum(each) for each in refused})
-    return tuple(
-        _verdict(
-            *stratum,
-            [each for each in refused if _stratum(each) == stratum],
-            [(each, met) for each, met in tried if _stratum(each) == stratum],
-        )
-        for stratum in strata
-    )
-
-
-def _stratum(asked: Asked) -> tuple[str, str]:
-    return asked.last.slo_class or NO_CLASS, asked.last.outcome
-
-
-def _verdict(slo_class: str, reason: str, refused: Sequence[Asked], tried: Sequence[tuple[Asked, bool]]) -> Verdict:
+def _verdict(slo_class: str, reason: str, refused: Sequence[Asked], met: dict[int, bool]) -> Verdict:
+    """`met` of those tried, by identity."""
+    tried = [met[id(each)] for each in refused if id(each) in met]
+    share = sum(tried) / len(tried) if tried else math.nan
     return Verdict(
         slo_class=slo_class,
         reason=reason,
         num_refused=len(refused),
         num_tried=len(tried),
-        num_met=sum(met for _, met in tried),
+        num_met=sum(tried),
+        share=share,
+        interval=wilson(share, len(tried)),
+    )
+
+
+def _overall(verdicts: Sequence[Verdict]) -> Verdict:
+    """Small kinds are tried more than their part: each counts for what it has of all. The interval is that of as many
+    equal trials as these are worth (Kish's effective sample size)."""
+    known = [each for each in verdicts if each.num_tried]
+    num_known = sum(each.num_refused for each in known)
+    share = sum(each.share * each.num_refused for each in known) / num_known if known else math.nan
+    worth = num_known**2 / sum(each.num_refused**2 / each.num_tried for each in known) if known else 0
+    return Verdict(
+        slo_class="all",
+        reason="",
+        num_refused=sum(each.num_refused for each in verdicts),
+        num_tried=sum(each.num_tried for each in verdicts),
+        num_met=sum(each.num_met for each in verdicts),
+        share=share,
+        interval=wilson(share, worth),
     )
 
 

@@ -91,12 +91,7 @@ def document(history: DecisionHistory, summary: Summary, replay: Replay | None) 
         "replay": None,
     }
     if replay is not None:
-        result = asdict(replay.result)
-        for told, verdict in zip(
-            (result["overall"], *result["verdicts"]), (replay.result.overall, *replay.result.verdicts), strict=True
-        ):
-            told["share"], told["interval"] = verdict.share, verdict.interval
-        content["replay"] = {"assumptions": replay.rebuilt.assumptions, **result}
+        content["replay"] = {"assumptions": replay.rebuilt.assumptions, **asdict(replay.result)}
     return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
 
 
@@ -164,8 +159,7 @@ def _check(replay: Replay) -> str:
 def _accepted(result: Replayed) -> str:
     if not result.num_accepted:
         return "none"
-    beside = "" if not result.overall.num_tried else f", {_percent(result.accepted_met_beside)} beside the samples"
-    return f"{result.num_accepted:,} requests, {_percent(result.accepted_met)} of them meet their targets{beside}"
+    return f"{result.num_accepted:,} requests, {_percent(result.accepted_met)} of them meet their targets"
 
 
 def _predicted(result: Replayed) -> str:

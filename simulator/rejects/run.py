@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from contracts.errors import ConfigError
 from simulator.rejects.reader import read_logs
 from simulator.rejects.rebuild import best_stretch, rebuild
-from simulator.rejects.replay import ReplaySettings, replay, run_requests
+from simulator.rejects.replay import ReplaySettings, SimulatedCluster, replay
 from simulator.rejects.report import Replay, document, replay_text, summary_text
 from simulator.rejects.summary import summarise
 from simulator.study.progress import StudyProgress
@@ -20,14 +21,15 @@ if TYPE_CHECKING:
     from simulator.rejects.flags import RejectsFlags
     from simulator.rejects.reader import DecisionHistory
     from simulator.rejects.rebuild import Asked, Rebuilt
+    from simulator.study.branches import Fate
 
 
 def run_rejects(logs: Sequence[Path], flags: RejectsFlags) -> int:
     """Prints what the logs say and, if asked to, what a replay says; returns the exit code. Raises ConfigError."""
     if not logs:
         raise ConfigError("no log: name the file of coordinator.decision_log, with older parts (.1) before it")
-    if flags.samples < 1 or not 0 < flags.share <= 1:
-        raise ConfigError("--samples must be at least 1, --share above 0 and at most 1")
+    if flags.samples < 1:
+        raise ConfigError(f"--samples must be at least 1: {flags.samples}")
     history = read_logs(logs)
     if not history.num_decisions:
         print(f"{', '.join(map(str, logs))}: no decisions yet")
@@ -50,14 +52,20 @@ def _replay(history: DecisionHistory, flags: RejectsFlags) -> Replay:
     rebuilt = rebuild(stretch)
     if not rebuilt.requests:
         raise ConfigError("--replay: every request was refused for want of workers or of room for its prompt")
-    num_runs = 0
-
-    def run(rebuilt: Rebuilt, requests: Sequence[Asked], forced: bool) -> StudyResult:
-        nonlocal num_runs
-        num_runs += 1
-        with StudyProgress(f"replay {num_runs}", len(requests)) as progress:
-            return run_requests(rebuilt, requests, forced, progress=progress.update)
-
-    settings = ReplaySettings(num_samples=flags.samples, share=flags.share, seed=flags.seed)
-    result = replay(rebuilt, settings, run)
+    settings = ReplaySettings(num_tried=flags.samples, seed=flags.seed)
+    result = replay(rebuilt, settings, _TellingCluster())
     return Replay(stretch=stretch, num_stretches=len(history.stretches), rebuilt=rebuilt, result=result)
+
+
+class _TellingCluster:
+    """The event heap, on all cores, which tells how far it is."""
+
+    def follow(self, rebuilt: Rebuilt, tried: Sequence[Asked]) -> tuple[StudyResult, list[Fate]]:
+        num_accepted = sum(each.is_accepted for each in rebuilt.requests)
+        with StudyProgress("replay, as decided", num_accepted) as progress:
+            cluster = SimulatedCluster(max_branches=os.cpu_count() or 1, progress=progress.update)
+            return cluster.follow(rebuilt, tried)
+
+    def decide(self, rebuilt: Rebuilt) -> StudyResult:
+        with StudyProgress("replay, decided anew", len(rebuilt.requests)) as progress:
+            return SimulatedCluster(progress=progress.update).decide(rebuilt)

@@ -1,7 +1,11 @@
-"""How far a study is: a bar on a terminal, a line every ten seconds elsewhere. Both go to stderr."""
+"""How far a study is: a bar on a terminal, a line every ten seconds elsewhere. Both go to stderr.
+
+The bar is drawn when it is told something, not by a thread: studies may fork.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Self
 
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 LINE_INTERVAL_S = 10.0
+_BAR_INTERVAL_S = 0.1
 
 
 class StudyProgress:
@@ -40,9 +45,11 @@ class StudyProgress:
                 TimeRemainingColumn(),
                 console=self._console,
                 transient=True,
+                auto_refresh=False,
             )
             self._task = self._bar.add_task(what, total=num_requests, virtual="")
         self._next_line_s = now_s() + LINE_INTERVAL_S
+        self._next_bar_s = -math.inf
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -58,6 +65,9 @@ class StudyProgress:
     def update(self, virtual_s: float, num_ended: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=num_ended, virtual=f"{virtual_s:,.0f} virtual s")
+            if (now_s := self._now_s()) >= self._next_bar_s:
+                self._next_bar_s = now_s + _BAR_INTERVAL_S
+                self._bar.refresh()
         elif self._now_s() >= self._next_line_s:
             self._next_line_s = self._now_s() + LINE_INTERVAL_S
             self._console.print(

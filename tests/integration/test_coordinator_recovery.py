@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,6 +15,7 @@ from benchmarks.dispatch_rpc import coordinator_process, members, until_known
 from benchmarks.dispatch_traffic import BLOCK_TOKENS, worker_infos
 from contracts.ids import GatewayId, RequestId
 from contracts.messages import DISPATCH, DispatchItem, DispatchRequest, Placement
+from kvstore.block_keys import HINT_BYTES
 from rpc import GrpcNetwork, LiveClock
 from tests.support.light_worker import LightWorker
 
@@ -29,8 +31,10 @@ RECOVERY_LIMIT_S = 10.0
 
 
 def prompt_of(number: int) -> list[bytes]:
-    """What worker `number` holds: one long prompt."""
-    return [(number * NUM_BLOCKS + place + 1).to_bytes(8, "little") for place in range(NUM_BLOCKS)]
+    """What worker `number` holds: one long prompt. Its hints look like keys, which are hashes: of numbers in a row the
+    directory loses some, with a few of the hash functions that it may draw."""
+    places = range(number * NUM_BLOCKS, (number + 1) * NUM_BLOCKS)
+    return [hashlib.sha256(place.to_bytes(8, "little")).digest()[:HINT_BYTES] for place in places]
 
 
 @asynccontextmanager

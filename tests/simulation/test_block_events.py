@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from contracts.ids import WorkerId
+from contracts.requests import SamplingParams
+from gateway.core import Submission
 from kvstore.block_keys import HINT_BYTES
 from simulator import Program, run
 from simulator.cluster import ClusterSpec, SimulatedCluster
@@ -95,6 +97,31 @@ def test_a_worker_that_restarts_is_a_worker_without_blocks() -> None:
             assert cluster.differences() == []
 
     run(main, seed=0)
+
+
+@pytest.mark.parametrize("phase_s", [0.0, 0.1, 0.2, 0.3, 0.4])
+def test_each_turn_of_a_conversation_finds_the_turns_before_it(phase_s: float) -> None:
+    """Also in the first moments of a cluster, when nothing is known of what anything costs, and wherever between two
+    heartbeats that is."""
+
+    async def main(program: Program) -> None:
+        async with SimulatedCluster(
+            program, ClusterSpec(roles={"p0": "prefill", "p1": "prefill", "d0": "decode"})
+        ) as it:
+            await asyncio.sleep(2.0 + phase_s)
+            told = tuple(range(100))
+            for turn in range(4):
+                sampling = SamplingParams(max_tokens=4)
+                stream = it.core.submit(Submission(token_ids=told, sampling=sampling, deadline_s=30.0))
+                answer = [token_id async for delta in stream for token_id in delta.token_ids]
+                assert stream.timeline is not None
+                # All full blocks of the last prompt.
+                assert stream.timeline.num_cached_tokens == (0, 96, 120, 144)[turn]
+                told = (*told, *answer, *range(1000 * turn, 1000 * turn + 20))
+                # Until what is cached has been told.
+                await asyncio.sleep(0.15)
+
+    run(main, seed=1)
 
 
 @pytest.mark.parametrize("seed", range(3))

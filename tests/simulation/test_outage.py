@@ -145,6 +145,32 @@ def test_a_worker_that_dies_meanwhile_is_done_without(victim: str, seed: int) ->
     run(main, seed=seed)
 
 
+@pytest.mark.parametrize("phase_s", [0.0, 0.3, 0.6, 0.9])
+def test_a_worker_that_came_just_before_is_known(phase_s: float) -> None:
+    """Whenever that is between two of the gateway's own questions, dispatch goes on about it."""
+
+    async def main(program: Program) -> None:
+        async with SimulatedCluster(program, ClusterSpec(roles=ROLES)) as cluster:
+            await asyncio.sleep(2 * LIMITS.members_interval_s)
+            cluster.crash("d1")
+            await asyncio.sleep(5.0 + phase_s)
+            assert {member.info.worker_id for member in cluster.core.snapshot.members} == {"p0", "p1", "d0"}
+            begin_s = asyncio.get_running_loop().time()
+            asks = workload(program.rng("load"), count=120, over_s=3.0, prompt=60, output=30)
+            # d0 goes as well: without d1 nobody could write.
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(ask(cluster.core, one, begin_s)) for one in asks]
+                await asyncio.sleep(1.0)
+                await cluster.start("d1")
+                await asyncio.sleep(0.3)
+                await cluster.crash_coordinator()
+                cluster.crash("d0")
+            check_served([task.result() for task in running])
+            assert cluster.core.stats.placements["snapshot"] >= 40
+
+    run(main, seed=7)
+
+
 def heartbeats_lost() -> list[Partition]:
     return [Partition(Link(worker_id, COORDINATOR_HOST)) for worker_id in ROLES]
 

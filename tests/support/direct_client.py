@@ -34,9 +34,17 @@ class DirectAnswer:
     #: Of the first token.
     phases: PhaseTimes = field(default_factory=PhaseTimes)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    #: By index: the first token and the others come on two streams, and either can be the faster.
+    early: dict[int, TokenDelta] = field(default_factory=dict[int, "TokenDelta"])
 
     def take(self, delta: TokenDelta) -> None:
-        assert delta.index == len(self.token_ids), delta
+        assert delta.index >= len(self.token_ids), delta
+        assert delta.index not in self.early, delta
+        self.early[delta.index] = delta
+        while (following := self.early.pop(len(self.token_ids), None)) is not None:
+            self._append(following)
+
+    def _append(self, delta: TokenDelta) -> None:
         if not self.token_ids and delta.phases is not None:
             self.phases = delta.phases
         self.token_ids.extend(delta.token_ids)
@@ -44,6 +52,7 @@ class DirectAnswer:
             self.finish = delta.finish
             self.error = None if delta.error is None else f"{delta.error.code}: {delta.error.message}"
             self.ended.set()
+            assert not self.early, self.early
 
 
 class DirectClient:
@@ -64,7 +73,9 @@ class DirectClient:
     ) -> None:
         for task in self._streams:
             task.cancel()
-        await asyncio.gather(*self._streams, return_exceptions=True)
+        for ended in await asyncio.gather(*self._streams, return_exceptions=True):
+            if isinstance(ended, Exception):
+                raise ended
 
     async def open(self, *workers: Peer) -> None:
         for worker in workers:

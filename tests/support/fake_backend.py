@@ -81,6 +81,8 @@ class Script:
     reject_reason: str = ""
     #: Coordinator: was just started, no worker has registered yet.
     is_ignorant: bool = False
+    #: Coordinator: what it says stands for the workers that it knows.
+    members_mark: int = 0
     #: Coordinator: how long it has not heard its workers, as it says.
     heartbeat_age_s: float = 0.1
     #: What the coordinator tells of its placements.
@@ -345,7 +347,9 @@ class FakeCluster:
     async def _dispatch(self, body: DispatchRequest, context: CallContext) -> DispatchReply:
         self.dispatches.append(body)
         await self.gates.pass_through("dispatch")
-        return DispatchReply(verdicts=tuple(self._verdict(item) for item in body.items))
+        return DispatchReply(
+            verdicts=tuple(self._verdict(item) for item in body.items), members_mark=self.script.members_mark
+        )
 
     def _verdict(self, item: DispatchItem) -> Placement | Rejection:
         request_id = item.request_id
@@ -377,4 +381,4 @@ class FakeCluster:
         )
         if self.script.is_ignorant:
             members = ()
-        return MembersReply(members=members)
+        return MembersReply(members=members, members_mark=self.script.members_mark)

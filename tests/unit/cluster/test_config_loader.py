@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from cluster.flags import flag_keys
 from contracts.config import ClusterConfig
 from contracts.config_loader import RESERVED_ENV, file_schema, load_config
+from contracts.config_paths import spell
 from contracts.errors import ConfigError
 from tests.support.layout import ROOT, packages, source_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from contracts.config_loader import LoadedConfig
+    from contracts.config_paths import KeyPath
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 POOL_FILES = sorted((ROOT / "configs" / "pools").glob("*.yaml"))
@@ -218,6 +220,12 @@ def test_a_secret_of_the_wrong_type_is_not_repeated() -> None:
         ),
         ("slo: {chat: {ttft: 3}}", "{file}: slo.chat.ttft_ms: this key is required"),
         ("slo: {chat: }", "{file}: slo.chat = null: Input should be a section with ttft_ms and tpot_ms"),
+        ("slo:", "{file}: slo = null: Input should be a section of labels, each a section with ttft_ms and tpot_ms"),
+        ("pools:", "{file}: pools = null: Input should be a list"),
+        ("gateway: {tenants: }", "{file}: gateway.tenants = null: Input should be a list"),
+        ("gateway: {tenants: [null]}", "{file}: gateway.tenants.0 = null: Input should be a section with name and"),
+        ("coordinator: {admission: }", "{file}: coordinator.admission = null: Input should be a section of form, "),
+        ("slo: {[chat]: {}}", "{file}: line 1: a key must be a name"),
         ("engine: {queue: 3}", "{file}: engine.queue = 3: Input should be a section of order, ageing_s,"),
         (
             "coordinator: {max_directory_blocks: 100000001}",
@@ -237,6 +245,43 @@ def test_a_secret_of_the_wrong_type_is_not_repeated() -> None:
 def test_mistakes_in_a_file_are_told_with_file_key_and_value(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path / "c.yaml", text)
     assert refusal(path).startswith(message.format(file=path, folder=tmp_path))
+
+
+def everything_in(tree: object, path: KeyPath = ()) -> Iterator[KeyPath]:
+    entries: list[tuple[str | int, object]] = []
+    if isinstance(tree, dict):
+        entries = list(cast("dict[str | int, object]", tree).items())
+    elif isinstance(tree, list):
+        entries = list(enumerate(cast("list[object]", tree)))
+    for part, inner in entries:
+        yield (*path, part)
+        yield from everything_in(inner, (*path, part))
+
+
+def alone(path: KeyPath, value: object) -> object:
+    """A tree with nothing else in it; lists have one element."""
+    for part in reversed(path):
+        value = {part: value} if isinstance(part, str) else [value]
+    return value
+
+
+@pytest.mark.parametrize("value", [None, "", 3, [], {}, [None], {"x": None}], ids=json.dumps)
+def test_whatever_stands_at_a_key_is_taken_or_refused_by_name(tmp_path: Path, value: object) -> None:
+    tree = load(write(tmp_path / "c.yaml", TENANTS_AND_CLASSES)).config.model_dump(mode="json")
+    paths = [path for path in everything_in(tree) if 1 not in path]
+    assert {("slo", "interactive"), ("gateway", "tenants", 0), ("coordinator", "dispatch", "policy")} < set(paths)
+    for path in paths:
+        given = alone(path, value)
+        file = write(tmp_path / "one.yaml", json.dumps(given))
+        try:
+            load(file).rows()
+        except ConfigError as error:
+            problems = error.message.splitlines()
+        else:
+            problems = []
+        # Elsewhere what is required and missing is told instead.
+        if value is None and problems and 0 not in path[:-1]:
+            assert any(problem.startswith(f"{file}: {spell(path, given)} = ") for problem in problems), problems
 
 
 def test_a_mistake_in_a_pool_file_names_that_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,6 +86,16 @@ def test_a_header_says_who_is_there_and_by_what_rules() -> None:
     ]
     assert header.costs == (CostKind(number=0, latency=PLAIN, max_batch_tokens=512, between_steps_s=0.0),)
     assert (header.link.bandwidth_bytes_s, header.link.kv_token_bytes) == (2.0**40, 1024)
+
+
+def test_a_worker_is_told_with_its_limits() -> None:
+    office = Office("d0")
+    limits = {"max_batch_tokens": 96, "max_sequences": 5, "handoff_blocks": 70}
+    office.conductor.add(msgspec.structs.replace(info_of("p0"), **limits), 100.0)
+    (header,) = records(office.log.opening(100.5))
+    assert isinstance(header, Header)
+    (worker,) = [each for each in header.workers if each.worker_id == "p0"]
+    assert {name: getattr(worker, name) for name in limits} == limits
 
 
 def test_a_placement_is_one_line_with_what_was_predicted() -> None:

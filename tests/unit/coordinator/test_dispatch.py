@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from contracts.ids import Incarnation, RequestId, WorkerId
 from contracts.messages import DispatchItem, Placement, Rejection, Role, WorkerInfo, WorkerLoad
 from coordinator.conductor import Conductor, ConductorSettings, DispatchLimits
-from coordinator.decision import Refused
+from coordinator.decision import Chosen, Refused
 from coordinator.directory.directory import Directory
-from tests.support.conductors import LAYOUT, ROLES, Costs, conductor_of, identity, info_of, item_of
+from tests.support.conductors import LAYOUT, ROLES, Costs, conductor_of, hold, identity, info_of, item_of
 from tests.support.dispatch_reference import Pair, Row, least_loaded
 
 Worker = tuple[WorkerInfo, WorkerLoad]
@@ -299,6 +299,44 @@ def test_words_are_about_those_that_may_be_used(names: tuple[str, ...], why: str
 # --- beside the policy worker by worker ---------------------------------------------------------------------
 
 OTHER_BLOCKS = msgspec.structs.replace(identity(), layout=msgspec.structs.replace(LAYOUT, block_tokens=8))
+
+
+CONVERSATION = range(6)
+FIRST_TURN = item_of(100, blocks=CONVERSATION)
+SECOND_TURN = item_of(140, blocks=range(8))
+
+
+@pytest.mark.parametrize("reports", [[], [(0.125, 100)], [(0.125, 60), (0.25, 0)]], ids=["none", "early", "both"])
+def test_the_next_turn_of_a_conversation_is_not_kept_away_by_the_last_one(reports: list[tuple[float, int]]) -> None:
+    """No report that is sure to contain the last one has come."""
+    made = conductor_of(["d0", "p0", "p1"], costs=Costs(common=None))
+    assert where_at(made, FIRST_TURN, 0.125) == "p0"
+    for at_s, pending_tokens in reports:
+        made.report(WorkerId("p0"), WorkerLoad(pending_prompt_tokens=pending_tokens, free_blocks=900), at_s)
+    hold(made, "p0", CONVERSATION)
+    assert where_at(made, SECOND_TURN, 0.375) == "p0"
+    assert made.fleet.view().prefill_load_tokens.tolist() == [0, 140, 0], "and it counts itself"
+
+
+def test_a_prompt_that_is_still_read_counts() -> None:
+    made = conductor_of(["d0", "p0", "p1"], costs=Costs(common=None))
+    assert where_at(made, FIRST_TURN, 0.0) == "p0"
+    hold(made, "p0", range(5))
+    assert where_at(made, SECOND_TURN, 0.125) == "p1", "80 tokens less, and 100 before it"
+
+
+def test_others_prompts_count_although_they_begin_alike() -> None:
+    made = conductor_of(["d0", "p0", "p1"], costs=Costs(common=None))
+    assert where_at(made, item_of(400, blocks=[*CONVERSATION, *range(50, 69)]), 0.0) == "p0"
+    hold(made, "p0", CONVERSATION)
+    assert where_at(made, SECOND_TURN, 0.125) == "p1"
+
+
+def where_at(made: Conductor, ask: DispatchItem, now_s: float) -> str:
+    """Who reads it."""
+    decision = made.decide(ask, now_s)
+    assert isinstance(decision, Chosen)
+    return made.fleet.info_at(decision.prefill_row).worker_id
 
 
 @st.composite

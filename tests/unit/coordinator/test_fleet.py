@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -97,6 +98,29 @@ def test_misuse_is_named() -> None:
             fleet.row_of(WorkerId(name))
         with pytest.raises(KeyError, match=name):
             fleet.remove(WorkerId(name))
+
+
+def test_who_was_read_counts_no_more() -> None:
+    fleet = fleet_of(info_of("m"))
+    view = fleet.view()
+    others = msgspec.structs.replace(ask(30, 1), block_keys=b"another " * 3)
+    unknown = msgspec.structs.replace(ask(20, 1), block_keys=b"block-a.")
+    asked = msgspec.structs.replace(ask(20, 5), block_keys=b"block-a.block-b.")
+    for placed in (others, asked, asked, unknown):
+        fleet.book(placed, 0, 0, 1.0)
+    # With 9 tokens that were there already, and two of these.
+    fleet.report(0, WorkerLoad(pending_prompt_tokens=9 + 20 + 20, waiting_requests=2), 1.1)
+    fleet.note_held(0, b"block-a.")
+    assert (view.prefill_load_tokens[0], view.waiting_requests[0]) == (139, 6), "half of it is not all"
+    fleet.note_held(0, b"block-a.block-b.block-c.")
+    assert (view.prefill_load_tokens[0], view.waiting_requests[0]) == (9 + 50, 4)
+    assert view.decode_load_tokens[0] == 31 + 2 * 25 + 21, "the answers are yet to be written"
+    fleet.note_held(0, b"block-a.block-b.block-c.")
+    assert view.prefill_load_tokens[0] == 9 + 50, "once, and not who has more blocks than are named"
+    fleet.report(0, WorkerLoad(pending_prompt_tokens=4), 1.2)
+    assert (view.prefill_load_tokens[0], view.waiting_requests[0]) == (54, 2)
+    fleet.report(0, WorkerLoad(), 1.25)
+    assert (view.prefill_load_tokens[0], view.decode_load_tokens[0], view.waiting_requests[0]) == (0, 0, 0)
 
 
 @dataclass

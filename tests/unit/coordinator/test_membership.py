@@ -204,6 +204,39 @@ def test_a_new_coordinator_takes_up_whoever_registers() -> None:
     assert beat(membership, 0.2, incarnation=7)
 
 
+def test_the_mark_stands_for_the_lives_that_are_known_and_for_nothing_else() -> None:
+    membership = Membership(LIMITS, Roll())
+    others = [life(1, WorkerId(f"d{number}")) for number in range(3)]
+    marks = [membership.mark]
+    for info in (INFO, *others):
+        membership.register(info, 0.0)
+        marks.append(membership.mark)
+    assert marks[0] == 0
+    assert len(set(marks)) == 5
+    membership.register(INFO, 0.1)
+    beat(membership, 0.1, load=WorkerLoad(free_blocks=3))
+    membership.standing(LIMITS.suspicion_s + 0.05)
+    assert membership.mark == marks[-1], "neither repetition nor load nor suspicion is a change of members"
+
+    # One that was just started, and hears of them in another order.
+    another = Membership(LIMITS, Roll())
+    for info in (*reversed(others), INFO):
+        another.register(info, 77.0)
+    assert another.mark == membership.mark
+
+    membership.deregister(P0, Incarnation(1), 1.6)
+    gone_mark = membership.mark
+    assert gone_mark not in marks
+    membership.register(life(2), 1.7)
+    assert membership.mark not in (*marks, gone_mark), "another life"
+    second = membership.mark
+    membership.register(msgspec.structs.replace(life(2), address="127.0.0.1:2"), 1.8)
+    assert membership.mark not in (*marks, gone_mark, second), "on another address"
+    pass_time(membership, 1.8, 30.0)
+    assert membership.mark == 0
+    assert lives(membership, 30.0) == []
+
+
 def test_the_last_transfers_told_stay(membership: Membership) -> None:
     report = TransferReport(leases={"holder.sealed": 1})
     membership.heartbeat(P0, Incarnation(1), WorkerLoad(), 0.5, report)

@@ -57,6 +57,43 @@ def num_asked(cluster: FakeCluster) -> int:
     return sum(len(ask.items) for ask in cluster.dispatches)
 
 
+def names_of(core: GatewayCore) -> set[str]:
+    return {member.info.worker_id for member in core.snapshot.members}
+
+
+async def ask_until_it_knows(core: GatewayCore, worker_id: str) -> None:
+    async with asyncio.timeout(30):
+        while worker_id not in names_of(core):
+            assert await tokens_of(core.submit(submission(max_tokens=1))) == TEN[:1]
+
+
+@pytest.mark.parametrize("limits", [NO_PROBES])
+async def test_an_answer_from_who_knows_others_is_a_reason_to_ask_who(
+    core: GatewayCore, cluster: FakeCluster, script: Script
+) -> None:
+    await cluster.start_worker("decode-2", "decode")
+    for _ in range(3):
+        assert await tokens_of(core.submit(submission())) == TEN
+    assert names_of(core) == set(FOUR), "nothing was said of another worker"
+    script.members_mark = 2**64 - 1
+    await ask_until_it_knows(core, "decode-2")
+    # And again with each change.
+    await cluster.start_worker("decode-3", "decode")
+    script.members_mark = 5
+    await ask_until_it_knows(core, "decode-3")
+    cluster.kill_coordinator()
+    assert await tokens_of(core.submit(submission())) == TEN
+
+
+async def test_whoever_asks_for_the_members_the_snapshot_hears_the_answer(
+    core: GatewayCore, cluster: FakeCluster
+) -> None:
+    await cluster.start_worker("prefill-2", "prefill")
+    assert names_of(core) == set(FOUR)
+    await core.members()
+    assert names_of(core) == {*FOUR, "prefill-2"}
+
+
 @pytest.mark.parametrize("limits", [NO_PROBES])
 async def test_requests_go_on_without_a_coordinator(core: GatewayCore, cluster: FakeCluster) -> None:
     cluster.kill_coordinator()

@@ -76,6 +76,7 @@ class Bench:
         self.listener = Listener()
         self.ledger = Ledger(8)
         self.registered = asyncio.Event()
+        self.lines: list[str] = []
         self.publisher = BlockPublisher(
             info=INFO,
             ledger=self.ledger,
@@ -83,7 +84,7 @@ class Bench:
             coordinator_address="coordinator:1",
             clock=VirtualClock(),
             registered=self.registered,
-            log=lambda line: None,
+            log=self.lines.append,
         )
         self._number = 0
 
@@ -154,6 +155,10 @@ def test_what_was_not_heard_is_told_again_ever_more_slowly() -> None:
         bench.listener.answers = True
         await asyncio.sleep(4.0)
         assert bench.in_step
+        begun, over = bench.lines
+        assert begun == "WARNING: block events are not heard by the coordinator: nobody answers"
+        assert over.startswith("block events are heard again after 3")
+        assert over.endswith(f" s and {sum(at_s < 30.0 for at_s in heard)} failed calls")
 
     on_a_bench(test)
 

@@ -43,6 +43,7 @@ class Coordinator:
     def __init__(self) -> None:
         self.known = True
         self.answers = True
+        self.takes_up = True
         self.registrations = 0
         self.fits: list[LatencyFit | None] = []
 
@@ -51,6 +52,8 @@ class Coordinator:
 
     async def call(self, method: object, body: Any, *, timeout_s: float) -> RegisterReply | HeartbeatReply:
         if method is REGISTER:
+            if not self.takes_up:
+                raise DeadlineExceeded("nobody listens")
             self.registrations += 1
             self.known = True
             return RegisterReply(heartbeat_interval_s=INTERVAL_S)
@@ -63,6 +66,63 @@ class Coordinator:
 
 def fit(num_steps: int) -> LatencyFit:
     return LatencyFit(0.1, 0.1, 0.1, 0.1, 0.1, 0.1, num_steps, num_steps)
+
+
+def registration_with(coordinator: Coordinator, lines: list[str]) -> Registration:
+    return Registration(
+        info=INFO,
+        network=cast("Any", coordinator),
+        coordinator_address="c:1",
+        clock=VirtualClock(),
+        load=WorkerLoad,
+        transfers=TransferReport,
+        latency=lambda: fit(1),
+        on_gone=lambda life: None,
+        on_registered_anew=lambda: None,
+        log=lines.append,
+    )
+
+
+def test_an_outage_is_said_once_when_it_begins_and_once_when_it_ends() -> None:
+    async def main(program: Program) -> None:
+        coordinator, lines = Coordinator(), list[str]()
+        keeping = asyncio.create_task(registration_with(coordinator, lines).keep())
+        await asyncio.sleep(INTERVAL_S / 2)
+
+        async def outage(num_beats: int) -> list[str]:
+            lines.clear()
+            coordinator.answers = False
+            await asyncio.sleep(num_beats * INTERVAL_S)
+            assert lines == ["WARNING: the coordinator at c:1 does not answer: nobody answers"]
+            coordinator.answers = True
+            await asyncio.sleep(4 * INTERVAL_S)
+            return lines[1:]
+
+        assert await outage(60) == ["the coordinator at c:1 answers again after 30.0 s and 60 failed calls"]
+        # The next one is said anew, and counted from its own beginning.
+        assert await outage(1) == ["the coordinator at c:1 answers again after 0.5 s and 1 failed call"]
+        keeping.cancel()
+        await asyncio.wait([keeping])
+
+    run(main, seed=0)
+
+
+def test_a_coordinator_that_is_not_there_at_the_start_is_said_once_too() -> None:
+    async def main(program: Program) -> None:
+        coordinator, lines = Coordinator(), list[str]()
+        coordinator.takes_up = False
+        registration = registration_with(coordinator, lines)
+        keeping = asyncio.create_task(registration.keep())
+        await asyncio.sleep(4.8 * INTERVAL_S)
+        assert lines == ["WARNING: the coordinator at c:1 does not answer: nobody listens"]
+        coordinator.takes_up = True
+        await registration.registered.wait()
+        await asyncio.sleep(0)
+        assert lines[1:] == ["the coordinator at c:1 answers again after 2.5 s and 5 failed calls"]
+        keeping.cancel()
+        await asyncio.wait([keeping])
+
+    run(main, seed=0)
 
 
 def test_what_steps_take_is_told_when_it_changes_and_to_whoever_does_not_know_it() -> None:

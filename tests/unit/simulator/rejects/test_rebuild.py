@@ -10,6 +10,7 @@ from contracts.latency_models import CostCurve, FittedLatency
 from coordinator.conductor import ConductorSettings
 from coordinator.decision_records import CostKind, Surroundings
 from coordinator.policy.settings import AdmissionRule
+from prefill import PrefillLimits
 from simulator.rejects.reader import Stretch
 from simulator.rejects.rebuild import best_stretch, rebuild
 from tests.support.conductors import PLAIN
@@ -115,6 +116,18 @@ def test_workers_that_are_alike_are_a_group_and_rules_are_kept() -> None:
     assert spec.conductor == settings
     assert (spec.heartbeat_interval_s, spec.kv_token_bytes, spec.block_tokens) == (0.1, 100, 16)
     assert spec.gateway_s == pytest.approx(0.2 - spec.message_s)
+
+
+@pytest.mark.parametrize("handoff_blocks", [1, 7, 333, 500])
+def test_what_workers_say_of_themselves_comes_before_what_is_said_of_their_roles(handoff_blocks: int) -> None:
+    prefill, decode = HEADER.workers
+    told = msgspec.structs.replace(prefill, max_batch_tokens=96, max_sequences=5, handoff_blocks=handoff_blocks)
+    surroundings = Surroundings(max_sequences={"prefill": 8, "decode": 9}, tpot_chunks=False)
+    reader, writer = rebuild(stretch(decision("a"), workers=(told, decode), surroundings=surroundings)).spec.groups
+    assert (reader.budget.max_tokens, reader.budget.max_sequences, writer.budget.max_sequences) == (96, 5, 9)
+    assert reader.prefill.handoff_blocks(reader.num_blocks) == handoff_blocks
+    assert writer.prefill.handoff_blocks(writer.num_blocks) == PrefillLimits().handoff_blocks(1000)
+    assert not reader.tpot_chunks
 
 
 def test_what_a_worker_never_measures_comes_from_others() -> None:
