@@ -101,6 +101,9 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pending_prompt_tokens: int = 0
     #: Query-key pairs of their attention: see `contracts.latency.StepWork.prefill_pairs`.
     pending_prompt_pairs: float = 0.0
+    #: Prompts here that are not read whole, by the worker that will write their answers; those that this one will
+    #: write itself are left out. In order of id.
+    unread_for: tuple[tuple[WorkerId, int], ...] = ()
     #: Of these, offers from other workers that have no blocks yet.
     waiting_offers: int = 0
     running_requests: int = 0

@@ -15,7 +15,7 @@ from coordinator.answer_lengths import AnswerLengths
 from coordinator.forecast import DecodeForecast
 from coordinator.pace import PaceKeeper
 from coordinator.policy.cost_tables import CostTable, stack
-from coordinator.policy.fleet_view import LARGEST_COUNT, count_of
+from coordinator.policy.fleet_view import LARGEST_COUNT, count_of, find_row
 from coordinator.policy.outlook import READING_WINDOW_S, Outlook, ReadGroup
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from contracts.ids import WorkerId
     from contracts.messages import AnswerTally, DispatchItem, WorkerInfo, WorkerLoad
     from coordinator.costs import WorkerCosts
     from coordinator.decision import Plan
@@ -41,6 +42,8 @@ _COLUMNS = (
     "num_decodes",
     "context_tokens",
     "free_tokens",
+    "unread_answers",
+    "booked_answers",
     "waiting_offers",
     "untaken_tokens",
     "handoff_tokens",
@@ -61,6 +64,7 @@ class Expectations:
         #: By identity of the costs that they were made of.
         self._made: dict[int, CostTable] = {}
         self._told_answers: list[Sequence[AnswerTally]] = []
+        self._told_unread: list[tuple[tuple[WorkerId, int], ...]] = []
         self._columns: dict[str, NDArray[np.float64]] = {name: np.zeros(0) for name in _COLUMNS}
         self._prefill_free_s: Seconds = np.zeros((num_ranks, 0))
         self.answer_lengths = AnswerLengths()
@@ -79,6 +83,7 @@ class Expectations:
         self._infos.insert(row, info)
         self._tables.insert(row, None)
         self._told_answers.insert(row, ())
+        self._told_unread.insert(row, ())
         self._crowded_s.insert(row, math.nan)
         for name, column in self._columns.items():
             self._columns[name] = np.insert(column, row, 0.0)
@@ -92,14 +97,17 @@ class Expectations:
         self._most_seats.insert(row, most_seats)
         self._prefill_free_s = np.insert(self._prefill_free_s, row, now_s, axis=1)
         self._forecast.insert(row, now_s)
+        self._count_unread()
         self._outlook = None
 
     def delete(self, row: int) -> None:
-        del self._infos[row], self._tables[row], self._told_answers[row], self._crowded_s[row], self._most_seats[row]
+        del self._infos[row], self._tables[row], self._told_answers[row], self._told_unread[row]
+        del self._crowded_s[row], self._most_seats[row]
         for name, column in self._columns.items():
             self._columns[name] = np.delete(column, row)
         self._prefill_free_s = np.delete(self._prefill_free_s, row, axis=1)
         self._forecast.delete(row)
+        self._count_unread()
         self._outlook = None
 
     def set_costs(self, row: int, costs: WorkerCosts | None) -> None:
@@ -119,8 +127,10 @@ class Expectations:
 
     # --- what they do -----------------------------------------------------------------------------
 
-    def report(self, row: int, load: WorkerLoad, booked_s: float, view: FleetView, now_s: float) -> None:
-        """`booked_s`: seconds of reading that were placed within the grace."""
+    def report(
+        self, row: int, load: WorkerLoad, booked_s: float, num_booked: int, view: FleetView, now_s: float
+    ) -> None:
+        """`booked_s`: seconds of reading that were placed within the grace; `num_booked`: prompts or answers."""
         columns, info = self._columns, self._infos[row]
         columns["num_decodes"][row] = count_of(load.running_decodes)
         columns["context_tokens"][row] = context_tokens = count_of(load.context_tokens - load.unread_tokens)
@@ -131,6 +141,11 @@ class Expectations:
         columns["free_tokens"][row] = free_blocks * block_tokens + for_unread_tokens
         columns["waiting_offers"][row] = count_of(load.waiting_offers)
         columns["untaken_tokens"][row] = count_of(load.offered_blocks) * block_tokens
+        columns["booked_answers"][row] = num_booked
+        if load.unread_for != self._told_unread[row]:
+            self._add_unread(row, -1)
+            self._told_unread[row] = load.unread_for
+            self._add_unread(row, 1)
         if info.role != "prefill":
             self._forecast.advance(now_s)
             self._note_answers(row, load, context_tokens, now_s)
@@ -143,6 +158,19 @@ class Expectations:
         if load.pending_prompt_tokens > 0 or self._infos[row].role != "prefill":
             return False
         return self._prefill_free_s.item(-1, row) <= now_s
+
+    def _add_unread(self, row: int, times: int) -> None:
+        column = self._columns["unread_answers"]
+        for worker_id, count in self._told_unread[row]:
+            writer, is_here = find_row(worker_id, self._infos)
+            if is_here:
+                column[writer] += times * count_of(count)
+
+    def _count_unread(self) -> None:
+        """After a worker came or went: others may have told of it."""
+        self._columns["unread_answers"][:] = 0.0
+        for row in range(len(self._infos)):
+            self._add_unread(row, 1)
 
     def _note_answers(self, row: int, load: WorkerLoad, context_tokens: int, now_s: float) -> None:
         told, num_tokens = self._told_answers[row], 0
@@ -220,6 +248,7 @@ class Expectations:
         columns["reading_as_of_s"][prefill_row] = now_s
         self._forecast.advance(now_s)
         self._forecast.add(decode_row, plan.begin_s, count_of(item.prompt_tokens))
+        columns["booked_answers"][decode_row] += 1.0
 
     # --- what dispatch looks at -------------------------------------------------------------------
 

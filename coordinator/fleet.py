@@ -156,7 +156,7 @@ class Fleet:
         self._prefill_load_tokens[row] = count_of(load.pending_prompt_tokens) + bookings.prefill_tokens
         self._decode_load_tokens[row] = count_of(load.context_tokens) + bookings.decode_tokens
         self._waiting_requests[row] = count_of(load.waiting_requests) + bookings.requests
-        self._expectations.report(row, load, bookings.prefill_s, self._view or self.view(), now_s)
+        self._expectations.report(row, load, bookings.prefill_s, len(bookings.queue), self._view or self.view(), now_s)
 
     def book(
         self, item: DispatchItem, prefill_row: int, decode_row: int, now_s: float, plan: Plan | None = None

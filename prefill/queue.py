@@ -14,6 +14,7 @@ Not thread-safe: everything runs on the worker's loop. Nothing here waits or doe
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -44,7 +45,7 @@ from prefill.waiting import WaitingQueue
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from contracts.ids import BlockId, GatewayId, LeaseId
+    from contracts.ids import BlockId, GatewayId, LeaseId, WorkerId
     from contracts.messages import HandoffReply, LeaseTerms, Peer, PrefillRequest, RequestKey
     from contracts.requests import GenerateRequest
     from engine.plan import Engine, Sampled, SequenceStep
@@ -191,6 +192,12 @@ class PrefillQueue:
     def pending_pairs(self) -> float:
         """Query-key pairs of their attention: see `contracts.latency.StepWork.prefill_pairs`."""
         return sum(num_tokens * start + num_tokens * (num_tokens + 1) / 2 for start, num_tokens in self._uncomputed())
+
+    @property
+    def unread_for(self) -> tuple[tuple[WorkerId, int], ...]:
+        """Prompts that are not read whole, by the other worker that will write their answers; in order of id."""
+        readers = (prompt.reader for prompt in self._prompts.values() if not prompt.sealed)
+        return tuple(sorted(Counter(reader.worker_id for reader in readers if reader is not None).items()))
 
     def _uncomputed(self) -> Iterator[tuple[int, int]]:
         """(computed, remaining) tokens of each prompt that is not read whole."""

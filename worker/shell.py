@@ -515,6 +515,7 @@ class WorkerShell:
             waiting_offers=self.decode.waiting_offers,
             pending_prompt_tokens=self.prefill.pending_tokens,
             pending_prompt_pairs=self.prefill.pending_pairs,
+            unread_for=self.prefill.unread_for,
             running_requests=self.prefill.running_count + self.decode.running_count,
             running_decodes=self.decode.decode_count,
             context_tokens=self.decode.context_tokens,

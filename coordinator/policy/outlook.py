@@ -117,6 +117,10 @@ class Outlook:
     num_decodes: Expected
     context_tokens: Expected
     free_tokens: Expected
+    #: Answers that it will write and of which it does not tell yet: readers told of their prompts, or they were placed
+    #: just now.
+    unread_answers: Expected
+    booked_answers: Expected
     #: Offers of answers for which there are no blocks.
     waiting_offers: Expected
     #: KV of prompts that were read and that their writers have not taken; how much of it may wait until the worker
@@ -175,6 +179,13 @@ class Outlook:
         """Of a mixed worker's time: what it reads prompts for."""
         fade = np.exp((self.reading_as_of_s - now_s) / READING_WINDOW_S)
         return np.minimum(self.reading_s * fade / READING_WINDOW_S, _MOST_READING)
+
+    def line_s(self, now_s: float, is_mixed: Flags | None) -> Seconds:
+        """Until one more answer had a seat if it came last of all that are told or placed, on each worker."""
+        in_line = self.num_decodes + self.unread_answers + self.booked_answers + 1.0 - self.seats
+        token_s = self.token_s(Decoding(self.num_decodes, self.context_tokens), now_s, is_mixed)
+        line_s: Seconds = np.maximum(in_line, 0.0) * (self.pace.answer_tokens * token_s / self.seats)
+        return line_s
 
     def tokens_room(self, decoding: Decoding) -> Expected:
         """Tokens of KV that will be free then: what is now, and what will have been given back. Less than none where

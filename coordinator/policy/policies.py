@@ -269,7 +269,10 @@ class _Ahead:
         writing = self._writings.get(reader)
         if writing is None:
             begin_s = self.begin_s(reader)
-            writing = self._writings[reader] = writing_at(self._question, self._view, self._outlook, begin_s)
+            is_held_up = self.reading(reader).held_up_s > 0
+            writing = self._writings[reader] = writing_at(
+                self._question, self._view, self._outlook, begin_s, is_held_up=is_held_up
+            )
         return writing
 
     def begin_s(self, reader: int) -> float:

@@ -4,6 +4,10 @@
 the request's target, so that other workers stay free (Llumnix calls it bin-packing under the SLO); without a target,
 or where nobody meets it, as `spread`. Among workers that will have a seat, and room for the prompt and the expected
 answer; where none has both, `spread` among those with room; where none has that, the one with the most.
+
+Where readers are held up by writers that have no room, nobody can tell when an answer would begin, and a prompt whose
+writer is full keeps those behind it from another that is idle. Then the shortest line counts: of all answers told or
+placed, for the seats that there are.
 """
 
 from __future__ import annotations
@@ -27,16 +31,22 @@ class Writing(NamedTuple):
     room_tokens: Expected
     #: Whether a seat is free for one more answer.
     has_seat: Flags
+    #: As `Outlook.line_s`, where the prompt waits for writers and not for its reader; else None.
+    line_s: Seconds | None = None
 
 
-def writing_at(question: Question, view: FleetView, outlook: Outlook, begin_s: float) -> Writing:
+def writing_at(
+    question: Question, view: FleetView, outlook: Outlook, begin_s: float, *, is_held_up: bool = False
+) -> Writing:
+    """`is_held_up`: the prompt waits for writers."""
     decoding = outlook.decoding_at(begin_s)
     is_mixed = view.is_mixed if outlook.any_mixed else None
     room_tokens = outlook.tokens_room(decoding)
     tpot_s = outlook.tpot_s(
         decoding, question.item.prompt_tokens, question.answer_tokens, question.now_s, is_mixed, room_tokens
     )
-    return Writing(tpot_s, room_tokens, decoding.num_decodes + 1.0 <= outlook.seats)
+    has_seat = decoding.num_decodes + 1.0 <= outlook.seats
+    return Writing(tpot_s, room_tokens, has_seat, outlook.line_s(question.now_s, is_mixed) if is_held_up else None)
 
 
 def choose_writer(
@@ -49,6 +59,8 @@ def choose_writer(
 ) -> int:
     """Of these, at least one."""
     writers = fewest_wishes_dropped(question, view, found, writers)
+    if writing.line_s is not None:
+        return least(writing.line_s, writers)
     roomy = writers & (writing.room_tokens >= question.item.prompt_tokens + question.answer_tokens)
     if not is_any(roomy):
         return most(writing.room_tokens, writers)

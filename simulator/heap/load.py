@@ -57,6 +57,7 @@ def load_of(worker: Worker) -> WorkerLoad:
         waiting_offers=incoming.num_waiting,
         pending_prompt_tokens=prompts.pending_tokens,
         pending_prompt_pairs=float(prompts.pending_pairs),
+        unread_for=prompts.unread_for(),
         running_requests=num_reading + num_running,
         running_decodes=num_running + num_preempted + incoming.num_sealed,
         context_tokens=context_tokens,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
+from contracts.ids import WorkerId
 from contracts.latency import StepWork
 from engine.compose import Candidate
 from engine.room import Demand
@@ -50,6 +52,8 @@ class Prompts:
         self.pending_tokens = 0
         self.pending_pairs = 0
         self.cached_tokens = 0
+        #: Prompts that are not read whole, by the other worker that will write their answers.
+        self._unread_for: Counter[str] = Counter()
         #: Sealed and not taken.
         self._untaken_count = 0
         self._untaken_blocks = 0
@@ -106,6 +110,7 @@ class Prompts:
         request.counted_tokens = 0
         self.pending_tokens += request.prompt_tokens
         self.pending_pairs += _pairs(0, request.prompt_tokens)
+        self._note_unread(request, 1)
         if self._fetches.begin(request):
             self._count(request, self._reusable(request, request.fetch_hash_blocks))
         else:
@@ -149,7 +154,18 @@ class Prompts:
         """From now on all but so many of its leading tokens are pending."""
         self.pending_tokens -= num_tokens - request.counted_tokens
         self.pending_pairs -= _pairs(0, num_tokens) - _pairs(0, request.counted_tokens)
+        if num_tokens == request.prompt_tokens > request.counted_tokens:
+            self._note_unread(request, -1)
         request.counted_tokens = num_tokens
+
+    def _note_unread(self, request: Request, change: int) -> None:
+        writer = _reader_of(request)
+        if writer is not self._worker:
+            self._unread_for[writer.worker_id] += change
+
+    def unread_for(self) -> tuple[tuple[WorkerId, int], ...]:
+        """As a live worker reports it."""
+        return tuple(sorted((WorkerId(name), count) for name, count in self._unread_for.items() if count))
 
     def _hands_over(self, request: Request) -> bool:
         if request.decode is self._worker or request.output_tokens == 1:
