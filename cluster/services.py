@@ -167,6 +167,7 @@ def conductor_settings(config: ClusterConfig) -> ConductorSettings:
             ttft_share=admission.ttft_share,
             tpot_share=admission.tpot_share,
             hysteresis=admission.hysteresis,
+            miss_share=admission.miss_share,
         ),
         block_tokens=config.block_tokens,
         max_directory_blocks=config.coordinator.max_directory_blocks,

@@ -313,6 +313,10 @@ class AdmissionConfig(_Section):
     hysteresis: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Once a class is refused somewhere, its shares shrink by this part until one is accepted."""
 
+    miss_share: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Of the accepted requests of a class, so many may miss the TTFT target: where more do, predictions may reach less
+    of it, down to half. 0: predictions are taken at their word."""
+
 
 class QueueConfig(_Section):
     """In which order prompts are read."""

@@ -336,9 +336,46 @@ class Rejection(msgspec.Struct, frozen=True, kw_only=True, tag="rejection", omit
     predicted: Predicted | None = None
 
 
-class DispatchRequest(msgspec.Struct, frozen=True, kw_only=True):
+#: Of a target, in which predictions are told.
+PROMISED_PARTS = 20
+_MOST_PROMISED = 10.0
+
+
+class TtftTally(msgspec.Struct, frozen=True, array_like=True):
+    """Requests of a class that were accepted with a prediction and whose first token came, without a failure before."""
+
+    slo_class: str
+    #: The TTFT that was predicted, in `PROMISED_PARTS` of the target, rounded down.
+    promised: int = 0
+    num_first_tokens: int = 0
+    #: Of these, after the class's target.
+    num_late: int = 0
+
+    @classmethod
+    def of(cls, slo_class: str, predicted_share: float, *, is_late: bool) -> TtftTally:
+        """One request; `predicted_share` of the target."""
+        promised = int(min(max(predicted_share, 0.0), _MOST_PROMISED) * PROMISED_PARTS)
+        return cls(slo_class, promised, 1, int(is_late))
+
+    @property
+    def promised_least(self) -> float:
+        """Share of the target that was predicted at least."""
+        return self.promised / PROMISED_PARTS
+
+    def __add__(self, other: TtftTally) -> TtftTally:
+        return TtftTally(
+            self.slo_class,
+            self.promised,
+            self.num_first_tokens + other.num_first_tokens,
+            self.num_late + other.num_late,
+        )
+
+
+class DispatchRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     gateway_id: GatewayId
     items: tuple[DispatchItem, ...]
+    #: Since the gateway's last call, whether that arrived or not.
+    outcomes: tuple[TtftTally, ...] = ()
 
 
 class DispatchReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -379,6 +416,8 @@ class CoordinatorFigures(msgspec.Struct, frozen=True, kw_only=True, omit_default
     workload_shifts_total: int = 0
     splits_proposed_total: int = 0
     proposed_split: str = ""
+    #: By SLO class: how much of its TTFT target predictions may reach, besides `ttft_share`.
+    ttft_margins: dict[str, float] = {}
 
 
 class MembersReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

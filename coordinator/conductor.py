@@ -15,6 +15,7 @@ from contracts.requests import counted_priority
 from coordinator.decision import Refused
 from coordinator.directory.directory import Directory
 from coordinator.fleet import Fleet
+from coordinator.margins import Margins
 from coordinator.policy.admission import Limits, admit, limits_of
 from coordinator.policy.outlook import Decoding
 from coordinator.policy.policies import POLICIES
@@ -108,6 +109,7 @@ class Conductor:
             settings.booking_grace_s, num_ranks=len(self._rank_targets_s) + 1, longest_wait_s=longest_target_s
         )
         self.directory = Directory(settings.max_directory_blocks, seed=rng.getrandbits(64))
+        self.margins = Margins(settings.admission, slos)
         #: Classes whose last judged request was refused.
         self._refusing: set[str] = set()
         self._num_decisions = 0
@@ -162,7 +164,7 @@ class Conductor:
         rule = settings.admission
         slo = self._slo_of(item)
         was_refused = slo is not None and slo.name in self._refusing
-        limits = None if slo is None else limits_of(slo, rule, was_refused=was_refused)
+        limits = None if slo is None else limits_of(slo, rule, self.margins.of(slo.name), was_refused=was_refused)
         held, lengths = self._held(item, match)
         if held is not None and not outlook.knows_reading:
             self._note_read(item, held, lengths[-1])

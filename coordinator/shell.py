@@ -195,6 +195,8 @@ class CoordinatorShell:
 
     async def _on_dispatch(self, ask: DispatchRequest, context: CallContext) -> DispatchReply:
         begun_s = self._clock.now_s()
+        for tally in ask.outcomes:
+            self.conductor.margins.note(tally)
         standing = self.membership.standing(begun_s)
         matches = self.conductor.matches(ask.items)
         each_s = (self._clock.now_s() - begun_s) / max(1, len(matches))
@@ -252,7 +254,7 @@ class CoordinatorShell:
         return MembersReply(
             members=self.membership.members(self._clock.now_s()),
             members_mark=self.membership.mark,
-            coordinator=self.figures.message(self.conductor.directory, self.directory_sync),
+            coordinator=self.figures.message(self.conductor, self.directory_sync),
         )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from contracts.messages import CoordinatorFigures
 
 if TYPE_CHECKING:
-    from coordinator.directory.directory import Directory
+    from coordinator.conductor import Conductor
     from coordinator.directory.sync import DirectorySync
 
 #: Upper ends of the classes of time that a decision takes.
@@ -45,8 +45,8 @@ class ShellFigures:
         self._decisions[bisect_left(DECISION_BOUNDS_S, took_s)] += 1
         self._decisions_s += took_s
 
-    def message(self, directory: Directory, sync: DirectorySync) -> CoordinatorFigures:
-        replanning = self.replanning or ReplanFigures()
+    def message(self, conductor: Conductor, sync: DirectorySync) -> CoordinatorFigures:
+        replanning, directory = self.replanning or ReplanFigures(), conductor.directory
         return CoordinatorFigures(
             verdicts_total=dict(self.verdicts_total),
             decision_bounds_s=DECISION_BOUNDS_S,
@@ -61,4 +61,5 @@ class ShellFigures:
             workload_shifts_total=replanning.shifts_total,
             splits_proposed_total=replanning.proposals_total,
             proposed_split=replanning.proposed,
+            ttft_margins=conductor.margins.shares(),
         )

@@ -42,6 +42,7 @@ from gateway.dispatching import Dispatcher, Surroundings
 from gateway.links import WorkerLinks
 from gateway.open_requests import OpenRequest, for_client, own_loads
 from gateway.ownership import RequestMachine
+from gateway.promises import Promises
 from gateway.stats import CoreStats
 from gateway.stream import RequestStream
 from gateway.terms import NO_TERMS, Terms
@@ -115,6 +116,7 @@ class GatewayCore:
         self._others_are_there = asyncio.Event()
         self._cancels = CancelQueue(network, clock, limits, self._spawn)
         self._links = WorkerLinks(network, clock, gateway_id, limits, self._spawn, self._on_frame, self._on_lost)
+        self._promises = Promises()
         self._dispatcher = Dispatcher(
             network,
             clock,
@@ -127,6 +129,7 @@ class GatewayCore:
                 own_loads=lambda: own_loads(self._open.values()),
                 follow_members=self._follow_members,
                 on_other_members=self._others_are_there.set,
+                outcomes=self._promises.take,
             ),
             self._on_answer,
             self.stats,
@@ -206,7 +209,7 @@ class GatewayCore:
         )
         self._dispatcher.add(machine.dispatch_item(self.clock.now_s()))
         stream = RequestStream(request_id, self._on_cancel)
-        entry = self._open[request_id] = OpenRequest(machine, stream)
+        entry = self._open[request_id] = OpenRequest(machine, stream, terms, received_s)
         self._idle.clear()
         remaining_s = max(0.0, received_s + submission.deadline_s - self.clock.now_s())
         entry.deadline = self._feed_later(remaining_s, request_id, ev.DeadlinePassed(submission.deadline_s))
@@ -363,6 +366,8 @@ class GatewayCore:
 
     def _deliver(self, entry: OpenRequest, delta: TokenDelta) -> None:
         stream = entry.stream
+        if delta.index == 0 and delta.token_ids and (predicted := entry.predicted) is not None:
+            self._promises.first_token(entry.terms, predicted, self.clock.now_s() - entry.received_s)
         stream.put(delta)
         num_tokens = stream.num_buffered_tokens
         if num_tokens > self.limits.max_buffered_tokens:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from contracts.clock import Clock
     from contracts.ids import GatewayId, RequestId, WorkerId
-    from contracts.messages import WorkerLife
+    from contracts.messages import TtftTally, WorkerLife
     from gateway.limits import GatewayLimits
     from gateway.stats import CoreStats
     from rpc import Network
@@ -61,6 +61,8 @@ class Surroundings:
     follow_members: Callable[[], Awaitable[None]]
     #: Has that done soon: the coordinator knows others than the snapshot does.
     on_other_members: Callable[[], None]
+    #: What became of accepted requests since the last call.
+    outcomes: Callable[[], tuple[TtftTally, ...]]
 
 
 class Dispatcher:
@@ -147,7 +149,7 @@ class Dispatcher:
 
     async def _ask(self, batch: tuple[DispatchItem, ...]) -> Sequence[Placement | Rejection] | TandemError:
         """Verdicts parallel to `batch`, or why there are none."""
-        request = DispatchRequest(gateway_id=self._gateway_id, items=batch)
+        request = DispatchRequest(gateway_id=self._gateway_id, items=batch, outcomes=self._surroundings.outcomes())
         timeout_s = self._limits.dispatch_timeout_s
         if self.snapshot.is_usable(self._clock.now_s()):
             timeout_s = min(timeout_s, self._limits.dispatch_timeout_with_snapshot_s)

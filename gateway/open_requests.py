@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from contracts.ids import WorkerId
+    from contracts.messages import Predicted
     from gateway.ownership import RequestMachine
     from gateway.stream import RequestStream
+    from gateway.terms import Terms
 
 
 @dataclass(slots=True)
@@ -33,6 +35,8 @@ class OpenRequest:
 
     machine: RequestMachine
     stream: RequestStream
+    terms: Terms
+    received_s: float
     deadline: asyncio.TimerHandle | None = None
     gap: asyncio.TimerHandle | None = None
     retry: asyncio.TimerHandle | None = None
@@ -41,6 +45,12 @@ class OpenRequest:
     #: instructions after it.
     events: deque[ev.Event] = field(default_factory=deque[ev.Event])
     is_handling: bool = False
+
+    @property
+    def predicted(self) -> Predicted | None:
+        """What was, where no failure came between."""
+        placement = self.machine.placement
+        return None if placement is None or self.was_replayed else placement.predicted
 
     def stop_gap_timer(self) -> None:
         if self.gap is not None:

@@ -126,6 +126,14 @@ class CoordinatorCollector(Collector):
                 buckets=list(zip(names, figures.decisions_within, strict=True)),
                 sum_value=figures.decisions_s,
             )
+        margins = GaugeMetricFamily(
+            "tandem_admission_ttft_margin",
+            "Share of the TTFT target that predictions may reach: below 1 where too many of the accepted were late.",
+            labels=["slo_class"],
+        )
+        for slo_class, share in figures.ttft_margins.items():
+            margins.add_metric([slo_class], share)
+        yield margins
         yield GaugeMetricFamily("tandem_directory_blocks", "Cached blocks known.", value=figures.directory_blocks)
         yield GaugeMetricFamily("tandem_directory_bytes", "Memory of that.", value=figures.directory_bytes)
         counters = {

@@ -10,6 +10,8 @@ class with targets is refused where the best place that the dispatch policy foun
   prompts are read nobody counts their answers, too many are accepted, then too few, and the loads of the two pools
   swing against each other (Mooncake, arXiv 2407.00079, section 7.2).
 
+The share of TTFT is smaller for a class of which too many that were accepted were late (`coordinator.margins`).
+
 A request that was accepted before is not refused any more. After a refusal both shares of the class are smaller by
 `hysteresis`, until one of it is accepted: between two neighbouring loads it does not flicker.
 
@@ -37,16 +39,19 @@ LONGEST_RETRY_AFTER_S = 30.0
 
 
 class Limits(NamedTuple):
-    """What a request's predictions may be at most."""
+    """What a request's predictions may be at most, and the targets of its class."""
 
     ttft_s: float
     tpot_s: float
+    ttft_target_s: float
+    tpot_target_s: float
 
 
-def limits_of(slo: SloClass, rule: AdmissionRule, *, was_refused: bool) -> Limits:
-    """`was_refused`: the last of its class that was judged."""
+def limits_of(slo: SloClass, rule: AdmissionRule, ttft_margin: float, *, was_refused: bool) -> Limits:
+    """`ttft_margin`: of its class; `was_refused`: the last of it that was judged."""
     share = 1.0 - rule.hysteresis if was_refused else 1.0
-    return Limits(slo.ttft_ms / 1e3 * rule.ttft_share * share, slo.tpot_ms / 1e3 * rule.tpot_share * share)
+    ttft_s, tpot_s = slo.ttft_ms / 1e3, slo.tpot_ms / 1e3
+    return Limits(ttft_s * rule.ttft_share * share * ttft_margin, tpot_s * rule.tpot_share * share, ttft_s, tpot_s)
 
 
 def admit(

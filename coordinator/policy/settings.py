@@ -26,6 +26,8 @@ class AdmissionRule:
     tpot_share: float = 1.0
     #: After a refusal both shares of that class are smaller by this part until one of it is accepted.
     hysteresis: float = 0.02
+    #: See `coordinator.margins`.
+    miss_share: float = 0.03
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from coordinator.policy.fleet_view import Flags, FleetView
 
 
+#: Of a target: that much is not told apart from all of it.
+_NEARLY_WHOLE = 0.97
+
+
 def placement(item: DispatchItem, chosen: Chosen, view: FleetView, policy: str) -> Placement:
     """`view` with this placement booked."""
     reader, writer = view.infos[chosen.prefill_row], view.infos[chosen.decode_row]
@@ -97,12 +101,18 @@ def _misses(refused: Refused, limits: Limits | None) -> str:
         return (
             f"predicted time to first token {predicted.ttft_s * 1e3:.0f} ms (waited {predicted.waited_s * 1e3:.0f}, "
             f"queue {predicted.queue_s * 1e3:.0f}, fetching {predicted.transfer_s * 1e3:.0f}, prefill "
-            f"{predicted.prefill_s * 1e3:.0f}) is above the {limits.ttft_s * 1e3:.0f} ms that its class allows"
+            f"{predicted.prefill_s * 1e3:.0f}) is above the {limits.ttft_s * 1e3:.0f} ms that its class "
+            f"allows{_of_target(limits.ttft_s, limits.ttft_target_s)}"
         )
     return (
         f"predicted time per output token {predicted.tpot_s * 1e3:.1f} ms is above the {limits.tpot_s * 1e3:.1f} ms "
-        f"that its class allows"
+        f"that its class allows{_of_target(limits.tpot_s, limits.tpot_target_s)}"
     )
+
+
+def _of_target(limit_s: float, target_s: float) -> str:
+    share = limit_s / target_s
+    return "" if share > _NEARLY_WHOLE else f", {share:.0%} of its target for now"
 
 
 def _nobody(role: str, view: FleetView, usable: Flags | None) -> str:

@@ -29,6 +29,8 @@ class Context:
     recorder: Recorder
     #: Reports the one end of a request.
     on_end: Callable[[Request, Outcome], None]
+    #: Reports that the first token of a request was written.
+    on_first_token: Callable[[Request], None]
     #: Reports that a worker refused a request, and after how many seconds it may be sent again.
     on_refused: Callable[[Request, float], None]
     #: Reports that something came into or left the prefix cache of a worker.

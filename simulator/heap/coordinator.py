@@ -10,7 +10,7 @@ import random
 from typing import TYPE_CHECKING
 
 from contracts.ids import Incarnation, RequestId, WorkerId
-from contracts.messages import DispatchItem, Peer, PrefixPlan, WorkerInfo
+from contracts.messages import DispatchItem, Peer, PrefixPlan, TtftTally, WorkerInfo
 from coordinator.conductor import Conductor
 from coordinator.decision import Refused
 from simulator.heap.costs import StudyCosts
@@ -34,6 +34,8 @@ class Coordinator:
         spec = context.spec
         self._heap = context.heap
         self._spec = spec
+        self._slos = {slo.name: slo for slo in spec.slos}
+        self._default_slo = None if spec.default_slo is None else self._slos[spec.default_slo]
         self._is_over = is_over
         self._conductor = Conductor(
             costs=StudyCosts(spec),
@@ -97,6 +99,15 @@ class Coordinator:
             directory.drop(number, dropped)
         if len(stored):
             directory.store(number, stored)
+
+    def note_first_token(self, request: Request) -> None:
+        """As gateways tell what became of those that were accepted."""
+        predicted, slo = request.predicted, self._slos.get(request.slo_class, self._default_slo)
+        if predicted is None or slo is None or request.history.num_replays:
+            return
+        target_s = slo.ttft_ms / 1e3
+        is_late = request.first_token_s - request.arrival_s > target_s
+        self._conductor.margins.note(TtftTally.of(slo.name, predicted.ttft_s / target_s, is_late=is_late))
 
     def place(self, request: Request) -> Refused | None:
         """Chooses its workers, books it there and tells it; or says why not."""

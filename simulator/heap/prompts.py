@@ -345,6 +345,7 @@ class Prompts:
         request.num_written = 1
         request.last_token_s = now_s
         request.first_token_s = now_s + self._message_s
+        self._context.on_first_token(request)
         if request.output_tokens == 1:
             request.finished_s = request.first_token_s
             self._worker.tallies.add(request)

@@ -61,6 +61,7 @@ class _Study:
             wires=Wires(heap, spec.transfer, spec.block_tokens * spec.kv_token_bytes),
             recorder=Recorder(),
             on_end=self._on_end,
+            on_first_token=self._on_first_token,
             on_refused=self._on_refused,
             on_cache_changed=self._on_cache_changed,
         )
@@ -106,6 +107,9 @@ class _Study:
         if self._progress is not None:
             self._progress(now_s, self._gateway.num_ended)
         self._context.heap.after(self._context.spec.sample_interval_s, self._sample, None)
+
+    def _on_first_token(self, request: Request) -> None:
+        self._coordinator.note_first_token(request)
 
     def _on_end(self, request: Request, outcome: Outcome) -> None:
         self._gateway.end(request, outcome)

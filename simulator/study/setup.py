@@ -159,6 +159,7 @@ def _conductor(policy: PolicyFlags, loaded: LoadedConfig) -> ConductorSettings:
             ttft_share=admission.ttft_share,
             tpot_share=admission.tpot_share,
             hysteresis=admission.hysteresis,
+            miss_share=admission.miss_share,
         ),
         max_directory_blocks=coordinator.max_directory_blocks,
     )

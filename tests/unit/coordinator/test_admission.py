@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: Prompts of up to 512 tokens in an empty queue, and 40 answers in a step.
 SLO = SloClass("chat", 512 * MILLI * 1e3, 50 * MILLI * 1e3)
-LIMITS = Limits(1.0, 0.1)
+LIMITS = Limits(1.0, 0.1, 1.0, 0.1)
 
 
 def best(ttft_s: float, tpot_s: float) -> Chosen:
@@ -59,8 +59,9 @@ def test_the_present_load_or_the_expected_one() -> None:
 def test_shares_and_hysteresis() -> None:
     rule = AdmissionRule(ttft_share=0.5, tpot_share=2.0, hysteresis=0.25)
     slo = SloClass("c", 1000.0, 100.0)
-    assert limits_of(slo, rule, was_refused=False) == pytest.approx((0.5, 0.2))
-    assert limits_of(slo, rule, was_refused=True) == pytest.approx((0.375, 0.15))
+    assert limits_of(slo, rule, 1.0, was_refused=False) == pytest.approx((0.5, 0.2, 1.0, 0.1))
+    assert limits_of(slo, rule, 1.0, was_refused=True) == pytest.approx((0.375, 0.15, 1.0, 0.1))
+    assert limits_of(slo, rule, 0.5, was_refused=False) == pytest.approx((0.25, 0.2, 1.0, 0.1))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_inputs_for_the_log() -> None:
     assert isinstance(refusal, Refused)
     assert (inputs.pending_tokens, inputs.waiting_requests) == (500, 0)
     assert (inputs.slo_class, inputs.was_refused, inputs.best_held_blocks) == ("chat", False, 0)
-    assert inputs.limits == pytest.approx((512 * MILLI, 50 * MILLI))
+    assert inputs.limits == pytest.approx((512 * MILLI, 50 * MILLI, 512 * MILLI, 50 * MILLI))
     assert (inputs.num_decodes, inputs.answer_tokens) == (20.0, 256.0)
     assert 0 < inputs.num_decodes_then < 20, "some will have ended"
     made.decide(item_of(100, 400), 0.0)
