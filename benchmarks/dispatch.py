@@ -3,8 +3,9 @@
     python -m benchmarks.dispatch [--quick] [--only PART ...]
 
 - policy: the conductor alone, on one core: `ttft_min` with predicted admission, prompts of 2,048 to 8,192 tokens in
-  blocks of 16 that continue conversations. Decisions a second at 64 workers, beside two heartbeats a second of each;
-  their 99th percentile at 1,000 workers, and how the mean grows from 10 to 1,000. Seconds are those of the core (CPU
+  blocks of 16 that continue conversations. Decisions a second at 64 workers, beside two heartbeats a second of each,
+  in batches of 64 as gateways ask, and one by one; then one by one their 99th percentile at 1,000 workers, and how the
+  mean grows from 10 to 1,000. Seconds are those of the core (CPU
   time of the thread), so that other programs on the machine count as little as may be.
 - memory: what the process gains for each block of a directory of ten million, of 64 workers.
 - rpc: a `tandem coordinator` process, 64 light workers that beat and hold a million blocks, and one client that asks in
@@ -25,7 +26,7 @@ import sys
 from dataclasses import dataclass
 
 from benchmarks.dispatch_policy import Decided, bytes_per_block, decide
-from benchmarks.dispatch_rpc import serve
+from benchmarks.dispatch_rpc import BATCH, serve
 from benchmarks.report import finish, print_table, quantile_ms
 
 PARTS = ("policy", "memory", "rpc")
@@ -50,15 +51,27 @@ QUICK = Effort(num_decisions=3_000, ask_for_s=4.0)
 
 def policy_figures(effort: Effort) -> dict[str, float]:
     rows: list[Decided] = []
-    for num_workers in (10, NUM_WORKERS, 1000):
+    for num_workers, batch in ((10, 1), (NUM_WORKERS, 1), (NUM_WORKERS, BATCH), (1000, 1)):
         rate_per_s = RATE_PER_WORKER * num_workers
-        rows.append(decide(num_workers, NUM_BLOCKS, effort.num_decisions, rate_per_s))
+        rows.append(decide(num_workers, NUM_BLOCKS, effort.num_decisions, rate_per_s, batch=batch))
     print_table(
         "the conductor alone: ttft_min, a directory of a million blocks, seconds of one core",
-        ["workers", "decisions", "decisions/s", "mean us", "p50 us", "p99 us", "words us", "beat us", "refused"],
+        [
+            "workers",
+            "together",
+            "decisions",
+            "decisions/s",
+            "mean us",
+            "p50 us",
+            "p99 us",
+            "words us",
+            "beat us",
+            "refused",
+        ],
         [
             [
                 row.num_workers,
+                row.batch,
                 len(row.took_s),
                 row.per_s,
                 1e6 * row.mean_s,
@@ -71,9 +84,10 @@ def policy_figures(effort: Effort) -> dict[str, float]:
             for row in rows
         ],
     )
-    few, usual, many = rows
+    few, single, usual, many = rows
     return {
         "decisions_per_s_64": usual.per_s,
+        "decisions_per_s_64_single": single.per_s,
         "p99_ms_1000": 1e3 * many.quantile_s(0.99),
         "cost_1000_over_10": many.mean_s / few.mean_s,
     }

@@ -27,7 +27,9 @@ _STORED_TOGETHER = 512
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
     num_workers: int
-    #: Each decision, without words.
+    #: Requests that are looked up in the directory together.
+    batch: int
+    #: Each decision with its part of that, without words.
     took_s: list[float]
     #: Means of the words for a decision, and of a heartbeat.
     words_s: float
@@ -81,8 +83,12 @@ class _Beats:
         self._next += 1
 
 
-def decide(num_workers: int, num_blocks: int, num_items: int, rate_per_s: float, seed: int = 1) -> Decided:
-    """Decisions over a fleet of `num_workers` and a directory of about `num_blocks`, at virtual `rate_per_s`."""
+def decide(
+    num_workers: int, num_blocks: int, num_items: int, rate_per_s: float, *, batch: int = 1, seed: int = 1
+) -> Decided:
+    """Decisions over a fleet of `num_workers` and a directory of about `num_blocks`, at virtual `rate_per_s`.
+
+    `batch`: so many come together, as in one call of a gateway; 1: each is looked up by itself."""
     conductor = Conductor(
         costs=LiveCosts(),
         slos=SLOS,
@@ -101,18 +107,24 @@ def decide(num_workers: int, num_blocks: int, num_items: int, rate_per_s: float,
     took_s: list[float] = []
     words_s = 0.0
     num_refused = 0
-    for number, item in enumerate(items):
-        now_s = number / rate_per_s
+    for first in range(0, num_items, batch):
+        together = items[first : first + batch]
+        now_s = first / rate_per_s
         beats.until(now_s)
         before_s = time.thread_time()
-        decision = conductor.decide(item, now_s)
-        after_s = time.thread_time()
-        took_s.append(after_s - before_s)
-        conductor.in_words(item, decision, now_s)
-        words_s += time.thread_time() - after_s
-        num_refused += isinstance(decision, Refused)
+        matches = conductor.matches(together)
+        matched_s = (time.thread_time() - before_s) / len(together)
+        for item, match in zip(together, matches, strict=True):
+            before_s = time.thread_time()
+            decision = conductor.decide(item, now_s, match=match)
+            after_s = time.thread_time()
+            took_s.append(after_s - before_s + matched_s)
+            conductor.in_words(item, decision, now_s)
+            words_s += time.thread_time() - after_s
+            num_refused += isinstance(decision, Refused)
     return Decided(
         num_workers=num_workers,
+        batch=batch,
         took_s=took_s,
         words_s=words_s / num_items,
         beat_s=beats.mean_s,

@@ -370,7 +370,11 @@ class Worker:
         view = self.room.view()
         books = (view.num_admitted, view.promised_blocks, view.lent_blocks, view.offer, view.prompt, view.starving)
         is_open = (
-            self.prompts.num_open or self.incoming.num_open or self.answers.num_running or self.answers.num_preempted
+            self.prompts.num_open
+            or self.prompts.unread_for()
+            or self.incoming.num_open
+            or self.answers.num_running
+            or self.answers.num_preempted
         )
         if self.used_blocks or is_open or any(books) or self.interface.flows or self._state is not State.IDLE:
             raise InvariantBroken(f"a study ended, but not all of its work: {self}, room {view}")

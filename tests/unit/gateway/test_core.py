@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,9 +17,11 @@ from contracts.errors import (
     WorkerUnavailable,
 )
 from contracts.ids import Incarnation
+from contracts.messages import Predicted, TtftTally
 from contracts.requests import PhaseTimes, SamplingParams, TokenDelta
 from gateway.core import GatewayCore, Submission
 from gateway.limits import GatewayLimits
+from gateway.terms import Terms
 from tests.unit.gateway.conftest import QUICK, run_core
 
 if TYPE_CHECKING:
@@ -74,6 +77,21 @@ async def test_requests_that_come_together_share_a_dispatch(core: GatewayCore, c
     answers = await asyncio.gather(*map(tokens_of, streams))
     assert all(answer == [0, 1, 2, 3, 4] for answer in answers)
     assert [len(call.items) for call in cluster.dispatches] == [1, 64, 36]
+
+
+async def test_what_became_of_the_accepted_goes_with_the_next_dispatch(
+    core: GatewayCore, cluster: FakeCluster, script: Script
+) -> None:
+    def judged(ttft_target_s: float) -> Submission:
+        return replace(submission(), terms=Terms(slo_class="a", ttft_target_s=ttft_target_s))
+
+    await tokens_of(core.submit(judged(60.0)))
+    script.predicted = Predicted(waited_s=0.0, queue_s=30.0, transfer_s=0.0, prefill_s=0.0, ttft_s=30.0, tpot_s=0.0)
+    for each in (judged(60.0), judged(60.0), judged(1e-9), submission()):
+        await tokens_of(core.submit(each))
+    told = [call.outcomes for call in cluster.dispatches]
+    half, none = TtftTally.of("a", 0.5, is_late=False), TtftTally.of("a", 1e9, is_late=True)
+    assert told == [(), (), (half,), (half,), (none,)], "nothing was predicted of the first"
 
 
 async def test_one_stream_per_worker_for_all_requests(core: GatewayCore, cluster: FakeCluster) -> None:

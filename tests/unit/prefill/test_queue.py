@@ -115,6 +115,7 @@ class Side:
         assert self.ledger.available_blocks == self.num_blocks
         assert self.queue.open_count == 0
         assert self.queue.pending_tokens == 0
+        assert self.queue.unread_for == ()
         view = self.room.view()
         assert (view.num_admitted, view.promised_blocks, view.lent_blocks, view.prompt) == (0, 0, 0, None)
 
@@ -598,6 +599,20 @@ def test_pending_pairs_count_from_what_is_cached() -> None:
     assert side.queue.pending_pairs == 4 * 8 + 10
     side.queue.cancel(key("b"), "test")
     assert side.queue.pending_pairs == 0
+
+
+def test_prompts_count_for_their_writers_until_they_are_read() -> None:
+    side = Side()
+    side.submit(generate("a", prompt=8))
+    side.submit(generate("b", prompt=8))
+    side.submit(generate("own", prompt=8), local=True)
+    assert side.queue.unread_for == ((READER.worker_id, 2),)
+    side.queue.candidates(0.0)
+    side.step(8, token_id=9)
+    assert side.queue.unread_for == ((READER.worker_id, 1),)
+    side.queue.cancel(key("b"), "test")
+    side.queue.cancel(key("own"), "test")
+    assert side.queue.unread_for == ()
 
 
 # --- prefixes from other workers ------------------------------------------------------------------------------------
