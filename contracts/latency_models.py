@@ -64,7 +64,7 @@ class CostCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def at(self, count: int) -> float:
         """`count` >= 0."""
         knots, knot_s = self.knots, self.knot_s
-        upper = min(bisect_right(knots, count), len(knots) - 1)
+        upper = min(bisect_right(knots, count), len(knots) - 1) if len(knots) > 2 else 1
         start, start_s = knots[upper - 1], knot_s[upper - 1]
         slope_s = (knot_s[upper] - start_s) / (knots[upper] - start)
         return max(self.floor_s, start_s + slope_s * (count - start))

@@ -38,6 +38,8 @@ class AnswerLengths:
         for bucket, tally in enumerate(now[:_NUM_BUCKETS]):
             answers, tokens = tally.answers, tally.output_tokens
             if bucket < len(before):
+                if tally is before[bucket]:
+                    continue
                 answers -= before[bucket].answers
                 tokens -= before[bucket].output_tokens
             if answers <= 0 or tokens < answers:

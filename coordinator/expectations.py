@@ -42,12 +42,14 @@ _COLUMNS = (
     "num_decodes",
     "context_tokens",
     "free_tokens",
+    "open_tokens",
     "unread_answers",
     "booked_answers",
     "waiting_offers",
     "untaken_tokens",
     "handoff_tokens",
     "total_tokens",
+    "spare_tokens",
     "seats",
     "reading_s",
     "reading_as_of_s",
@@ -63,7 +65,9 @@ class Expectations:
         self._tables: list[CostTable | None] = []
         #: By identity of the costs that they were made of.
         self._made: dict[int, CostTable] = {}
+        #: By row: as told last, and their tokens.
         self._told_answers: list[Sequence[AnswerTally]] = []
+        self._told_tokens: list[int] = []
         self._told_unread: list[tuple[tuple[WorkerId, int], ...]] = []
         self._columns: dict[str, NDArray[np.float64]] = {name: np.zeros(0) for name in _COLUMNS}
         self._prefill_free_s: Seconds = np.zeros((num_ranks, 0))
@@ -83,16 +87,19 @@ class Expectations:
         self._infos.insert(row, info)
         self._tables.insert(row, None)
         self._told_answers.insert(row, ())
+        self._told_tokens.insert(row, 0)
         self._told_unread.insert(row, ())
         self._crowded_s.insert(row, math.nan)
         for name, column in self._columns.items():
             self._columns[name] = np.insert(column, row, 0.0)
         block_tokens = info.identity.layout.block_tokens
-        for name in ("free_tokens", "total_tokens"):
+        for name in ("free_tokens", "open_tokens", "total_tokens"):
             self._columns[name][row] = count_of(info.total_blocks) * block_tokens
         # A mixed worker keeps what it reads.
         is_told = info.role == "prefill" and info.handoff_blocks > 0
-        self._columns["handoff_tokens"][row] = count_of(info.handoff_blocks) * block_tokens if is_told else math.inf
+        handoff_tokens = count_of(info.handoff_blocks) * block_tokens if is_told else math.inf
+        self._columns["handoff_tokens"][row] = handoff_tokens
+        self._columns["spare_tokens"][row] = min(handoff_tokens, count_of(info.total_blocks) * block_tokens)
         most_seats = self._columns["seats"][row] = _most_seats(info)
         self._most_seats.insert(row, most_seats)
         self._prefill_free_s = np.insert(self._prefill_free_s, row, now_s, axis=1)
@@ -102,7 +109,7 @@ class Expectations:
 
     def delete(self, row: int) -> None:
         del self._infos[row], self._tables[row], self._told_answers[row], self._told_unread[row]
-        del self._crowded_s[row], self._most_seats[row]
+        del self._told_tokens[row], self._crowded_s[row], self._most_seats[row]
         for name, column in self._columns.items():
             self._columns[name] = np.delete(column, row)
         self._prefill_free_s = np.delete(self._prefill_free_s, row, axis=1)
@@ -138,11 +145,15 @@ class Expectations:
         block_tokens = info.identity.layout.block_tokens
         # What is reserved for prompts that are still being read counts where their answers begin.
         for_unread_tokens = min(count_of(load.reserved_blocks) * block_tokens, count_of(load.unread_tokens))
-        columns["free_tokens"][row] = free_blocks * block_tokens + for_unread_tokens
+        free_tokens = columns["free_tokens"][row] = free_blocks * block_tokens + for_unread_tokens
+        total_tokens = columns["total_tokens"].item(row)
+        columns["open_tokens"][row] = min(float(free_tokens) + float(context_tokens), total_tokens)
         columns["waiting_offers"][row] = count_of(load.waiting_offers)
-        columns["untaken_tokens"][row] = count_of(load.offered_blocks) * block_tokens
+        untaken_tokens = columns["untaken_tokens"][row] = count_of(load.offered_blocks) * block_tokens
+        columns["spare_tokens"][row] = min(columns["handoff_tokens"].item(row), total_tokens) - untaken_tokens
         columns["booked_answers"][row] = num_booked
-        if load.unread_for != self._told_unread[row]:
+        told_unread = self._told_unread[row]
+        if load.unread_for is not told_unread and load.unread_for != told_unread:
             self._add_unread(row, -1)
             self._told_unread[row] = load.unread_for
             self._add_unread(row, 1)
@@ -174,10 +185,11 @@ class Expectations:
 
     def _note_answers(self, row: int, load: WorkerLoad, context_tokens: int, now_s: float) -> None:
         told, num_tokens = self._told_answers[row], 0
-        if load.answers != told:
-            num_tokens = _num_tokens(load.answers) - _num_tokens(told)
+        if load.answers is not told and load.answers != told:
+            told_tokens = _num_tokens(load.answers)
+            num_tokens = told_tokens - self._told_tokens[row]
             self.answer_lengths.ended(load.answers, told)
-            self._told_answers[row] = load.answers
+            self._told_answers[row], self._told_tokens[row] = load.answers, told_tokens
             self._pace.note_lengths(self.answer_lengths.mean_tokens)
         table, num_decodes = self._tables[row], count_of(load.running_decodes)
         seats = self._note_seats(row, load, num_decodes)
@@ -228,23 +240,26 @@ class Expectations:
             return
         if total_s > believed_s:
             # Nobody knows whose it is: everybody waits for it.
-            np.maximum(free_s, now_s, out=free_s)
-            free_s += total_s - believed_s
-        np.minimum(free_s, total_s, out=free_s)
+            for rank in range(len(free_s)):
+                free_s[rank] = min(max(free_s.item(rank), now_s) + (total_s - believed_s), total_s)
+            return
+        for rank in range(len(free_s)):
+            if free_s.item(rank) > total_s:
+                free_s[rank] = total_s
 
     def note_placed(self, item: DispatchItem) -> None:
         """Of every placement, whether anything was predicted of it or not."""
         self._pace.note_placed(count_of(item.prompt_tokens), count_of(item.max_tokens))
 
     def book(self, item: DispatchItem, prefill_row: int, decode_row: int, plan: Plan, now_s: float) -> None:
-        free_s = self._prefill_free_s[plan.rank :, prefill_row]
-        np.maximum(free_s, now_s, out=free_s)
-        free_s += plan.prefill_s
-        columns = self._columns
+        free_s, columns = self._prefill_free_s, self._columns
+        # One by one: there are few ranks.
+        for rank in range(plan.rank, len(free_s)):
+            free_s[rank, prefill_row] = max(free_s.item(rank, prefill_row), now_s) + plan.prefill_s
         if plan.source_row >= 0:
             columns["source_free_s"][plan.source_row] = plan.fetched_s
-        fade = math.exp((float(columns["reading_as_of_s"][prefill_row]) - now_s) / READING_WINDOW_S)
-        columns["reading_s"][prefill_row] = float(columns["reading_s"][prefill_row]) * fade + plan.prefill_s
+        fade = math.exp((columns["reading_as_of_s"].item(prefill_row) - now_s) / READING_WINDOW_S)
+        columns["reading_s"][prefill_row] = columns["reading_s"].item(prefill_row) * fade + plan.prefill_s
         columns["reading_as_of_s"][prefill_row] = now_s
         self._forecast.advance(now_s)
         self._forecast.add(decode_row, plan.begin_s, count_of(item.prompt_tokens))
@@ -267,6 +282,7 @@ class Expectations:
         pairs = list(zip(read_kind.tolist(), view.kv_class.tolist(), strict=True))
         groups = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
         columns: dict[str, Any] = dict(self._columns)
+        full_step_s = np.array([kind.full_step_s for kind in kinds] or [0.0])[read_kind]
         return Outlook(
             tables=stack(kinds, any_mixed=bool(view.is_mixed.any())),
             knows_reading=bool((own[view.can_read] >= 0).any()),
@@ -275,7 +291,8 @@ class Expectations:
             read_groups=tuple(ReadGroup(*pair) for pair in groups),
             read_group=np.array([groups[pair] for pair in pairs], np.int64),
             budget_tokens=np.array([kind.max_batch_tokens for kind in kinds] or [1], np.int64)[read_kind],
-            full_step_s=np.array([kind.full_step_s for kind in kinds] or [0.0])[read_kind],
+            full_step_s=full_step_s,
+            half_step_s=0.5 * full_step_s,
             write_kind=_with_guesses(own, can_write),
             prefill_free_s=self._prefill_free_s,
             decoding=self._forecast.table,
@@ -286,7 +303,7 @@ class Expectations:
 
 
 def _num_tokens(tallies: Sequence[AnswerTally]) -> int:
-    return sum(count_of(tally.output_tokens) for tally in tallies)
+    return sum([count_of(tally.output_tokens) for tally in tallies])
 
 
 def _most_seats(info: WorkerInfo) -> float:

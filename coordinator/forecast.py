@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from coordinator.policy.outlook import NUM_SLOTS, Pace, Slots
+from coordinator.policy.pairing import is_any
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,6 +24,7 @@ _SHORTEST_HORIZON_S = 8.0
 _HORIZON_OVER_TARGET = 1.5
 #: A pace that differs by less is the same.
 _SAME = 0.01
+_ZERO = np.array(0.0)
 _AGES: Seconds = np.arange(NUM_SLOTS, dtype=np.float64)
 #: Slots from one (by column) to another (by row), and whether that is not before the first.
 _LAGS = np.maximum(np.subtract.outer(np.arange(NUM_SLOTS), np.arange(NUM_SLOTS)), 0)
@@ -36,9 +38,10 @@ class DecodeForecast:
         """`pace` changes as more is known; what it is when a worker reports holds until the next report."""
         horizon_s = max(_SHORTEST_HORIZON_S, _HORIZON_OVER_TARGET * longest_wait_s)
         self.slots = Slots(width_s=horizon_s / NUM_SLOTS)
-        #: As `Outlook.decoding`.
-        self.table: NDArray[np.float64] = np.zeros((0, NUM_SLOTS, 2))
-        #: Alike: answers that no report contains and that begin in the slot; tokens of their prompts.
+        #: As `Outlook.decoding`: a view of what is `[slot, 0 or 1, row]` in memory.
+        self.table: NDArray[np.float64] = _by_row(np.zeros((NUM_SLOTS, 2, 0)))
+        #: `[row, slot, 0 or 1]`, in memory too: answers that no report contains and that begin in the slot; tokens of
+        #: their prompts.
         self._begins: NDArray[np.float64] = np.zeros((0, NUM_SLOTS, 2))
         self._reported_s: list[float] = []
         #: By row: whether anything may stand in `_begins`.
@@ -53,7 +56,7 @@ class DecodeForecast:
         self._look_at_pace()
 
     def insert(self, row: int, now_s: float) -> None:
-        self.table = np.insert(self.table, row, 0.0, axis=0)
+        self.table = _by_row(np.insert(_by_slot(self.table), row, 0.0, axis=2))
         self._begins = np.insert(self._begins, row, 0.0, axis=0)
         self._reported_s.insert(row, now_s)
         self._expects.insert(row, False)
@@ -61,7 +64,7 @@ class DecodeForecast:
         self._is_blank.insert(row, True)
 
     def delete(self, row: int) -> None:
-        self.table = np.delete(self.table, row, axis=0)
+        self.table = _by_row(np.delete(_by_slot(self.table), row, axis=2))
         self._begins = np.delete(self._begins, row, axis=0)
         del self._reported_s[row], self._expects[row], self._crowded_until[row], self._is_blank[row]
 
@@ -97,9 +100,10 @@ class DecodeForecast:
             self.table[row, first:seated] += (1.0, prompt_tokens)
             first = min(seated, NUM_SLOTS)
         num_after = NUM_SLOTS - first
-        more = self._of_one[:num_after].copy()
-        more[:, 1] += prompt_tokens * self._stay[:num_after]
-        self.table[row, first:] += more
+        more = self._of_token[:num_after] * float(prompt_tokens)
+        more += self._of_one[:num_after]
+        column = self.table[row, first:]
+        column += more
 
     def report(self, row: int, num_decodes: int, context_tokens: int, now_s: float, seats: float = math.inf) -> None:
         """The worker's figures contain what began before now. It writes `seats` answers at a time, at most."""
@@ -110,16 +114,18 @@ class DecodeForecast:
             self._let_begin(row, last_s, now_s)
             expects = self._expects[row]
         self._crowded_until[row] = 0
-        if not expects and num_decodes <= seats:
-            self._write_down(row, num_decodes, context_tokens)
-            return
-        self._write_down(row, num_decodes, context_tokens)
         column = self.table[row]
         if expects:
-            begins = self._begins[row]
-            column += self._stay_after @ begins
-            column[:, 1] += self._grown_after @ begins[:, 0]
-        if np.maximum.reduce(column[:, 0]) > seats:
+            # What is written already is like what begins now.
+            begins = self._begins[row].flatten()
+            begins[0] += num_decodes
+            begins[1] += context_tokens
+            column[:] = (self._after @ begins).reshape(column.shape)
+        else:
+            self._write_down(row, num_decodes, context_tokens)
+            if num_decodes <= seats:
+                return
+        if is_any(column[:, 0] > seats):
             self._queue_for_seats(row, num_decodes, context_tokens, seats, column)
         self._is_blank[row] = False
 
@@ -156,7 +162,7 @@ class DecodeForecast:
         counted_from_s = max(last_s, slots.first * slots.width_s)
         if now_s > counted_from_s:
             begins[0] *= max(0.0, slot_end_s - now_s) / (slot_end_s - counted_from_s)
-        self._expects[row] = bool(np.count_nonzero(begins[:, 0]))
+        self._expects[row] = is_any(begins[:, 0] != _ZERO)
 
     def _look_at_pace(self) -> None:
         """By slots since an answer began: the probability that it is still written; times its expected tokens."""
@@ -171,6 +177,19 @@ class DecodeForecast:
         self._stay: Seconds = np.exp(-ages)
         self._grown: Seconds = self._stay * ages * tokens
         self._of_one = np.stack((self._stay, self._grown), axis=1)
-        #: The same as matrices: from what begins in each slot to what that comes to in each.
-        self._stay_after = self._stay[_LAGS] * _IS_AFTER
-        self._grown_after = self._grown[_LAGS] * _IS_AFTER
+        self._of_token = np.stack((np.zeros(NUM_SLOTS), self._stay), axis=1)
+        #: The same as a matrix: from what begins in each slot to what that comes to in each.
+        after = np.zeros((NUM_SLOTS, 2, NUM_SLOTS, 2))
+        after[:, 0, :, 0] = after[:, 1, :, 1] = self._stay[_LAGS] * _IS_AFTER
+        after[:, 1, :, 0] = self._grown[_LAGS] * _IS_AFTER
+        self._after = after.reshape(2 * NUM_SLOTS, 2 * NUM_SLOTS)
+
+
+def _by_row(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A view by row of a table by slot."""
+    return table.transpose(2, 0, 1)
+
+
+def _by_slot(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The other way round."""
+    return table.transpose(1, 2, 0)

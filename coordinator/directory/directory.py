@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from coordinator.directory.table import Slots
 
     Counts = NDArray[np.int32]
+    #: Of blocks that follow each other and have the same holders: where each begins, and its set's number; 0 where
+    #: the blocks are not known.
+    Runs = list[tuple[int, int]]
 
 #: Looked up at once: the rest of a long prompt only where all of this is known.
 _WINDOW_HINTS = 512
@@ -45,6 +48,9 @@ _SLOTS_PER_SET = 16
 
 #: Members up to which a set is taken apart bit by bit.
 _FEW_MEMBERS = 8
+
+#: As an array: what turns a number into one takes as long as comparing some dozens of hints with it.
+_LEAST_HINT = np.array(1, np.uint64)
 
 
 class Match(NamedTuple):
@@ -188,39 +194,49 @@ class Directory:
             # More at once would not stay in the processor's cache.
             stops = list(accumulate(len(first) for first in firsts[num_done : num_done + _WINDOWS_AT_ONCE]))
             together = firsts[num_done] if len(stops) == 1 else np.concatenate(firsts[num_done : num_done + len(stops)])
-            slots = self._table.find(np.maximum(together, 1))
-            start = 0
-            for stop, hints in zip(stops, prompts[num_done : num_done + len(stops)], strict=True):
-                found.append(self._match(hints, slots[start:stop]))
-                start = stop
+            runs = self._runs(together, [0, *stops[:-1]])
+            found += map(self._match, prompts[num_done : num_done + len(stops)], runs)
             num_done += len(stops)
         return found
 
-    def _match(self, hints: Hints, slots: Slots) -> Match:
-        """`slots` of the first window."""
+    def _runs(self, hints: Hints, starts: list[int]) -> list[Runs]:
+        """By prompt, of those that stand one behind the other and begin at `starts`."""
+        slots = self._table.find(np.maximum(hints, _LEAST_HINT))
+        sets = self._table.values(slots)
+        sets *= slots >= 0
+        is_first = np.ones(len(hints) + 1, np.bool_)
+        np.not_equal(sets[1:], sets[:-1], out=is_first[1:-1])
+        is_first[starts] = True
+        firsts = is_first[:-1].nonzero()[0]
+        stops = [len(firsts)] if len(starts) == 1 else [*firsts.searchsorted(starts[1:]).tolist(), len(firsts)]
+        places, numbers = firsts.tolist(), sets[firsts].tolist()
+        runs: list[Runs] = []
+        begun = 0
+        for start, stop in zip(starts, stops, strict=True):
+            runs.append([(places[index] - start, numbers[index]) for index in range(begun, stop)])
+            begun = stop
+        return runs
+
+    def _match(self, hints: Hints, runs: Runs) -> Match:
+        """`runs` of the first window."""
         counts = np.zeros(self.num_numbers, np.int32)
         lengths: list[int] = []
         holders = self._live
         start = 0
-        while holders and len(slots):
-            is_missing = slots < 0
-            first_missing = int(is_missing.argmax())
-            is_known = not is_missing[first_missing]
-            sets = self._table.values(slots if is_known else slots[:first_missing])
-            changes = ((sets[1:] != sets[:-1]).nonzero()[0] + 1).tolist()
-            for change in [0, *changes] if len(sets) else ():
-                still = holders & self._sets.mask(int(sets[change]))
+        while holders:
+            for place, number in runs:
+                still = holders & self._sets.mask(number)
                 if still != holders:
-                    self._count(holders ^ still, start + change, counts, lengths)
+                    self._count(holders ^ still, start + place, counts, lengths)
                     holders = still
                     if not holders:
                         break
-            start += len(sets)
-            if not is_known or start >= len(hints):
+            start += _WINDOW_HINTS
+            if not holders or start >= len(hints):
                 break
-            slots = self._table.find(np.maximum(hints[start : start + _WINDOW_HINTS], 1))
+            runs = self._runs(hints[start : start + _WINDOW_HINTS], [0])[0]
         if holders:
-            self._count(holders, start, counts, lengths)
+            self._count(holders, len(hints), counts, lengths)
         return Match(counts, tuple(lengths))
 
     # --- upkeep ---
@@ -349,6 +365,7 @@ def _members(mask: int) -> list[int]:
 
 def _distinct(hints: Hints) -> Hints:
     """Sorted, and 0, which the table cannot hold, as 1."""
-    hints = np.sort(np.maximum(hints, 1))
+    hints = np.sort(np.maximum(hints, _LEAST_HINT))
     repeats = hints[1:] == hints[:-1]
-    return hints[np.append(True, ~repeats)] if repeats.any() else hints
+    # Asked like this it takes a tenth of the time of `any`.
+    return hints[np.append(True, ~repeats)] if 1 in repeats.tobytes() else hints

@@ -37,19 +37,21 @@ _FIRST_PAIRS = 4
 
 #: Split at once, at most: bounds what a split copies.
 _SPLIT_PAIRS = 4096
+#: Split at least, as long as that is no more than this part of all: a split of a few takes as long as one of many.
+_FEWEST_PAIRS = 64
+_PART_OF_ALL = 16
 
 #: Of a product the upper bits are good: more bits of the hint have reached them.
 _HASH_BITS = 24
-_DOUBLE_SHIFT = np.uint64(64 - _HASH_BITS - 1)
+# Numbers are arrays here: what turns a number into one takes as long as an operation on some dozens of hints.
+_DOUBLE_SHIFT = np.array(64 - _HASH_BITS - 1, np.uint64)
 
-#: Of eight truths with one that is true, read as one number, this remainder tells which.
-_REMAINDER_OF = np.uint64(19)
-_LONE_TRUTHS = np.eye(BUCKET_SLOTS, dtype=np.bool_).view(np.uint64).ravel()
-_BYTE_OF_REMAINDER = np.zeros(19, np.int64)
-_BYTE_OF_REMAINDER[_LONE_TRUTHS % _REMAINDER_OF] = np.arange(BUCKET_SLOTS)
-
-_BYTE_SUM = np.uint64(0x0101010101010101)
-_TOP_BYTE = np.uint64(56)
+_BYTE_SUM = np.array(0x0101010101010101, np.uint64)
+_TOP_BYTE = np.array(56, np.uint64)
+#: What tells the buckets of both halves apart.
+_HALVES = np.array([[0], [1]])
+_SLOTS = np.array(BUCKET_SLOTS)
+_SLOT_BITS, _SLOT_MASK = np.array(BUCKET_SLOTS.bit_length() - 1), np.array(BUCKET_SLOTS - 1)
 
 
 class HintTable:
@@ -89,14 +91,16 @@ class HintTable:
         """The slot of each hint; -1 where it is not here."""
         buckets = self._buckets(hints)
         cells = self._key_buckets.take(buckets, axis=0)
-        # Eight truths are read as one number: a bucket holds a hint at most once.
+        # A bucket holds a hint at most once.
         is_equal: NDArray[np.bool_] = cells == hints[:, None]
-        hits = is_equal.view(np.uint64).ravel()
-        rows = hits.astype(np.bool_).nonzero()[0]
+        places = is_equal.ravel().nonzero()[0]
+        rows = places >> _SLOT_BITS
+        places &= _SLOT_MASK
         found = buckets.take(rows)
-        found *= BUCKET_SLOTS
-        found += _BYTE_OF_REMAINDER.take((hits.take(rows) % _REMAINDER_OF).view(np.int64))
-        slots = np.full(2 * len(hints), -1)
+        found *= _SLOTS
+        found += places
+        slots = np.empty(2 * len(hints), np.int64)
+        slots.fill(-1)
         slots[rows] = found
         either: Slots = np.maximum(slots[: len(hints)], slots[len(hints) :])
         return either
@@ -114,6 +118,9 @@ class HintTable:
     def reserve(self, num_hints: int) -> None:
         """Grows, where that is needed and possible, for so many more hints. Slots found before mean nothing now."""
         wanted = min(_pairs_for(self.num_hints + num_hints), self._max_pairs)
+        if self.num_pairs < wanted:
+            fewest = min(_FEWEST_PAIRS, self.num_pairs // _PART_OF_ALL)
+            wanted = min(max(wanted, self.num_pairs + fewest), self._max_pairs)
         while self.num_pairs < wanted:
             self._split(min(wanted - self.num_pairs, 2 * self._base_pairs - self.num_pairs, _SPLIT_PAIRS))
 
@@ -128,8 +135,9 @@ class HintTable:
             picked = np.where(room[1] > room[0], columns + len(hints), columns)
             first_free = free.reshape(-1, BUCKET_SLOTS).take(picked, axis=0).argmax(axis=1)
             slots = buckets.take(picked) * BUCKET_SLOTS + first_free
-            has_room = room.any(axis=0)
-            if not has_room.all():
+            has_room: NDArray[np.bool_] = np.bitwise_or(room[0], room[1]).astype(np.bool_)
+            # Asked like this it takes a tenth of the time of `all`.
+            if 0 in has_room.tobytes():
                 slots, hints, buckets = slots[has_room], hints[has_room], buckets[:, has_room]
             # Of several that picked the same slot the last one written has it; the others try again.
             self._flat_keys[slots] = hints
@@ -156,16 +164,16 @@ class HintTable:
         # What will belong to a new bucket lives in the old one until that is split.
         doubles -= (doubles >= self._double_pairs) * self._double_base
         buckets = doubles.view(np.int64)
-        buckets[1] += 1
+        buckets += _HALVES
         return buckets
 
     def _has_grown(self, num_pairs: int) -> None:
         self.num_pairs = num_pairs
         if num_pairs == 2 * self._base_pairs:
             self._base_pairs = num_pairs
-        self._double_mask = np.uint64(2 * (2 * self._base_pairs - 1))
-        self._double_pairs = np.uint64(2 * num_pairs)
-        self._double_base = np.uint64(2 * self._base_pairs)
+        self._double_mask = np.array(2 * (2 * self._base_pairs - 1), np.uint64)
+        self._double_pairs = np.array(2 * num_pairs, np.uint64)
+        self._double_base = np.array(2 * self._base_pairs, np.uint64)
 
     def _split(self, num_pairs: int) -> None:
         """Moves what belongs there from the next pairs to be split to new pairs at the end, into the same slots."""

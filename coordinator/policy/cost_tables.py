@@ -26,6 +26,8 @@ MAX_DECODES = 1024
 #: Of these every batch size is asked for; of larger ones some, what lies between is interpolated.
 _ALL_UP_TO = 32
 _GROWTH = 1.12
+#: As arrays: what turns a number into one takes as long as an operation on some dozens of rows.
+_HALF, _MOST, _ROW_SIZE = np.array(0.5), np.array(float(MAX_DECODES)), np.array(MAX_DECODES + 1)
 #: A step whose attention is read off to learn what a query-key pair costs stands behind so many full steps.
 _STEPS_BEHIND = 8
 
@@ -132,11 +134,16 @@ class CostTables:
 
     def decode_step_s(self, kind: Counts, num_decodes: Seconds, context_tokens: Seconds) -> Seconds:
         """Of each worker: a step with so many decodes."""
-        sizes = np.minimum(num_decodes + 0.5, MAX_DECODES).astype(np.intp)
         if len(self.kinds) == 1:
-            step_s: Seconds = self.decode_base_s[0].take(sizes) + self.decode_context_s[0].take(sizes) * context_tokens
+            # Clipping is what keeps larger batches within the table.
+            places = (num_decodes + _HALF).astype(np.intp)
         else:
-            step_s = self.decode_base_s[kind, sizes] + self.decode_context_s[kind, sizes] * context_tokens
+            # Of the table laid out flat: looking up by two indices takes twice as long.
+            places = np.minimum(num_decodes + _HALF, _MOST).astype(np.intp)
+            places += kind * _ROW_SIZE
+        step_s: Seconds = self.decode_context_s.take(places, mode="clip")
+        step_s *= context_tokens
+        step_s += self.decode_base_s.take(places, mode="clip")
         return step_s
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from coordinator.policy.pairing import is_any
+from coordinator.policy.pairing import is_all, is_any
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +36,10 @@ _MOST_READING = 0.95
 READING_WINDOW_S = 10.0
 #: No step takes less.
 _SHORTEST_STEP_S = 1e-9
+#: As arrays: what turns a number into one takes as long as an operation on some dozens of rows.
+_ZERO = np.array(0.0)
+_ONE = np.array(1.0)
+_PER_WINDOW = np.array(1.0 / READING_WINDOW_S)
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +94,18 @@ class Decoding(NamedTuple):
     context_tokens: Expected
 
 
+class Writing(NamedTuple):
+    """What one more answer is expected to find on each worker, row by row."""
+
+    tpot_s: Seconds
+    room_tokens: Expected
+    #: Whether there is room for its prompt and for all of it; a seat.
+    has_room: Flags
+    has_seat: Flags
+    #: As `Outlook.line_s`, where the prompt waits for writers and not for its reader; else None.
+    line_s: Seconds | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outlook:
     tables: CostTables
@@ -102,8 +118,9 @@ class Outlook:
     read_group: Counts
     #: Prompt tokens of a full step, by row.
     budget_tokens: Counts
-    #: What such a step takes, without attention.
+    #: What such a step takes, without attention; half of that.
     full_step_s: Seconds
+    half_step_s: Seconds
     #: Row of `tables` by row, for writing answers. Where nothing is known of a worker it counts as of the kind that
     #: most of its role are; the same for reading.
     write_kind: Counts
@@ -113,10 +130,12 @@ class Outlook:
     prefill_free_s: Seconds
     #: When the worker's planned fetches from it are over.
     source_free_s: Seconds
-    #: As reported: answers that are written and their context; KV that is free or waits for prompts still being read.
+    #: As reported: answers that are written and their context; KV that is free or waits for prompts still being read;
+    #: KV that is that or these answers'.
     num_decodes: Expected
     context_tokens: Expected
     free_tokens: Expected
+    open_tokens: Expected
     #: Answers that it will write and of which it does not tell yet: readers told of their prompts, or they were placed
     #: just now.
     unread_answers: Expected
@@ -128,9 +147,12 @@ class Outlook:
     untaken_tokens: Expected
     handoff_tokens: Expected
     total_tokens: Expected
+    #: What the smaller of these last two leaves beside what is not taken.
+    spare_tokens: Expected
     #: Answers that it writes at the same time: as many as its steps hold, or as have blocks where these are taken.
     seats: Expected
-    #: `[row, slot, 0 or 1]`: answers expected to be written at the slot's time; their context tokens.
+    #: `[row, slot, 0 or 1]`: answers expected to be written at the slot's time; their context tokens. In memory the
+    #: rows of one slot stand side by side, for decisions look at one slot at a time.
     decoding: NDArray[np.float64]
     slots: Slots
     pace: Pace
@@ -140,32 +162,34 @@ class Outlook:
 
     def queue_s(self, rank: int, now_s: float) -> Seconds:
         """What a request of this rank would wait for others' prompts."""
-        seconds: Seconds = np.maximum(self.prefill_free_s[rank] - now_s, 0.0)
+        seconds: Seconds = self.prefill_free_s[rank] - now_s
+        np.maximum(seconds, _ZERO, out=seconds)
         return seconds
 
     def company_s(self, queue_s: Seconds, now_s: float) -> Seconds:
         """What the last step of a prompt that waits so long takes longer for prompts that came after it: they fill
         that step as far as it has room, half of it on average, and as far as they come in time."""
-        coming_s: Seconds = np.exp((self.reading_as_of_s - now_s) * (1.0 / READING_WINDOW_S))
+        coming_s: Seconds = self.reading_as_of_s - now_s
+        coming_s *= _PER_WINDOW
+        np.exp(coming_s, out=coming_s)
         coming_s *= queue_s
         coming_s *= self.reading_s
-        coming_s *= 1.0 / READING_WINDOW_S
-        company_s: Seconds = np.minimum(coming_s, 0.5 * self.full_step_s)
-        return company_s
+        coming_s *= _PER_WINDOW
+        np.minimum(coming_s, self.half_step_s, out=coming_s)
+        return coming_s
 
     def company_at_s(self, row: int, queue_s: float, now_s: float) -> float:
         """The same for one worker."""
         if not queue_s:
             return 0.0
-        fade = math.exp((float(self.reading_as_of_s[row]) - now_s) / READING_WINDOW_S)
-        coming_s = queue_s * float(self.reading_s[row]) * fade * (1.0 / READING_WINDOW_S)
-        return min(coming_s, 0.5 * float(self.full_step_s[row]))
+        fade = math.exp((self.reading_as_of_s.item(row) - now_s) / READING_WINDOW_S)
+        coming_s = queue_s * self.reading_s.item(row) * fade * (1.0 / READING_WINDOW_S)
+        return min(coming_s, 0.5 * self.full_step_s.item(row))
 
     def decoding_at(self, at_s: float) -> Decoding:
         """What is expected then, or at the nearest time that is looked ahead to."""
-        # Copied once, for it is looked at often.
-        then = self.decoding[:, self.slots.index_at(at_s)].T.copy()
-        return Decoding(then[0], then[1])
+        then = self.decoding[:, self.slots.index_at(at_s)]
+        return Decoding(then[:, 0], then[:, 1])
 
     def step_extra_s(self, decoding: Decoding) -> Seconds:
         """What the decodes of mixed workers add to each of their steps with a full chunk."""
@@ -190,7 +214,7 @@ class Outlook:
     def tokens_room(self, decoding: Decoding) -> Expected:
         """Tokens of KV that will be free then: what is now, and what will have been given back. Less than none where
         answers wait for blocks."""
-        return np.minimum(self.free_tokens + self.context_tokens, self.total_tokens) - decoding.context_tokens
+        return self.open_tokens - decoding.context_tokens
 
     def tpot_s(
         self,
@@ -199,29 +223,35 @@ class Outlook:
         answer_tokens: float,
         now_s: float,
         is_mixed: Flags | None,
-        room_tokens: Expected | None = None,
     ) -> Seconds:
         """Of one more answer, on each worker: a step with it in the midst of its length, and what it waits for a seat
-        and for blocks where those are taken, spread over its tokens. `is_mixed` by row; None: nobody is.
-        `room_tokens`: what `tokens_room` says, where that is known."""
-        context_tokens = decoding.context_tokens + (prompt_tokens + 0.5 * answer_tokens)
-        joined = Decoding(decoding.num_decodes + 1.0, context_tokens)
-        step_s = self.token_s(joined, now_s, is_mixed)
-        unseated = joined.num_decodes - self.seats
-        if room_tokens is None:
-            room_tokens = self.tokens_room(decoding)
-        missing = prompt_tokens + answer_tokens - room_tokens
-        if is_any(unseated > 0) or is_any(missing > 0):
-            # Both come free as answers end: each worker's all within the duration of one.
-            held = np.minimum(np.maximum(decoding.context_tokens, 1.0), self.total_tokens)
-            turns = np.maximum(np.maximum(missing, 0.0) / held, with_rest(unseated / self.seats))
-            step_s = step_s + turns * (self.pace.answer_s / max(answer_tokens - 1.0, 1.0))
-        return step_s
+        and for blocks where those are taken, spread over its tokens. `is_mixed` by row; None: nobody is."""
+        return self.with_one_more(decoding, prompt_tokens, answer_tokens, now_s, is_mixed).tpot_s
 
-    def token_s(self, decoding: Decoding, now_s: float, is_mixed: Flags | None) -> Seconds:
-        """From one token of an answer with a seat to its next. `is_mixed` as for `tpot_s`."""
+    def with_one_more(
+        self, decoding: Decoding, prompt_tokens: int, answer_tokens: float, now_s: float, is_mixed: Flags | None
+    ) -> Writing:
+        """As `tpot_s`, and what that follows from."""
+        num_decodes = decoding.num_decodes + _ONE
+        has_seat = num_decodes <= self.seats
+        are_seated = is_all(has_seat)
+        room_tokens = self.tokens_room(decoding)
+        has_room = room_tokens >= prompt_tokens + answer_tokens
+        joined = Decoding(num_decodes, decoding.context_tokens + (prompt_tokens + 0.5 * answer_tokens))
+        step_s = self.token_s(joined, now_s, is_mixed, are_seated=are_seated)
+        if not are_seated or not is_all(has_room):
+            # Both come free as answers end: each worker's all within the duration of one.
+            missing = prompt_tokens + answer_tokens - room_tokens
+            held = np.minimum(np.maximum(decoding.context_tokens, 1.0), self.total_tokens)
+            turns = np.maximum(np.maximum(missing, 0.0) / held, with_rest((num_decodes - self.seats) / self.seats))
+            step_s = step_s + turns * (self.pace.answer_s / max(answer_tokens - 1.0, 1.0))
+        return Writing(step_s, room_tokens, has_room, has_seat)
+
+    def token_s(self, decoding: Decoding, now_s: float, is_mixed: Flags | None, *, are_seated: bool = False) -> Seconds:
+        """From one token of an answer with a seat to its next. `is_mixed` as for `tpot_s`; `are_seated`: it is known
+        that there are seats for all."""
         num_decodes, context_tokens = decoding
-        if is_any(num_decodes > self.seats):
+        if not are_seated and is_any(num_decodes > self.seats):
             seated = np.minimum(num_decodes, self.seats)
             context_tokens = context_tokens * (seated / np.maximum(num_decodes, 1.0))
             num_decodes = seated

@@ -63,16 +63,21 @@ def is_any(marked: Flags) -> bool:
     return 1 in marked.tobytes()
 
 
+def is_all(marked: Flags) -> bool:
+    """Whether all rows are."""
+    return 0 not in marked.tobytes()
+
+
 def least(figures: Counts | Expected | Seconds, candidates: Flags) -> int:
     """The first of the marked rows with the smallest figure; at least one must be marked."""
     rows = candidates.nonzero()[0]
-    return int(rows[figures[rows].argmin()])
+    return int(rows.item(figures[rows].argmin()))
 
 
 def most(figures: Counts | Expected | Seconds, candidates: Flags) -> int:
     """The first of the marked rows with the largest figure; at least one must be marked."""
     rows = candidates.nonzero()[0]
-    return int(rows[figures[rows].argmax()])
+    return int(rows.item(figures[rows].argmax()))
 
 
 def fewest_wishes_dropped(question: Question, view: FleetView, found: Candidates, writers: Flags) -> Flags:

@@ -36,12 +36,11 @@ if TYPE_CHECKING:
     from contracts.config import DispatchPolicyName
     from coordinator.decision import Refused
     from coordinator.policy.fleet_view import Flags, FleetView, Seconds
-    from coordinator.policy.outlook import Outlook
+    from coordinator.policy.outlook import Outlook, Writing
     from coordinator.policy.pairing import Pair, Pick, PickWriter
     from coordinator.policy.question import Candidates, HeldBlocks, Question
     from coordinator.policy.reading import Reading
     from coordinator.policy.settings import ConductorSettings
-    from coordinator.policy.writing import Writing
 
     Policy = Callable[[Question, FleetView, Outlook, Link, ConductorSettings], Chosen | Refused]
 
@@ -307,9 +306,9 @@ def _chosen(
             plan = plan._replace(source_row=source.row, fetched_s=question.now_s + way.fetch_s)
     predicted = None
     if outlook.knows_writing:
-        tpot_s = float(ahead.writing(best.reader).tpot_s[best.writer])
+        tpot_s = ahead.writing(best.reader).tpot_s.item(best.writer)
         if is_handed_over:
-            token_bytes = ahead.prompt.kv_token_bytes(int(outlook.read_group[best.reader]))
+            token_bytes = ahead.prompt.kv_token_bytes(outlook.read_group.item(best.reader))
             wait_s = _handoff_wait_s(question, link, token_bytes, read_s, last_tokens)
             tpot_s += wait_s / max(question.answer_tokens - 1.0, 1.0)
         waited_s = question.item.waited_s

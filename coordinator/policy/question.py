@@ -43,7 +43,7 @@ class Question(NamedTuple):
     rng: Random
 
     def held_by(self, row: int) -> int:
-        return 0 if self.held is None else int(self.held[row])
+        return 0 if self.held is None else self.held.item(row)
 
 
 class Candidates(NamedTuple):

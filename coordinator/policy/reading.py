@@ -17,7 +17,7 @@ from coordinator.policy.pairing import is_any, least
 
 if TYPE_CHECKING:
     from contracts.latency import TransferModel
-    from coordinator.policy.fleet_view import Flags, FleetView, Seconds
+    from coordinator.policy.fleet_view import Counts, Flags, FleetView, Seconds
     from coordinator.policy.outlook import Outlook
     from coordinator.policy.question import Question
 
@@ -109,9 +109,11 @@ class Prompt:
             return self._reach_s_alike(queue_s, holders)
         lengths = self._lengths()
         num_lengths, num_groups = len(lengths), len(outlook.read_groups)
-        codes = np.zeros(len(queue_s), np.int64) if num_groups == 1 else outlook.read_group * num_lengths
+        codes: Counts = outlook.read_group
         if question.held is not None:
-            codes = codes + (np.array(lengths, question.held.dtype).searchsorted(question.held, "right") - 1)
+            # The last one that is not above what is held.
+            places = np.array(lengths[1:], question.held.dtype).searchsorted(question.held, "right")
+            codes = places if num_groups == 1 else codes * num_lengths + places
         present = range(num_lengths) if num_groups == 1 else set(codes.tolist())
         # Lists first: setting an element of an array takes ten times as long.
         read_s, fetch_s, cached_blocks = ([0.0] * (num_groups * num_lengths) for _ in range(3))
@@ -119,7 +121,8 @@ class Prompt:
             way = self.way(code // num_lengths, lengths[code % num_lengths])
             read_s[code], fetch_s[code], cached_blocks[code] = way.read_s, way.fetch_s, way.cached_blocks
         begin_s = np.maximum(queue_s, np.array(fetch_s).take(codes)) if any(fetch_s) else queue_s
-        reach_s: Seconds = begin_s + outlook.company_s(queue_s, question.now_s) + np.array(read_s).take(codes)
+        reach_s: Seconds = begin_s + outlook.company_s(queue_s, question.now_s)
+        reach_s += np.array(read_s).take(codes)
         if not outlook.any_mixed:
             return reach_s
         cached_tokens = np.array(cached_blocks).take(codes) * self._link.block_tokens
@@ -148,17 +151,17 @@ class Prompt:
     def at(self, row: int) -> Reading:
         """What is expected on one worker."""
         question, outlook = self._question, self._outlook
-        queue_s = max(0.0, float(outlook.prefill_free_s[question.rank, row]) - question.now_s)
+        queue_s = max(0.0, outlook.prefill_free_s.item(question.rank, row) - question.now_s)
         held_up_s = 0.0
         if self._held_up_s is not None:
-            held_up_s = max(0.0, float(self._held_up_s[row]) - queue_s)
+            held_up_s = max(0.0, self._held_up_s.item(row) - queue_s)
             queue_s += held_up_s
-        group = int(outlook.read_group[row])
+        group = outlook.read_group.item(row)
         way = self.way(group, question.held_by(row))
         table = outlook.tables.kinds[outlook.read_groups[group].kind]
         cached_tokens = way.cached_blocks * self._link.block_tokens
         new_tokens = question.item.prompt_tokens - cached_tokens
-        extra_s = float(self._extra_s(new_tokens)[row]) if self._view.is_mixed[row] else 0.0
+        extra_s = self._extra_s(new_tokens).item(row) if outlook.any_mixed and self._view.is_mixed.item(row) else 0.0
         company_s = outlook.company_at_s(row, queue_s, question.now_s)
         work_s = min(way.read_s, table.share_s(new_tokens, cached_tokens)) if queue_s else way.read_s
         return Reading(
@@ -200,16 +203,17 @@ class Prompt:
 
     def _find_way(self, group: int, held_blocks: int) -> Way:
         kind, kv_class = self._outlook.read_groups[group]
-        alone = Way(self._price(kind, held_blocks), held_blocks, 0.0, 0)
-        source = None if self._fetch_ratio is None else self.source(kv_class)
-        if self._fetch_ratio is None or source is None or source.blocks <= self._fetch_ratio * held_blocks:
-            return alone
-        num_bytes = (source.blocks - held_blocks) * self._link.block_tokens * self.kv_token_bytes(group)
-        fetch_s = source.wait_s + self._link.transfer.transfer_s(num_bytes, 1)
-        read_s = self._price(kind, source.blocks)
-        if fetch_s >= alone.read_s - read_s:
-            return alone
-        return Way(read_s, held_blocks, fetch_s, source.blocks)
+        alone_s = self._price(kind, held_blocks)
+        # Nobody holds more than the last of the lengths.
+        if self._fetch_ratio is not None and self._question.held_lengths[-1] > self._fetch_ratio * held_blocks:
+            source = self.source(kv_class)
+            if source is not None and source.blocks > self._fetch_ratio * held_blocks:
+                num_bytes = (source.blocks - held_blocks) * self._link.block_tokens * self.kv_token_bytes(group)
+                fetch_s = source.wait_s + self._link.transfer.transfer_s(num_bytes, 1)
+                read_s = self._price(kind, source.blocks)
+                if fetch_s < alone_s - read_s:
+                    return Way(read_s, held_blocks, fetch_s, source.blocks)
+        return Way(alone_s, held_blocks, 0.0, 0)
 
     def _price(self, kind: int, held_blocks: int) -> float:
         """Without a fetch."""
@@ -244,7 +248,7 @@ class Prompt:
     def _source_of(self, rows: Flags, blocks: int) -> Source:
         """The best of these, which hold so much."""
         row = least(self._outlook.source_free_s, rows)
-        return Source(row, blocks, max(0.0, float(self._outlook.source_free_s[row]) - self._question.now_s))
+        return Source(row, blocks, max(0.0, self._outlook.source_free_s.item(row) - self._question.now_s))
 
     def _extra_s(self, new_tokens: Seconds | int) -> Seconds:
         """What the answers of mixed workers add to the steps that read the prompt."""

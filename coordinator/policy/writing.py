@@ -12,41 +12,27 @@ placed, for the seats that there are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from coordinator.policy.pairing import fewest_wishes_dropped, is_any, least, most
 
 if TYPE_CHECKING:
     from typing import Literal
 
-    from coordinator.policy.fleet_view import Expected, Flags, FleetView, Seconds
-    from coordinator.policy.outlook import Outlook
+    from coordinator.policy.fleet_view import Flags, FleetView
+    from coordinator.policy.outlook import Outlook, Writing
     from coordinator.policy.question import Candidates, Question
-
-
-class Writing(NamedTuple):
-    """What is expected of each worker when the answer begins, row by row."""
-
-    tpot_s: Seconds
-    room_tokens: Expected
-    #: Whether a seat is free for one more answer.
-    has_seat: Flags
-    #: As `Outlook.line_s`, where the prompt waits for writers and not for its reader; else None.
-    line_s: Seconds | None = None
 
 
 def writing_at(
     question: Question, view: FleetView, outlook: Outlook, begin_s: float, *, is_held_up: bool = False
 ) -> Writing:
     """`is_held_up`: the prompt waits for writers."""
-    decoding = outlook.decoding_at(begin_s)
     is_mixed = view.is_mixed if outlook.any_mixed else None
-    room_tokens = outlook.tokens_room(decoding)
-    tpot_s = outlook.tpot_s(
-        decoding, question.item.prompt_tokens, question.answer_tokens, question.now_s, is_mixed, room_tokens
+    writing = outlook.with_one_more(
+        outlook.decoding_at(begin_s), question.item.prompt_tokens, question.answer_tokens, question.now_s, is_mixed
     )
-    has_seat = decoding.num_decodes + 1.0 <= outlook.seats
-    return Writing(tpot_s, room_tokens, has_seat, outlook.line_s(question.now_s, is_mixed) if is_held_up else None)
+    return writing._replace(line_s=outlook.line_s(question.now_s, is_mixed)) if is_held_up else writing
 
 
 def choose_writer(
@@ -61,7 +47,7 @@ def choose_writer(
     writers = fewest_wishes_dropped(question, view, found, writers)
     if writing.line_s is not None:
         return least(writing.line_s, writers)
-    roomy = writers & (writing.room_tokens >= question.item.prompt_tokens + question.answer_tokens)
+    roomy = writers & writing.has_room
     if not is_any(roomy):
         return most(writing.room_tokens, writers)
     seated = roomy & writing.has_seat

@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# As arrays: what turns a number into one takes as long as an operation on some dozens of hints.
+_OFFSET = np.array(0x9E3779B97F4A7C15, np.uint64)
+_ROUNDS = tuple(
+    (np.array(shift, np.uint64), np.array(factor, np.uint64))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+)
+_LAST_SHIFT = np.array(31, np.uint64)
+_NO_HINTS = np.zeros(0, np.uint64)
+
+
 class PrefixCache:
     """Blocks by hash id, and what of it the coordinator was not told yet."""
 
@@ -52,38 +62,38 @@ class PrefixCache:
 
     def put(self, hash_ids: Sequence[int]) -> None:
         """Stores a part of a prefix, and lets others go for it. Those that are here count as used."""
-        blocks, capacity = self._blocks, self.capacity_blocks
+        blocks, changes, capacity = self._blocks, self._changes, self.capacity_blocks
         for hash_id in reversed(hash_ids[:capacity]):
             if hash_id in blocks:
                 blocks.move_to_end(hash_id)
                 continue
+            if not changes:
+                self._on_change()
             if len(blocks) >= capacity:
-                self._note(blocks.popitem(last=False)[0], present=False)
+                gone = blocks.popitem(last=False)[0]
+                # Of what came and was not told it is as before.
+                if changes.pop(gone, False) is False:
+                    changes[gone] = False
             blocks[hash_id] = None
-            self._note(hash_id, present=True)
-
-    def _note(self, hash_id: int, *, present: bool) -> None:
-        changes = self._changes
-        if not changes:
-            self._on_change()
-        if changes.get(hash_id, present) is not present:
-            # Nothing of it was told: it is as before.
-            del changes[hash_id]
-        else:
-            changes[hash_id] = present
+            if changes.pop(hash_id, True) is True:
+                changes[hash_id] = True
 
     def take_changes(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Hints of the blocks that came and of those that went since the last call."""
         changes, self._changes = self._changes, {}
         stored = [hash_id for hash_id, present in changes.items() if present]
+        if len(stored) == len(changes):
+            return hints_of(stored), _NO_HINTS
         dropped = [hash_id for hash_id, present in changes.items() if not present]
-        return hints_of(stored), hints_of(dropped)
+        return hints_of(stored) if stored else _NO_HINTS, hints_of(dropped)
 
 
 def hints_of(hash_ids: Sequence[int]) -> NDArray[np.uint64]:
     """A number of 64 bits for each, which looks as random as a block key does (the finaliser of splitmix64)."""
     mixed = np.array(hash_ids, np.uint64)
-    mixed += np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    mixed += _OFFSET
+    for shift, factor in _ROUNDS:
+        mixed ^= mixed >> shift
+        mixed *= factor
+    mixed ^= mixed >> _LAST_SHIFT
+    return mixed

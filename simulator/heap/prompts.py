@@ -54,6 +54,8 @@ class Prompts:
         self.cached_tokens = 0
         #: Prompts that are not read whole, by the other worker that will write their answers.
         self._unread_for: Counter[str] = Counter()
+        #: The same as a report has it; None: it changed since.
+        self._told_unread_for: tuple[tuple[WorkerId, int], ...] | None = None
         #: Sealed and not taken.
         self._untaken_count = 0
         self._untaken_blocks = 0
@@ -162,10 +164,14 @@ class Prompts:
         writer = _reader_of(request)
         if writer is not self._worker:
             self._unread_for[writer.worker_id] += change
+            self._told_unread_for = None
 
     def unread_for(self) -> tuple[tuple[WorkerId, int], ...]:
-        """As a live worker reports it."""
-        return tuple(sorted((WorkerId(name), count) for name, count in self._unread_for.items() if count))
+        """As a live worker reports it. The same object until it changes."""
+        if self._told_unread_for is None:
+            unread = [(WorkerId(name), count) for name, count in self._unread_for.items() if count]
+            self._told_unread_for = tuple(sorted(unread))
+        return self._told_unread_for
 
     def _hands_over(self, request: Request) -> bool:
         if request.decode is self._worker or request.output_tokens == 1:
