@@ -606,13 +606,13 @@ def test_prompts_count_for_their_writers_until_they_are_read() -> None:
     side.submit(generate("a", prompt=8))
     side.submit(generate("b", prompt=8))
     side.submit(generate("own", prompt=8), local=True)
-    assert side.queue.unread_for == ((READER.worker_id, 2),)
+    assert dict(side.queue.unread_for) == {READER.worker_id: 2}
     side.queue.candidates(0.0)
     side.step(8, token_id=9)
-    assert side.queue.unread_for == ((READER.worker_id, 1),)
+    assert dict(side.queue.unread_for) == {READER.worker_id: 1}
     side.queue.cancel(key("b"), "test")
     side.queue.cancel(key("own"), "test")
-    assert side.queue.unread_for == ()
+    assert not side.queue.unread_for
 
 
 # --- prefixes from other workers ------------------------------------------------------------------------------------
