@@ -30,6 +30,7 @@ from contracts.errors import (
 )
 from rpc.api import MAX_OPEN_CALLS, CallContext
 from rpc.codec import MAX_BODY_BYTES, Codec, decode_error, encode_error
+from rpc.grpc_listener import GrpcListener
 from rpc.routes import Log, RouteTable, StreamRoute, UnaryRoute, log_to_stdlib
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class GrpcNetwork:
         if self._authorization is None and not _is_loopback(host):
             raise ConfigError(f"cannot listen on {bind} without a cluster token: not a loopback address")
         routes = RouteTable(self._codec, self._log, self._max_open_calls)
-        return GrpcServer(bind, routes, self._authorization, self._codec.max_body_bytes)
+        return GrpcServer(bind, routes, self._authorization, self._codec.max_body_bytes, self._log)
 
     def channel(self, address: str) -> GrpcChannel:
         self._check_loop()
@@ -120,12 +121,11 @@ class GrpcNetwork:
 class GrpcServer:
     """`rpc.Server` over gRPC."""
 
-    def __init__(self, bind: str, routes: RouteTable, authorization: str | None, max_body_bytes: int) -> None:
+    def __init__(self, bind: str, routes: RouteTable, authorization: str | None, max_body_bytes: int, log: Log) -> None:
         self._bind = bind
         self._routes = routes
-        self._server = aio.server(options=_server_options(max_body_bytes))
         self._handlers = _Handlers(bind, routes, authorization)
-        self._server.add_generic_rpc_handlers((self._handlers,))
+        self._listener = GrpcListener(self._handlers, _server_options(max_body_bytes), log)
 
     def register(
         self,
@@ -143,16 +143,12 @@ class GrpcServer:
 
     async def start(self) -> str:
         host, _ = split_address(self._bind)
-        try:
-            port = self._server.add_insecure_port(self._bind)
-        except RuntimeError as error:
-            raise ConfigError(f"cannot listen on {self._bind}: {error}") from error
+        port = await self._listener.start(self._bind)
         self._handlers.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        await self._server.start()
         return self._handlers.address
 
     async def stop(self, grace_s: float) -> None:
-        await self._server.stop(grace_s)
+        await self._listener.stop(grace_s)
 
 
 class _Handlers(grpc.GenericRpcHandler):

@@ -245,8 +245,8 @@ async def test_damaged_calls_fail_with_a_type_and_the_server_lives(
                     outcomes[outcome] = outcomes.get(outcome, 0) + 1
                 assert any(key.startswith(f"{name}: ") and "answered" not in key for key in outcomes), outcomes
         record_property("outcomes", outcomes)
+        assert coordinator.process.poll() is None, (coordinator.process.returncode, processes.output())
         assert await processes.members() == ()
-        assert coordinator.process.poll() is None
         assert "Traceback" not in processes.output()
 
 
