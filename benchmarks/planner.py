@@ -14,8 +14,8 @@ Lengths are those of the published runs (ShareGPT, 900 requests: prompts of up t
 of 185), drawn from 20 quantiles of each, independently; arrivals are Poisson. The published decode fits hold for
 batches below 95; DistServe has others for larger ones, which are not used: larger batches are extrapolated.
 
-`--quick` has an eighth of the requests, no pipelines, and two of the three cases: within a minute. It shows that all of it
-runs; queues hardly grow in so few requests, so its goodputs are too high.
+`--quick` has an eighth of the requests, no pipelines, and two of the three cases: within a minute. It shows that all
+of it runs; queues hardly grow in so few requests, so its goodputs are too high.
 """
 
 from __future__ import annotations
