@@ -228,7 +228,7 @@ def test_a_server_that_dies_in_mid_run_is_counted_and_the_run_ends(tmp_path: Pat
     """Killed: what is open is reset or ended, what comes later is refused."""
     with (
         serving_process("--ttft-ms", "100", "--itl-ms", "10") as base_url,
-        _load(base_url, tmp_path / "out", "--requests", "150", *SHAPE) as command,
+        _load(base_url, tmp_path / "out", "--requests", "400", *SHAPE) as command,
     ):
         _wait_for_requests(base_url, 40)
         _listener(base_url).kill()
@@ -237,7 +237,7 @@ def test_a_server_that_dies_in_mid_run_is_counted_and_the_run_ends(tmp_path: Pat
     assert "Traceback" not in output
     metrics = metrics_of(tmp_path / "out")
     assert errors_of(metrics)["refused"] > 20
-    assert metrics["num_finished"] + sum(errors_of(metrics).values()) == 150
+    assert metrics["num_finished"] + sum(errors_of(metrics).values()) == 400
 
 
 def test_ctrl_c_in_mid_run_prints_and_writes_what_was_measured(tmp_path: Path) -> None:

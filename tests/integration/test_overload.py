@@ -2,7 +2,9 @@
 reason and a time, those accepted keep their targets, and nobody makes it worse by asking again.
 
 The rate is measured here, so that it is too much on any machine; shares of what was in time are bounded with room for
-machines that do other things too.
+machines that do other things too, and leave out the first seconds: until then the coordinator believes what steps took
+on an idle machine, and has to learn from what becomes of those that it accepts. `benchmarks.overload` has all of it in
+figures.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 MAX_TOKENS = 48
 PROMPT_TOKENS = 96
 OVERLOAD = 5.0
-OVERLOAD_S = 20.0
+OVERLOAD_S = 24.0
+#: From the beginning on; twice as long as a request may wait, and more.
+LEARNING_S = 8.0
 #: An idle cluster needs some hundredths of it, on a loaded machine some tenths.
 TTFT_S, TPOT_S = 3.0, 0.3
 #: Of the accepted, and all that a loaded machine may cost.
@@ -197,23 +201,27 @@ async def test_too_many_are_refused_and_the_rest_is_served_in_time(
         capacity = await capacity_per_s(client)
         before_bytes = cluster.resident_bytes()
         visits: list[asyncio.Task[Visit]] = []
+        num_early = 0
         async with asyncio.TaskGroup() as tasks:
             due_s = began_s = time.monotonic()
             while due_s < began_s + OVERLOAD_S:
                 await asyncio.sleep(max(0.0, due_s - time.monotonic()))
                 visits.append(tasks.create_task(visit(client, 1000 + len(visits))))
+                num_early += due_s < began_s + LEARNING_S
                 due_s += rng.expovariate(OVERLOAD * capacity)
             most_bytes = cluster.resident_bytes()
         seen = [each.result() for each in visits]
         refused = [each for each in seen if each.status in (429, 503)]
         accepted = [each for each in seen if each.status == 200]
-        in_time = [each for each in accepted if each.is_whole and each.in_time]
+        later = [each for each in seen[num_early:] if each.status == 200]
+        in_time = [each for each in later if each.is_whole and each.in_time]
         waits_s = sorted(each.headers_s for each in refused)
         figures = {
             "capacity_per_s": round(capacity, 1),
             "offered": len(seen),
             "refused": len(refused),
             "accepted": len(accepted),
+            "accepted_later": len(later),
             "in_time": len(in_time),
             "refusal_p50_ms": round(1e3 * waits_s[len(waits_s) // 2], 1) if waits_s else None,
             "refusal_p99_ms": round(1e3 * waits_s[int(len(waits_s) * 0.99)], 1) if waits_s else None,
@@ -232,7 +240,8 @@ async def test_too_many_are_refused_and_the_rest_is_served_in_time(
         assert refused
         assert accepted
         assert [each for each in accepted if not each.is_whole] == []
-        assert len(in_time) >= LEAST_IN_TIME * len(accepted), figures
+        assert later
+        assert len(in_time) >= LEAST_IN_TIME * len(later), figures
         # What it can do, it does: refusing everybody would be easy.
         assert len(accepted) >= 0.3 * capacity * OVERLOAD_S, figures
         assert most_bytes - before_bytes < MAX_GROWTH_BYTES
