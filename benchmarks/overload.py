@@ -67,17 +67,17 @@ def main() -> None:
     for form, each in sides.items():
         print(f"{form}: refused for {each.reasons or 'nothing'}")
     predicted, none = sides["predicted"], sides["none"]
-    finish(
-        "overload",
-        {
-            "capacity_rps": predicted.capacity_rps,
-            "refused_share": predicted.num_refused / predicted.num_offered,
-            "accepted_in_slo": predicted.num_in_slo / max(1, predicted.num_accepted),
-            "in_slo_over_no_admission": predicted.in_slo_rps / none.in_slo_rps if none.in_slo_rps else float("inf"),
-            "refusal_p50_ms": predicted.refusal_ms(50),
-            "refusal_p99_ms": predicted.refusal_ms(99),
-        },
-    )
+    figures = {
+        "capacity_rps": predicted.capacity_rps,
+        "refused_share": predicted.num_refused / predicted.num_offered,
+        "accepted_in_slo": predicted.num_in_slo / max(1, predicted.num_accepted),
+    }
+    # What there is nothing to say of is left out: JSON has no other word for it.
+    if none.num_in_slo:
+        figures["in_slo_over_no_admission"] = predicted.in_slo_rps / none.in_slo_rps
+    if predicted.num_refused:
+        figures |= {"refusal_p50_ms": predicted.refusal_ms(50), "refusal_p99_ms": predicted.refusal_ms(99)}
+    finish("overload", figures)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

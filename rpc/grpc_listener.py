@@ -1,6 +1,6 @@
 """A gRPC server that goes on listening.
 
-grpcio's asyncio server (1.85 and before) reads the path of a call as UTF-8 in its main loop and does not expect
+grpcio's asyncio server (seen with 1.85) reads the path of a call as UTF-8 in its main loop and does not expect
 anything else: a single call with another byte there ends the loop, before any token is looked at, and with it the
 listener and all calls that are open. The process lives on, deaf. So the loop is watched, and where it ends a new server
 takes its place on the same address; peers connect again by themselves, as after any broken connection.
@@ -92,7 +92,12 @@ class GrpcListener:
             if await self._listens():
                 continue
             self._log(f"a call that gRPC could not read ended the listener on {self._address}: listening anew")
-            await self._replace()
+            try:
+                await self.replace()
+            except Exception as error:
+                # Whatever it is: without this task the process would stay deaf.
+                self._log(f"cannot listen on {self._address}: {error!r}; trying again")
+                self._look.set()
             await asyncio.sleep(_PAUSE_S)
 
     async def _listens(self) -> bool:
@@ -108,17 +113,14 @@ class GrpcListener:
         writer.close()
         return True
 
-    async def _replace(self) -> None:
+    async def replace(self) -> None:
+        """A new server takes the place of the one that ended, on its address. Raises what gRPC raises when it cannot."""
         before, self._server = self._server, self._new_server()
+        # It has ended already, with the error that was told: what is left of it is let go.
         with contextlib.suppress(Exception):
             async with asyncio.timeout(_STOP_TIMEOUT_S):
                 await before.stop(None)
-        try:
-            self._server.add_insecure_port(self._address)
-        except RuntimeError as error:
-            self._log(f"cannot listen on {self._address}: {error}")
-            self._look.set()
-            return
+        self._server.add_insecure_port(self._address)
         await self._begin()
 
 

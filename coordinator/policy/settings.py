@@ -33,7 +33,7 @@ class AdmissionRule:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConductorSettings:
     policy: DispatchPolicyName = "ttft_min"
-    #: See `coordinator.policy.decode_choice`.
+    #: See `coordinator.policy.writing`.
     decode: Literal["spread", "pack"] = "spread"
     #: A prefix is fetched only from a worker that holds more than so many times as much of it.
     fetch_ratio: float = 1.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from unittest.mock import patch
 
 import msgspec
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from contracts.errors import TandemError, WorkerUnavailable
 from contracts.messages import Method
 from rpc import CallContext, GrpcNetwork
+from rpc.grpc_listener import GrpcListener
 
 PATIENCE_S = 30.0
 
@@ -95,3 +97,29 @@ async def test_it_listens_again_after_a_path_that_is_no_text(token: str | None) 
             await network.channel(address).call(PING, Ping(), timeout_s=1.0)
     await network.close()
     assert all(task is asyncio.current_task() or task.done() for task in asyncio.all_tasks())
+
+
+async def test_it_tries_until_it_can_listen_again() -> None:
+    said = list[str]()
+    network = GrpcNetwork(log=said.append)
+    server = network.server("127.0.0.1:0")
+    server.register(PING, _answer)
+    address = await server.start()
+    replace, num_tries = GrpcListener.replace, 0
+
+    async def replace_at_the_third_try(listener: GrpcListener) -> None:
+        nonlocal num_tries
+        num_tries += 1
+        if num_tries < 3:
+            raise RuntimeError("the port is taken")
+        await replace(listener)
+
+    try:
+        with patch.object(GrpcListener, "replace", replace_at_the_third_try):
+            await send(address, call_of(b"/tand\xe5m/test/Ping"))
+            await until_answered(network, address)
+    finally:
+        await server.stop(0.0)
+        await network.close()
+    assert num_tries == 3
+    assert sum("the port is taken" in line for line in said) == 2
