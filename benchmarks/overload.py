@@ -50,9 +50,9 @@ class Effort:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--factor", type=float, default=5.0, help="offered, as a multiple of what can be served")
-    parser.add_argument("--quick", action="store_true", help="6 s of overload instead of 60 s")
+    parser.add_argument("--quick", action="store_true", help="4 s of overload instead of 60 s")
     arguments = parser.parse_args()
-    effort = Effort(num_taught=24, overload_s=6.0) if arguments.quick else Effort(num_taught=200, overload_s=60.0)
+    effort = Effort(num_taught=16, overload_s=4.0) if arguments.quick else Effort(num_taught=200, overload_s=60.0)
     forms: tuple[AdmissionForm, ...] = ("predicted", "none")
     sides = {form: asyncio.run(side(form, effort, arguments.factor)) for form in forms}
     print_table(

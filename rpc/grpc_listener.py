@@ -114,7 +114,7 @@ class GrpcListener:
         return True
 
     async def replace(self) -> None:
-        """A new server takes the place of the one that ended, on its address. Raises what gRPC raises when it cannot."""
+        """A new server takes the place of the one that ended, on its address. Raises what gRPC raises."""
         before, self._server = self._server, self._new_server()
         # It has ended already, with the error that was told: what is left of it is let go.
         with contextlib.suppress(Exception):
