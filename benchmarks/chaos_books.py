@@ -67,7 +67,8 @@ async def close_books(cluster: ClusterProcess, descriptors_before: int) -> Books
 
 
 def worker_processes(cluster: ClusterProcess) -> list[psutil.Process]:
-    return [process for process in cluster.tree() if "cluster.worker_main" in process.cmdline()]
+    mains = {"cluster.worker_main", "cluster.store_main"}
+    return [process for process in cluster.tree() if mains & set(process.cmdline())]
 
 
 async def _look(cluster: ClusterProcess) -> tuple[list[str], int]:

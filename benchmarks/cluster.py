@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -14,8 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from cluster.state_file import read_state
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
+
+    from cluster.state_file import ClusterState
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
@@ -27,6 +30,13 @@ async def running(config: Mapping[str, Any]) -> AsyncGenerator[str]:
 
     Raises RuntimeError with the end of the cluster's output when it does not come up.
     """
+    async with running_state(config) as state:
+        yield state.base_url
+
+
+@contextlib.asynccontextmanager
+async def running_state(config: Mapping[str, Any]) -> AsyncGenerator[ClusterState]:
+    """As `running`, but yields what the cluster tells about itself, its token included."""
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as scratch:
         folder = Path(scratch)
         (folder / "cluster.yaml").write_text(yaml.safe_dump(dict(config)))
@@ -44,22 +54,22 @@ async def running(config: Mapping[str, Any]) -> AsyncGenerator[str]:
             await _stop(process)
 
 
-async def _ready(process: asyncio.subprocess.Process, state: Path, output: Path) -> str:
+async def _ready(process: asyncio.subprocess.Process, state: Path, output: Path) -> ClusterState:
     async with asyncio.timeout(START_TIMEOUT_S):
-        while (base_url := _base_url(state)) is None:
+        while (found := _ready_state(state)) is None:
             if process.returncode is not None:
                 tail = output.read_text()[-4000:]  # noqa: ASYNC240 - the end of the run, nothing else waits
                 raise RuntimeError(f"the cluster ended with {process.returncode}:\n{tail}")
             await asyncio.sleep(0.1)
-    return base_url
+    return found
 
 
-def _base_url(state: Path) -> str | None:
+def _ready_state(state: Path) -> ClusterState | None:
     """What the cluster wrote once it was ready; None before."""
     if not state.exists():
         return None
-    document: dict[str, Any] = json.loads(state.read_text())
-    return str(document["base_url"]) if document["ready"] else None
+    found = read_state(state)
+    return found if found.ready else None
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:

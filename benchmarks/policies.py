@@ -13,6 +13,7 @@ are rounded to 3 s; requests of one time are spread over these.
   the cluster that refused it: how many meet both targets tells how many were refused for nothing.
 - oscillation: the loads of both pools where decode is the bottleneck, by admission that looks at the present decode
   load and by admission that forecasts it.
+- store: `ttft_min` at 100 % where workers have caches of a tenth as much, with a store that all share and without.
 
 Studies run on all cores; events/s are those of one core's time. Of the hour the first 45 minutes are taken; with
 `--quick` 5 of them, 3 loads and smaller samples, too short for queues to grow as long. Without the trace nothing is
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from contracts.config import AdmissionForm, DispatchPolicyName
 
 TRACE = Path("../shared/traces/mooncake_conversation.jsonl")
-PARTS = ("curve", "overload", "oscillation")
+PARTS = ("curve", "overload", "oscillation", "store")
 POLICIES: tuple[DispatchPolicyName, ...] = ("random", "round_robin", "least_loaded", "prefix_only", "ttft_min")
 #: Mooncake (FAST'25): mean TTFT of its scheduling strategies, seconds.
 PAPER_MEAN_TTFT_S = {"random": 19.65, "least_loaded": 5.27, "prefix_only": 3.58, "ttft_min": 3.07}
@@ -237,6 +238,44 @@ OSCILLATION_TPOT_S = 0.06
 WARM_UP = 40
 
 
+# --- the store ------------------------------------------------------------------------------------------
+
+#: What device memory might hold of each worker's prompts, and the store: millions of tokens.
+SMALL_CACHE_M = 0.3
+STORES_M = (0, 3, 100)
+
+
+def store_jobs(at_capacity: Load) -> dict[int, Job]:
+    cache_tokens = round(SMALL_CACHE_M * 1e6)
+    return {
+        size_m: Job(load=at_capacity, prefix_cache_tokens=cache_tokens, store_tokens=size_m * 1_000_000)
+        for size_m in STORES_M
+    }
+
+
+def store(runner: Runner, at_capacity: Load) -> dict[str, float]:
+    jobs = store_jobs(at_capacity)
+    ran = dict(zip(jobs, runner.all(jobs.values()), strict=True))
+    print_table(
+        f"a store for all workers, of which each caches {SMALL_CACHE_M} M tokens itself; ttft_min at 100 %",
+        ["store M tokens", "TTFT mean s", "p90 s", "met both", "cached", "fetched", "prefill busy"],
+        [
+            [
+                size_m,
+                each.mean_ttft_s,
+                each.p90_ttft_s,
+                each.attained[TPOT_TARGET_S],
+                each.cached_share,
+                each.fetched_share,
+                each.prefill_busy,
+            ]
+            for size_m, each in ran.items()
+        ],
+    )
+    figures = {f"store_{size_m}m_mean_ttft_s": each.mean_ttft_s for size_m, each in ran.items()}
+    return figures | {f"store_{size_m}m_cached": each.cached_share for size_m, each in ran.items()}
+
+
 # --- all ------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +297,7 @@ def main() -> None:
         if "oscillation" in parts:
             # The search for the capacity leaves the other cores idle.
             runner.prepare(oscillation_jobs(effort.oscillation_s))
-        if "curve" in parts or "overload" in parts:
+        if {"curve", "overload", "store"} & set(parts):
             speed = figures["capacity_speed"] = capacity(runner, load, effort.tolerance)
             at_capacity = replace(load, speed=speed)
             if "overload" in parts:
@@ -271,6 +310,8 @@ def main() -> None:
                 figures |= overload(runner, at_capacity, effort.num_let_in)
             if "curve" in parts:
                 figures |= curve(runner, at_capacity, effort.loads)
+            if "store" in parts:
+                figures |= store(runner, at_capacity)
         if "oscillation" in parts:
             figures |= oscillation(runner, effort.oscillation_s)
     finish("policies", figures)

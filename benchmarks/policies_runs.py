@@ -82,6 +82,9 @@ class Job:
     load: Load
     policy: DispatchPolicyName = "ttft_min"
     form: AdmissionForm = "none"
+    #: Of each prefill worker, and of a store that all share.
+    prefix_cache_tokens: int = PREFIX_CACHE_TOKENS
+    store_tokens: int = 0
     #: Admission rests on these.
     ttft_target_s: float = TTFT_TARGET_S
     tpot_target_s: float = TPOT_TARGETS_S[1]
@@ -124,7 +127,8 @@ class Ran:
 def study(job: Job) -> StudySpec:
     slo = SloClass("default", job.ttft_target_s * 1e3, job.tpot_target_s * 1e3)
     return StudySpec(
-        groups=_narrow_writing() if job.load.trace is None else _nodes(),
+        groups=_narrow_writing() if job.load.trace is None else _nodes(job.prefix_cache_tokens),
+        store_tokens=job.store_tokens,
         transfer=LINK,
         kv_token_bytes=MODELS[MODEL].kv_token_bytes,
         block_tokens=BLOCK_TOKENS,
@@ -136,7 +140,7 @@ def study(job: Job) -> StudySpec:
     )
 
 
-def _nodes() -> tuple[WorkerGroup, ...]:
+def _nodes(cache_tokens: int) -> tuple[WorkerGroup, ...]:
     """Eight nodes that read and eight that write, with queues in order of arrival as in the paper."""
     num_blocks = kv_blocks_that_fit(
         MODELS[MODEL], DEVICES[DEVICE], block_tokens=BLOCK_TOKENS, tensor_parallel=TENSOR_PARALLEL
@@ -157,7 +161,7 @@ def _nodes() -> tuple[WorkerGroup, ...]:
         )
 
     return (
-        group("prefill", PREFIX_CACHE_TOKENS, StepBudget(max_tokens=4096, max_sequences=256)),
+        group("prefill", cache_tokens, StepBudget(max_tokens=4096, max_sequences=256)),
         group("decode", 0, StepBudget(max_tokens=256, max_sequences=256)),
     )
 

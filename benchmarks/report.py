@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 #: Distributions whose versions can change a figure.
-_DISTRIBUTIONS = ("torch", "transformers", "numpy", "msgspec", "grpcio", "uvloop", "fastapi", "nixl-cu12", "xxhash")
+_DISTRIBUTIONS = (
+    "torch",
+    "transformers",
+    "numpy",
+    "msgspec",
+    "grpcio",
+    "uvloop",
+    "fastapi",
+    "nixl-cu12",
+    "xxhash",
+    "zstandard",
+)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

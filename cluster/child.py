@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
     from cluster.guard import Guard
-    from cluster.launch import Status, WorkerLaunch
+    from cluster.launch import Launch, Status
     from cluster.process_log import ProcessLog
 
 #: After the process is gone, its pipes may be held open by what it started; they get this long.
@@ -35,7 +35,7 @@ _READ_BYTES = 64 * 1024
 class Child:
     """`ended` must be awaited once: it reads the pipes, and returns when the process is gone."""
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str], launch: WorkerLaunch, guard: Guard) -> None:
+    def __init__(self, command: Sequence[str], environ: Mapping[str, str], launch: Launch, guard: Guard) -> None:
         """Raises OSError when there is no such program, or no more processes."""
         self._guard = guard
         self._process = subprocess.Popen(

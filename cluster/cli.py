@@ -11,7 +11,11 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from cluster.cache_commands import cache_app
 from cluster.flags import ConfigFlags, load
+from cluster.operate_commands import add_operate_commands
+from cluster.scale_commands import add_scale_commands
+from cluster.tokens import cluster_token
 from contracts.config_loader import file_schema
 from contracts.errors import ConfigError, TandemError
 
@@ -21,6 +25,9 @@ write answers. Every key of the configuration is also a variable: TANDEM_GATEWAY
 app = App(name="tandem", help=HELP, version=version("tandem-serve"), help_format="plaintext")
 config_app = App(name="config", help="Look at the configuration.")
 app.command(config_app)
+app.command(cache_app)
+add_operate_commands(app)
+add_scale_commands(app)
 # Commands of packages that this one may not import; each is loaded when it is asked for.
 _elsewhere = entry_points(group="tandem.commands")
 for _entry in _elsewhere:
@@ -74,7 +81,7 @@ def coordinator(*, flags: ConfigFlags | None = None, bind: Bind = "127.0.0.1:0",
     """Run a coordinator alone."""
     from cluster.standalone import run_coordinator
 
-    return run_coordinator(load(flags, dict(os.environ)).config, bind, _token(token_file))
+    return run_coordinator(load(flags, dict(os.environ)).config, bind, cluster_token(token_file))
 
 
 @app.command
@@ -82,7 +89,7 @@ def gateway(*, coordinator: Coordinator, flags: ConfigFlags | None = None, token
     """Run a gateway alone."""
     from cluster.standalone import run_gateway
 
-    return run_gateway(load(flags, dict(os.environ)).config, coordinator, _token(token_file))
+    return run_gateway(load(flags, dict(os.environ)).config, coordinator, cluster_token(token_file))
 
 
 @app.command
@@ -97,7 +104,7 @@ def agent(
     """Keep the workers of all pools running on this machine."""
     from cluster.standalone import run_agent
 
-    return run_agent(load(flags, dict(os.environ)).config, coordinator, _token(token_file), runtime_dir, bind)
+    return run_agent(load(flags, dict(os.environ)).config, coordinator, cluster_token(token_file), runtime_dir, bind)
 
 
 @app.command
@@ -115,7 +122,7 @@ def worker(
     from cluster.standalone import become_worker
 
     config = load(flags, dict(os.environ)).config
-    become_worker(config, coordinator, _token(token_file), f"{pool}-{index}", runtime_dir, bind)
+    become_worker(config, coordinator, cluster_token(token_file), f"{pool}-{index}", runtime_dir, bind)
 
 
 @app.command
@@ -136,7 +143,7 @@ def doctor(
     if state_file is not None:
         return checks.audit_from_state(state_file)
     if coordinator is not None:
-        return checks.audit(coordinator, _token(token_file))
+        return checks.audit(coordinator, cluster_token(token_file))
     return checks.check_machine(load(flags, dict(os.environ)).config)
 
 
@@ -223,18 +230,3 @@ def _load_commands() -> None:
     """The list of commands tells what each does, so that those of other packages must be there."""
     for entry in _elsewhere:
         app[entry.name]  # pyright: ignore[reportUnusedExpression]
-
-
-def _token(file: Path | None) -> str:
-    if file is None:
-        token = os.environ.get("TANDEM_CLUSTER_TOKEN", "")
-        if not token:
-            raise ConfigError("no cluster token: set TANDEM_CLUSTER_TOKEN or give --token-file")
-        return token
-    try:
-        token = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"token file {file}: cannot be read: {error}") from error
-    if not token:
-        raise ConfigError(f"token file {file}: it is empty")
-    return token

@@ -92,11 +92,14 @@ async def _audit(coordinator_address: str, token: str) -> list[Finding]:
     links = [finding for member in members for finding in _links(member)]
     suspects = [member.info.worker_id for member in members if member.state == "suspect"]
     late = f", not heard of for a while: {', '.join(suspects)}" if suspects else ""
-    return [Finding(verdict, f"coordinator {coordinator_address}", f"{len(members)} workers{late}"), *found, *links]
+    num_stores = sum(member.info.role == "store" for member in members)
+    stores = f", {num_stores} store{'s' if num_stores > 1 else ''}" if num_stores else ""
+    present = f"{len(members) - num_stores} workers{stores}{late}"
+    return [Finding(verdict, f"coordinator {coordinator_address}", present), *found, *links]
 
 
 def _links(member: Member) -> list[Finding]:
-    """What this worker measured of each way to each worker that hands it prompts."""
+    """What this worker, or store, measured of each way to each that hands it KV."""
     found: list[Finding] = []
     links = () if member.transfers is None else member.transfers.links
     for link in links:
@@ -161,7 +164,7 @@ def _check_compiler() -> Finding:
 
 
 def _check_cores(config: ClusterConfig) -> Finding:
-    cores, workers = allowed_cores(), sum(pool.workers for pool in config.pools)
+    cores, workers = allowed_cores(), sum(pool.max_workers for pool in config.pools)
     detail = f"{len(cores)} for {workers} workers"
     if workers > len(cores):
         return Finding("note", "cores", f"{detail}: they share, each with one thread")
@@ -195,9 +198,11 @@ def _check_transports(config: ClusterConfig) -> list[Finding]:
 
 
 def _check_memory(config: ClusterConfig) -> Finding:
-    wanted = sum(pool.workers * pool.kv_memory for pool in config.pools)
+    wanted = sum(pool.max_workers * pool.kv_memory for pool in config.pools)
+    wanted += config.store.dram or 0
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    detail = f"KV pools want {wanted / 2**30:.1f} GiB of {total / 2**30:.1f} GiB"
+    what = "KV pools want" if config.store.dram is None else "KV pools and the store want"
+    detail = f"{what} {wanted / 2**30:.1f} GiB of {total / 2**30:.1f} GiB"
     return Finding("ok" if wanted < total else "fail", "memory", detail)
 
 

@@ -8,13 +8,15 @@ stdout; its log goes to stderr.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
 from contracts.errors import ConfigError
 from contracts.ids import Incarnation, WorkerId
 from contracts.messages import Role
+
+LaunchT = TypeVar("LaunchT", bound=msgspec.Struct)
 
 #: A launch line; also what a pipe takes without blocking on Linux.
 MAX_LAUNCH_BYTES = 64 * 1024
@@ -85,6 +87,43 @@ class WorkerLaunch(msgspec.Struct, frozen=True, kw_only=True):
     runtime_dir: str
     #: Process whose death ends this one at once; None: nobody's.
     parent_pid: int | None
+    #: Names the machine.
+    node: str = ""
+
+
+class SsdOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The `store.ssd` section of the configuration."""
+
+    path: str
+    size_bytes: int
+    codec: Literal["raw", "int8", "int4", "auto"]
+    direct: bool
+
+
+class StoreLaunch(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything one life of a machine's store needs to know. Which KV it keeps, it learns from the first worker that
+    serves the same model."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+    role: Literal["store"] = "store"
+    coordinator_address: str
+    cluster_token: str
+    model_name: str
+    dram_bytes: int
+    ssd: SsdOptions | None
+    policy: Literal["lru", "lfu_aged", "s3_fifo", "cost_aware", "scheduler_aware"]
+    bind: str
+    transport: Literal["auto", "shm", "ucx", "collective"]
+    transfer: TransferOptions
+    runtime_dir: str
+    parent_pid: int | None
+    node: str
+    #: It floats over all cores: what it does is copying, and waiting for disks.
+    cores: tuple[int, ...] = ()
+
+
+Launch = WorkerLaunch | StoreLaunch
 
 
 class Loading(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="loading"):
@@ -105,6 +144,12 @@ class Alive(msgspec.Struct, frozen=True, tag_field="event", tag="alive"):
     """The event loop of a ready worker runs. Told every `SIGN_OF_LIFE_S`."""
 
 
+class Serves(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="serves"):
+    """The worker has another role than it was started with, and would begin its next life with."""
+
+    role: Role
+
+
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="failed"):
     """The last line of a worker that cannot go on. `error` is a code of contracts.errors."""
 
@@ -112,20 +157,30 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="
     message: str
 
 
-Status = Loading | Ready | Alive | Failed
+Status = Loading | Ready | Alive | Serves | Failed
 
 _LAUNCH_DECODER = msgspec.json.Decoder(WorkerLaunch)
+_STORE_DECODER = msgspec.json.Decoder(StoreLaunch)
 _STATUS_DECODER: msgspec.json.Decoder[Status] = msgspec.json.Decoder(Status)
 
 
-def encode_line(message: WorkerLaunch | Status) -> bytes:
+def encode_line(message: Launch | Status) -> bytes:
     return msgspec.json.encode(message) + b"\n"
 
 
 def decode_launch(line: bytes) -> WorkerLaunch:
     """Raises ConfigError, without the line's content: it holds the token."""
+    return _decode(_LAUNCH_DECODER, line)
+
+
+def decode_store_launch(line: bytes) -> StoreLaunch:
+    """As `decode_launch`."""
+    return _decode(_STORE_DECODER, line)
+
+
+def _decode(decoder: msgspec.json.Decoder[LaunchT], line: bytes) -> LaunchT:
     try:
-        return _LAUNCH_DECODER.decode(line)
+        return decoder.decode(line)
     except msgspec.MsgspecError as error:
         raise ConfigError(f"the launch document on stdin is not usable: {error}") from error
 

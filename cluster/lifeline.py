@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import select
 import signal
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cluster.launch import WorkerLaunch
+    from cluster.launch import Launch
 
 _PR_SET_PDEATHSIG = 1
 
@@ -29,12 +30,19 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
-def settle(launch: WorkerLaunch) -> None:
+def settle(launch: Launch) -> None:
     """First thing in a worker's life, before torch is imported: threads inherit the cores set here."""
     if launch.parent_pid is not None:
         die_with_parent(launch.parent_pid)
     if launch.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, launch.cores)
+
+
+def is_at_end_of_file(fd: int) -> bool:
+    """Whether the other end of the pipe `fd` is closed by now, seen or not."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return any(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
 
 
 async def wait_for_end_of_file(fd: int) -> None:

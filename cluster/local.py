@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from cluster.agent_service import agent_service
 from cluster.node_agent import NodeAgent, WorkerPlan
 from cluster.parent_log import structured
-from cluster.plan import Site, plan_launches, worker_environ
+from cluster.plan import Site, node_name, plan_launches, plan_store, worker_environ, worker_slots
 from cluster.process_log import ProcessLog
 from cluster.progress import ProgressLines, settled, starting_line, why_hopeless
 from cluster.services import base_url, check_servable, coordinator_service, gateway_service, gateway_settings
@@ -118,8 +119,13 @@ class LocalCluster:
                 problem=worker.problem,
             )
             for worker in self._agent.workers()
+            if worker.is_wanted or worker.pid is not None
         )
-        ready = all(worker.state == State.READY.value for worker in workers)
+        # A store that was given up is missed by nobody: what it would have kept is computed.
+        ready = all(
+            worker.state == State.READY.value or (worker.role == "store" and worker.state == State.GIVEN_UP.value)
+            for worker in workers
+        )
         self._state = msgspec.structs.replace(self._state, workers=workers, ready=ready)
         for path in self._state_files:
             try:
@@ -173,6 +179,7 @@ async def local_cluster(
             bind=LOOPBACK,
             parent_pid=os.getpid(),
             allowed_cores=allowed_cores(),
+            node=node_name(config),
         )
         agent = NodeAgent(
             worker_plans(config, site),
@@ -182,8 +189,11 @@ async def local_cluster(
             clock=clock,
             say=say,
         )
-        say(starting_line(model_name, [worker.role for worker in agent.workers()]))
+        say(starting_line(model_name, [worker.role for worker in agent.workers() if worker.is_wanted]))
         await stack.enter_async_context(agent)
+        await stack.enter_async_context(
+            agent_service(agent, site, network, LOOPBACK, first_incarnation(clock), _line_writer(log))
+        )
         logger = structured(log, say)
         await stack.enter_async_context(gateway_service(settings, source.folder, network, clock, address, sock, logger))
         files = [runtime_dir / STATE_FILE, *([state_file] if state_file else [])]
@@ -216,14 +226,21 @@ def first_incarnation(clock: Clock) -> Incarnation:
 
 def worker_plans(config: ClusterConfig, site: Site) -> list[WorkerPlan]:
     """What a node agent starts. Raises ConfigError."""
-    return [
+    plans = [
         WorkerPlan(
             launch=launch,
             command=(sys.executable, "-m", "cluster.worker_main"),
             environ=worker_environ(os.environ, launch.threads),
+            pool=pool.name,
+            starts=index < pool.initial_workers,
         )
-        for launch in plan_launches(config, site)
+        for launch, (pool, index) in zip(plan_launches(config, site), worker_slots(config), strict=True)
     ]
+    store = plan_store(config, site)
+    if store is not None:
+        command = (sys.executable, "-m", "cluster.store_main")
+        plans.append(WorkerPlan(launch=store, command=command, environ=worker_environ(os.environ, threads=1)))
+    return plans
 
 
 def allowed_cores() -> tuple[int, ...]:

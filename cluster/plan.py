@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.cores import CoreDemand, CoreShare, assign_cores
-from cluster.launch import QueueOptions, TransferOptions, WorkerLaunch
+from cluster.launch import QueueOptions, SsdOptions, StoreLaunch, TransferOptions, WorkerLaunch
 from contracts.errors import ConfigError
 from contracts.ids import Incarnation, WorkerId
 
@@ -31,11 +34,18 @@ class Site:
     parent_pid: int | None
     #: Cores this process may run on, ascending.
     allowed_cores: tuple[int, ...]
+    #: Names this machine.
+    node: str = "node"
+
+
+def worker_slots(config: ClusterConfig) -> list[tuple[PoolConfig, int]]:
+    """All workers that pools may have, by pool and number in it."""
+    return [(pool, index) for pool in config.pools for index in range(pool.max_workers)]
 
 
 def plan_launches(config: ClusterConfig, site: Site) -> list[WorkerLaunch]:
-    """One launch for each worker of each pool, in the order of the pools. Raises ConfigError."""
-    pools = [(pool, index) for pool in config.pools for index in range(pool.workers)]
+    """One launch for each of `worker_slots`: each has its cores, whether the others run or not. Raises ConfigError."""
+    pools = worker_slots(config)
     for pool in config.pools:
         _check_cores(pool, site.allowed_cores)
     demands = [CoreDemand(cores=pool.cores, threads=pool.threads) for pool, _ in pools]
@@ -44,6 +54,39 @@ def plan_launches(config: ClusterConfig, site: Site) -> list[WorkerLaunch]:
         _launch(config, site, pool, WorkerId(f"{pool.name}-{index}"), share)
         for (pool, index), share in zip(pools, shares, strict=True)
     ]
+
+
+def plan_store(config: ClusterConfig, site: Site) -> StoreLaunch | None:
+    """The machine's store; None where the configuration has none."""
+    store = config.store
+    if store.dram is None:
+        return None
+    ssd = store.ssd
+    options = None
+    if ssd.path is not None:
+        path = str(Path(ssd.path).expanduser())
+        options = SsdOptions(path=path, size_bytes=ssd.size, codec=ssd.codec, direct=ssd.direct)
+    return StoreLaunch(
+        worker_id=WorkerId(f"store-{site.node}"),
+        incarnation=Incarnation(0),
+        coordinator_address=site.coordinator_address,
+        cluster_token=site.cluster_token,
+        model_name=site.model_name,
+        dram_bytes=store.dram,
+        ssd=options,
+        policy=store.policy,
+        bind=site.bind,
+        transport=config.transport,
+        transfer=transfer_options(config),
+        runtime_dir=site.runtime_dir,
+        parent_pid=site.parent_pid,
+        node=site.node,
+    )
+
+
+def node_name(config: ClusterConfig) -> str:
+    """How this machine is called: as configured, or its host name."""
+    return config.node or re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().lower()).strip("-")[:40] or "node"
 
 
 def worker_environ(environ: Mapping[str, str], threads: int) -> dict[str, str]:
@@ -122,4 +165,5 @@ def _launch(config: ClusterConfig, site: Site, pool: PoolConfig, worker_id: Work
         transfer=transfer_options(config),
         runtime_dir=site.runtime_dir,
         parent_pid=site.parent_pid,
+        node=site.node,
     )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import uvloop
 
+from cluster.child_main import SWITCH_INTERVAL_S
 from cluster.cores import CoreDemand, CoreShare, assign_cores
 from cluster.disk import LiveDisk
 from cluster.link_check import measure_transports
@@ -28,7 +29,6 @@ from cluster.model_source import resolve_model
 from cluster.plan import transfer_options, worker_environ
 from cluster.serve import say
 from cluster.serving_profile import cluster_to_measure, measure_answers, others_cpu_s, overheads, report_lines
-from cluster.worker_main import SWITCH_INTERVAL_S
 from contracts.errors import ConfigError
 from contracts.profile import LatencyProfile, save_profile
 from contracts.transfer_models import LinkTransfer
@@ -132,7 +132,7 @@ def _share(config: ClusterConfig, threads: int | None) -> CoreShare:
     cores = allowed_cores()
     if threads is None:
         demands = [
-            CoreDemand(cores=pool.cores, threads=pool.threads) for pool in config.pools for _ in range(pool.workers)
+            CoreDemand(cores=pool.cores, threads=pool.threads) for pool in config.pools for _ in range(pool.max_workers)
         ]
         return assign_cores(cores, demands)[0]
     if not 1 <= threads <= len(cores):

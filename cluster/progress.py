@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cluster.launch import Loading
     from cluster.node_agent import WorkerStatus
     from contracts.ids import WorkerId
-    from contracts.messages import Role
+    from contracts.messages import MemberRole
 
 #: How often a growing fraction of one stage is told.
 INTERVAL_S = 1.0
@@ -46,26 +46,31 @@ def _loading_text(loading: Loading) -> str:
     return f"loading {loading.what} {loading.fraction:.0%}"
 
 
-def starting_line(model_name: str, roles: Sequence[Role]) -> str:
-    """'starting demo: 1 prefill worker, 2 decode workers'."""
+def starting_line(model_name: str, roles: Sequence[MemberRole]) -> str:
+    """'starting demo: 1 prefill worker, 2 decode workers, 1 store'."""
     counts = Counter(roles)
-    parts = (f"{count} {role} worker{'s' if count > 1 else ''}" for role, count in counts.items())
+    names = {role: "store" if role == "store" else f"{role} worker" for role in counts}
+    parts = (f"{count} {names[role]}{'s' if count > 1 else ''}" for role, count in counts.items())
     return f"starting {model_name}: {', '.join(parts)}"
 
 
-def can_serve(roles: Sequence[Role]) -> bool:
-    """Whether workers of these roles can finish a request together."""
+def can_serve(roles: Sequence[MemberRole]) -> bool:
+    """Whether workers of these roles can finish a request together. A store takes no part in that."""
     return "mixed" in roles or {"prefill", "decode"} <= set(roles)
 
 
 def settled(workers: Sequence[WorkerStatus]) -> bool:
-    """Every worker is ready or given up: waiting longer brings nothing."""
-    return all(worker.state in (State.READY, State.GIVEN_UP) for worker in workers)
+    """Every worker that should run is ready or given up: waiting longer brings nothing."""
+    return all(worker.state in (State.READY, State.GIVEN_UP) for worker in workers if worker.is_wanted)
 
 
 def why_hopeless(workers: Sequence[WorkerStatus]) -> str | None:
-    """Set when the workers that are not given up could not finish a request: says who is missing and why."""
-    if can_serve([worker.role for worker in workers if worker.state is not State.GIVEN_UP]):
+    """Set when the workers could finish a request together, but for those that are given up: says who is missing and
+    why. Not where some were never started, or stopped on purpose."""
+    wanted = [worker for worker in workers if worker.is_wanted]
+    if can_serve([worker.role for worker in wanted if worker.state is not State.GIVEN_UP]):
+        return None
+    if not can_serve([worker.role for worker in wanted]):
         return None
     lost = [f"{w.worker_id} ({w.role}): {w.problem}" for w in workers if w.state is State.GIVEN_UP]
     return "the remaining workers cannot serve; given up were " + "; ".join(lost)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from contracts.config import ClusterConfig
     from coordinator.conductor import Conductor
     from coordinator.costs import CostSource
-    from coordinator.replan_terms import Ask
+    from coordinator.replan_terms import Ask, Split
     from coordinator.replanner import Planner
     from coordinator.split_question import SplitQuestion
     from workload.slo import SloClass
@@ -33,9 +33,10 @@ async def replanning(
     log: Callable[[str], None],
     *,
     planner: Planner | None = None,
+    apply: Callable[[Split], None] | None = None,
 ) -> AsyncGenerator[Replanner | None]:
     """Yields what is to hear of decisions; None where replanning is off. `planner`: None for one in a process of its
-    own."""
+    own. `apply` begins to carry a split out."""
     if config.coordinator.replan.mode == "off":
         yield None
         return
@@ -65,6 +66,7 @@ async def replanning(
         question=question,
         planner=planner or ChildPlanner(),
         tell=log,
+        apply=apply,
     )
     async with replanner:
         yield replanner

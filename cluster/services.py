@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.autoscaling import autoscaler, split_applier
 from cluster.decision_file import DecisionFile
+from cluster.rebalancing import rebalance_settings
 from cluster.replanning import replanning
 from contracts.errors import ConfigError
 from contracts.ids import GatewayId
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
     from contracts.config import ClusterConfig
     from contracts.messages import DispatchItem
     from coordinator.decision import Chosen, Refused
+    from coordinator.replan_terms import Split
     from coordinator.replanner import Replanner
+    from coordinator.split_applier import SplitApplier
     from rpc import Network
 
     OnDecision = Callable[[DispatchItem, Chosen | Refused, float], None]
@@ -73,9 +77,16 @@ async def coordinator_service(
         settings=conductor_settings(config),
         rng=random.Random(),
     )
+    appliers: list[SplitApplier] = []
+
+    def apply(split: Split) -> None:
+        for each in appliers:
+            each.apply(split)
+
     async with (
         _decision_log(config, conductor, costs, clock, log) as write_decision,
-        replanning(config, conductor, costs, slo_classes(config), clock, log) as replanner,
+        replanning(config, conductor, costs, slo_classes(config), clock, log, apply=apply) as replanner,
+        AsyncExitStack() as stack,
     ):
         shell = CoordinatorShell(
             clock,
@@ -84,16 +95,24 @@ async def coordinator_service(
             on_decision=_hearing(write_decision, replanner),
             on_transfers=costs.observe_transfers,
             on_gone=costs.forget_links,
+            network=network,
+            rebalancing=rebalance_settings(config),
+            bandwidth=costs.bandwidth_bytes_s,
             log=log,
         )
         shell.figures.replanning = None if replanner is None else replanner.figures
         server = network.server(bind)
         shell.register_on(server)
-        async with shell:
-            try:
-                yield await server.start()
-            finally:
-                await server.stop(COORDINATOR_GRACE_S)
+        await stack.enter_async_context(shell)
+        if config.coordinator.replan.mode == "apply" and (applier := split_applier(shell, clock, log)) is not None:
+            appliers.append(await stack.enter_async_context(applier))
+        if (scaler := autoscaler(config, shell, clock, log)) is not None:
+            scaler.register_on(server)
+            await stack.enter_async_context(scaler)
+        try:
+            yield await server.start()
+        finally:
+            await server.stop(COORDINATOR_GRACE_S)
 
 
 def _hearing(write_decision: OnDecision | None, replanner: Replanner | None) -> OnDecision | None:
@@ -158,7 +177,9 @@ def conductor_settings(config: ClusterConfig) -> ConductorSettings:
         policy=dispatch.policy,
         decode=dispatch.decode,
         fetch_ratio=dispatch.fetch_ratio,
+        replica_share=dispatch.replica_share,
         local_prefill_tokens=dispatch.local_prefill_tokens,
+        headroom_tokens=dict(config.coordinator.migration.headroom_tokens),
         queue_order=config.engine.queue.order,
         unhurried_s=UNHURRIED_AGEINGS * config.engine.queue.ageing_s,
         priority_s=config.engine.queue.ageing_s,
@@ -216,6 +237,7 @@ def gateway_settings(config: ClusterConfig, folder: Path, model_name: str) -> Ga
         ),
         slos=slo_classes(config),
         default_slo_class=config.default_slo_class,
+        kv_class="lossy" if config.store.lossy else "exact",
         allow_unauthenticated=gateway.allow_unauthenticated,
         strict_fields=gateway.strict_fields,
         max_body_bytes=gateway.max_body,

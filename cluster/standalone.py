@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 import uvloop
 
+from cluster.agent_service import agent_service
 from cluster.launch import MAX_LAUNCH_BYTES, encode_line
 from cluster.local import allowed_cores, first_incarnation, log_folder, supervision_limits, worker_plans
 from cluster.model_source import resolve_model
 from cluster.node_agent import NodeAgent
 from cluster.parent_log import structured
-from cluster.plan import Site, plan_launches, worker_environ
+from cluster.plan import Site, node_name, plan_launches, worker_environ
 from cluster.process_log import StreamLog
 from cluster.progress import ProgressLines
 from cluster.serve import EXIT_LOST, EXIT_OK, StopSignals, first_of, say
@@ -99,10 +100,17 @@ def run_agent(config: ClusterConfig, coordinator_address: str, token: str, runti
             clock=clock,
             say=say,
         )
-        with StopSignals() as signals:
-            async with agent:
-                signals.install(agent.kill_all)
-                return await _keep(agent, signals.wanted, clock)
+        network = GrpcNetwork(token=token, log=say)
+        async with AsyncExitStack() as stack:
+            signals = stack.enter_context(StopSignals())
+            stack.push_async_callback(network.close)
+            await stack.enter_async_context(agent)
+            signals.install(agent.kill_all)
+            own_bind = f"{bind.rpartition(':')[0]}:0"
+            await stack.enter_async_context(
+                agent_service(agent, site, network, own_bind, first_incarnation(clock), say)
+            )
+            return await _keep(agent, signals.wanted, clock)
 
     return uvloop.run(live())
 
@@ -114,7 +122,9 @@ async def _keep(agent: NodeAgent, stop_wanted: asyncio.Event, clock: Clock) -> i
         workers = agent.workers()
         for line in progress.update(workers, clock.now_s()):
             say(line)
-        if all(worker.state is State.GIVEN_UP for worker in workers):
+        if all(worker.state is State.GIVEN_UP for worker in workers if worker.is_wanted) and any(
+            worker.is_wanted for worker in workers
+        ):
             print("tandem: every worker was given up", file=sys.stderr, flush=True)
             return EXIT_LOST
         await first_of(stop_wanted, agent.changed)
@@ -136,6 +146,7 @@ def _site(
         bind=bind,
         parent_pid=parent_pid,
         allowed_cores=allowed_cores(),
+        node=node_name(config),
     )
 
 

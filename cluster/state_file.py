@@ -13,7 +13,7 @@ import msgspec
 
 from contracts.errors import ConfigError
 from contracts.ids import Incarnation, WorkerId
-from contracts.messages import Role
+from contracts.messages import MemberRole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ STATE_FILE = "state.json"
 
 class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: WorkerId
-    role: Role
+    role: MemberRole
     #: A value of `cluster.supervision.State`.
     state: str
     incarnation: Incarnation

@@ -3,7 +3,8 @@
 `NodeAgent` feeds it events with the time and carries out its instructions. A worker that dies before it ever
 was ready, several times in a row, is given up: the cause will not go away by itself. One that was ready and
 crashed is restarted for ever, after a delay that doubles up to a limit and starts anew once it has lived
-through `stable_s`. Each life has a larger incarnation than the one before.
+through `stable_s`. Each life has a larger incarnation than the one before. A life that ends because somebody asked for
+the next one has not crashed.
 
 A ready worker tells that it is alive every half second; one that is silent for `hang_timeout_s` hangs, and is
 killed: what is frozen cannot be asked to leave, and while it exists its transfers do not end. Time in which this
@@ -60,7 +61,7 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    pass
+    """It is to run. Nothing happens to one that does, or is about to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +85,19 @@ class DeadlineReached:
 
 @dataclass(frozen=True, slots=True)
 class StopWanted:
-    pass
+    """It is to end, and to stay so until the next Start."""
 
 
-Event = Start | Told | Exited | DeadlineReached | StopWanted
+@dataclass(frozen=True, slots=True)
+class RestartWanted:
+    """Its next life is to begin, at once; nothing happens where the present or last one is another than `life`."""
+
+    life: Incarnation
+    #: Of a program that was never seen to start here: it may be given up again.
+    is_other_build: bool = False
+
+
+Event = Start | Told | Exited | DeadlineReached | StopWanted | RestartWanted
 
 # --- instructions -----------------------------------------------------------------------------------
 
@@ -142,8 +152,13 @@ class Supervision:
         self._pauses = PauseWatch(LONGEST_GAP_S)
         #: The Failed status of the present life.
         self._last_words: Failed | None = None
-        #: Once set, every end is final.
+        #: The present life is the last one, until the next Start.
         self._stop_wanted = False
+        #: The present life ends because it was asked to, and the next one follows at once.
+        self._renewing = False
+        self._spawned_s = 0.0
+        #: What the last start took, from the process to its being ready; None: never seen.
+        self.start_s: float | None = None
 
     def __repr__(self) -> str:
         failed = f"{self._failed_starts} failed starts"
@@ -153,14 +168,18 @@ class Supervision:
     def ended(self) -> bool:
         return self.state in (State.STOPPED, State.GIVEN_UP)
 
+    @property
+    def is_idle(self) -> bool:
+        """There is no process, and none is due."""
+        return self.ended or self.state is State.NEW
+
     def handle(self, event: Event, now_s: float) -> list[Instruction]:
         paused_s = self._pauses.look(now_s)
         if self.state is State.READY and self.deadline_s is not None:
             self.deadline_s += paused_s
         match event:
             case Start():
-                assert self.state is State.NEW, f"{self!r} started twice"
-                return self._spawn(now_s)
+                return self._start(now_s)
             case Told(status):
                 return self._told(status, now_s)
             case Exited(how):
@@ -169,8 +188,44 @@ class Supervision:
                 return self._deadline_reached(now_s)
             case StopWanted():
                 return self._stop(now_s)
+            case RestartWanted(life, is_other_build):
+                if life != self.incarnation:
+                    return []
+                self._proven = self._proven and not is_other_build
+                return self._renew(now_s)
+
+    def age_s(self, now_s: float) -> float | None:
+        """Of the present process; None while there is none."""
+        return now_s - self._spawned_s if self.state in (State.STARTING, State.READY, State.ENDING) else None
+
+    def _start(self, now_s: float) -> list[Instruction]:
+        if self.state is State.NEW or self.ended:
+            # Whoever asks again has done something about why it was given up.
+            self._stop_wanted, self._failed_starts, self._crashes, self.problem = False, 0, 0, None
+            return self._spawn(now_s)
+        if self._stop_wanted:
+            # It is on its way out, and comes back.
+            self._stop_wanted, self._renewing = False, True
+        return []
+
+    def _renew(self, now_s: float) -> list[Instruction]:
+        if self._stop_wanted or self._renewing:
+            return []
+        match self.state:
+            case State.STARTING | State.READY:
+                self._renewing = True
+                self.state, self.deadline_s = State.ENDING, now_s + self._limits.stop_timeout_s
+                return [Terminate()]
+            case State.ENDING:
+                self._renewing = True
+                return []
+            case State.RESTARTING:
+                return self._spawn(now_s)
+            case State.NEW | State.STOPPED | State.GIVEN_UP:
+                return self._start(now_s)
 
     def _spawn(self, now_s: float) -> list[Instruction]:
+        self._spawned_s, self._renewing = now_s, False
         self.incarnation = Incarnation(self.incarnation + 1)
         self.state = State.STARTING
         self.deadline_s = now_s + self._limits.start_timeout_s
@@ -185,6 +240,7 @@ class Supervision:
         elif self.state is State.STARTING and isinstance(status, Ready):
             self.state, self.deadline_s = State.READY, now_s + self._limits.hang_timeout_s
             self.address, self._ready_s = status.address, now_s
+            self.start_s = now_s - self._spawned_s
             self._failed_starts, self._proven = 0, True
             return [Report(f"ready at {status.address}")]
         elif self.state is State.STARTING and isinstance(status, Loading):
@@ -198,6 +254,8 @@ class Supervision:
         if self._stop_wanted:
             self.state, self.deadline_s = State.STOPPED, None
             return []
+        if self._renewing:
+            return [Report("restarts, as it was asked to"), *self._spawn(now_s)]
         self.problem = self._last_words.message if self._last_words is not None else how
         if was_ready:
             return self._crashed(how, now_s)
@@ -250,9 +308,11 @@ class Supervision:
     def _stop(self, now_s: float) -> list[Instruction]:
         if self._stop_wanted or self.ended:
             return []
-        self._stop_wanted = True
+        self._stop_wanted, self._renewing = True, False
         if self.state in (State.NEW, State.RESTARTING):
             self.state, self.deadline_s = State.STOPPED, None
+            return []
+        if self.state is State.ENDING:
             return []
         self.state, self.deadline_s = State.ENDING, now_s + self._limits.stop_timeout_s
         return [Terminate()]

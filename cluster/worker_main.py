@@ -10,111 +10,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
-import signal
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-import uvloop
-
-from cluster.launch import (
-    MAX_LAUNCH_BYTES,
-    SIGN_OF_LIFE_S,
-    Alive,
-    Failed,
-    Loading,
-    Ready,
-    Status,
-    WorkerLaunch,
-    decode_launch,
-    encode_line,
-)
-from cluster.lifeline import settle, wait_for_end_of_file
-from contracts.errors import ConfigError, TandemError, WorkerUnavailable
+from cluster.build import build_name
+from cluster.child_main import log, run_child, tell, tell_alive, tell_if_room
+from cluster.launch import Failed, Loading, Ready, Serves, WorkerLaunch, decode_launch
+from contracts.errors import ConfigError, WorkerUnavailable
 from contracts.messages import WorkerInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cluster.child_main import Departure
     from contracts.clock import Clock
     from engine.executor import LiveEngine
     from worker import WorkerShell
 
-#: How long a busy thread may keep the interpreter from one that wants it. Every kernel call lets it go, and the
-#: engine's thread would wait the default of 5 ms for it to come back whenever the loop is busy.
-SWITCH_INTERVAL_S = 0.0005
 #: Calls in flight when a worker is told to stop get this long to end.
 STOP_GRACE_S = 1.0
+#: Told to end by somebody else than its node agent, a worker drains for so long: it is gone within 10 s.
+DRAIN_S = 7.0
 #: When a worker's life is over, the kernel gets this long to take its last words.
 EXIT_DELAY_S = 0.2
 #: Exit status of such a worker.
 EXIT_LIFE_OVER = 3
 
 
-def log(line: str) -> None:
-    """One line to stderr, which the node agent collects. A full disk or a gone reader ends no worker."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-
-
-def tell(status: Status) -> None:
-    """One status line to the node agent. When it does not read any more, the life-line says so too."""
-    with contextlib.suppress(OSError):
-        sys.stdout.buffer.write(encode_line(status))
-        sys.stdout.buffer.flush()
-
-
-def tell_if_room(status: Status) -> None:
-    """As `tell`, but never waits: a status that nobody takes is dropped. For a running event loop."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), select.POLLOUT)
-    if any(events & select.POLLOUT for _, events in poll.poll(0)):
-        tell(status)
-
-
 def main() -> int:
-    launch: WorkerLaunch | None = None
-    try:
-        launch = decode_launch(sys.stdin.buffer.readline(MAX_LAUNCH_BYTES))
-        settle(launch)
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        uvloop.run(_live(launch))
-    except TandemError as error:
-        tell(Failed(error=error.code, message=error.message))
-        log(f"{launch.worker_id if launch else 'worker'}: {error.message}")
-        return 1
-    return 0
+    return run_child("worker", decode_launch, _serve)
 
 
-async def _live(launch: WorkerLaunch) -> None:
-    """Serves until the parent goes away or asks it to stop."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signal_number, stop.set)
-    serving = asyncio.create_task(_serve(launch), name="serve")
-    enders = [
-        asyncio.create_task(stop.wait(), name="stop-signal"),
-        asyncio.create_task(wait_for_end_of_file(sys.stdin.fileno()), name="life-line"),
-    ]
-    await asyncio.wait([serving, *enders], return_when=asyncio.FIRST_COMPLETED)
-    for task in (serving, *enders):
-        task.cancel()
-    await asyncio.wait([serving, *enders])
-    if not serving.cancelled() and (error := serving.exception()) is not None:
-        raise _single(error)
-
-
-def _single(error: BaseException) -> BaseException:
-    """The first error of a group: a worker ends with one reason."""
-    if isinstance(error, BaseExceptionGroup):
-        group = cast("BaseExceptionGroup[BaseException]", error)
-        return _single(group.exceptions[0])
-    return error
-
-
-async def _serve(launch: WorkerLaunch) -> None:
+async def _serve(launch: WorkerLaunch, departure: Departure) -> None:
     # torch comes in with these: imported here, after the cores are taken.
     from cluster.transports import TransportSite, build_transports
     from engine.compose import StepBudget
@@ -123,6 +52,7 @@ async def _serve(launch: WorkerLaunch) -> None:
     from prefill.ordering import QueueRules
     from rpc import GrpcNetwork, LiveClock
     from worker import WorkerLimits, WorkerShell
+    from worker.retiring import retire
 
     clock = LiveClock()
     tell(Loading(what="torch"))
@@ -186,23 +116,27 @@ async def _serve(launch: WorkerLaunch) -> None:
             ),
             pool=pools[0],
             checksum=launch.transfer.checksum,
+            on_role=lambda role: tell_if_room(Serves(role=role)),
             log=log,
         )
         shell.register_on(server)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_run(shell, clock), name="shell")
             await shell.registered.wait()
+            departure.prepare = partial(
+                retire,
+                shell.standing,
+                reason="it was told to end",
+                within_s=DRAIN_S,
+                network=network,
+                coordinator_address=launch.coordinator_address,
+                clock=clock,
+                log=log,
+            )
             tell(Ready(address=info.address))
             if launch.parent_pid is not None:
-                tasks.create_task(_tell_alive(clock), name="signs-of-life")
+                tasks.create_task(tell_alive(clock), name="signs-of-life")
             log(f"{info.worker_id}: ready at {info.address}, {info.total_blocks} blocks, {info.device}")
-
-
-async def _tell_alive(clock: Clock) -> None:
-    """From the event loop: a loop that is stuck tells nothing, and the node agent ends it."""
-    while True:
-        await clock.sleep(SIGN_OF_LIFE_S)
-        tell_if_room(Alive())
 
 
 async def _run(shell: WorkerShell, clock: Clock) -> None:
@@ -233,6 +167,8 @@ def _info(launch: WorkerLaunch, engine: LiveEngine, address: str) -> WorkerInfo:
         handoff_blocks=PrefillLimits().handoff_blocks(engine.num_blocks),
         pid=os.getpid(),
         device=engine.description,
+        node=launch.node,
+        build=build_name(),
     )
 
 

@@ -15,8 +15,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SecretStr,
+    Tag,
     WithJsonSchema,
     field_serializer,
     model_validator,
@@ -120,6 +122,81 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class WorkerRange(_Section):
+    """How many workers a pool has, where that follows the load: see docs/scaling.md."""
+
+    initial: Annotated[int, Field(ge=0, le=256)] | None = None
+    """At the start; default: `min`."""
+
+    min: Annotated[int, Field(ge=0, le=256)] = 1
+    """At least; 0: the pool may be empty, and wakes for the first request."""
+
+    max: Annotated[int, Field(ge=1, le=256)] = 1
+    """At most."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) must be at most max ({self.max})")
+        if self.initial is not None and not self.min <= self.initial <= self.max:
+            raise ValueError(f"initial ({self.initial}) must be from min ({self.min}) to max ({self.max})")
+        return self
+
+
+def _kind_of_workers(value: object) -> str:
+    """Written like the other parts of a location that are no keys."""
+    return "(range)" if isinstance(value, dict | WorkerRange) else "(count)"
+
+
+class ScaleConfig(_Section):
+    """When a pool grows and shrinks between `workers.min` and `workers.max`: see docs/scaling.md."""
+
+    target_attainment: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Share of its requests that should meet the target that depends on this pool: that of TTFT where prompts are read,
+    of TPOT where answers are written."""
+
+    queue_delay_s: DurationS | None = None
+    """What a prompt may wait to be begun; default: half of the shortest TTFT target, 1 s without targets."""
+
+    freeness_low: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    """Tokens by which each answer should be able to grow, on average over the pool: with less it grows."""
+
+    freeness_high: PositiveFigure = 60.0
+    """With no more than this it does not shrink."""
+
+    cooldown_s: DurationS = 60.0
+    """After any change, before the pool shrinks."""
+
+    cooldown_up_s: DurationS = 10.0
+    """After any change, before it grows."""
+
+    max_step_up: Count = 4
+    """Workers that are added at once, at most."""
+
+    max_step_down: Count = 1
+    """Workers that are removed at once, at most."""
+
+    to_zero_after_s: DurationS | None = None
+    """Without a request for so long the last worker goes; needs `workers.min` 0. Default: it stays."""
+
+    flip: bool = True
+    """A worker that another pool can spare changes its role where that is faster than a start."""
+
+    window_s: DurationS = 60.0
+    """Load must have been low for so long before the pool shrinks; attainment is judged over it."""
+
+    recover_s: DurationS = 15.0
+    """Within which a queue that is too long is to be worked off: the shorter, the more workers are added for it."""
+
+    @model_validator(mode="after")
+    def _band_is_one(self) -> ScaleConfig:
+        if self.freeness_low >= self.freeness_high:
+            raise ValueError(
+                f"freeness_low ({self.freeness_low:g}) must be below freeness_high ({self.freeness_high:g})"
+            )
+        return self
+
+
 class PoolConfig(_Section):
     """Workers of one role and model."""
 
@@ -129,8 +206,13 @@ class PoolConfig(_Section):
     role: Role
     """What its workers do: read prompts, write answers, or both in one process."""
 
-    workers: Annotated[int, Field(ge=1, le=256)] = 1
-    """How many worker processes."""
+    workers: Annotated[
+        Annotated[int, Field(ge=1, le=256), Tag("(count)")] | Annotated[WorkerRange, Tag("(range)")],
+        Discriminator(_kind_of_workers),
+    ] = 1
+    """How many worker processes; or a section of `initial`, `min` and `max`: then they follow the load."""
+
+    scale: ScaleConfig = ScaleConfig()
 
     kv_memory: SizeBytes = 2**29
     """Memory of each worker's paged KV pool, for example 2GiB."""
@@ -159,6 +241,35 @@ class PoolConfig(_Section):
     pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     """Devices that take turns at the layers of one worker. Plans may name more than 1; serving it is refused for
     now."""
+
+    @property
+    def initial_workers(self) -> int:
+        """At the start."""
+        if isinstance(self.workers, int):
+            return self.workers
+        return self.workers.min if self.workers.initial is None else self.workers.initial
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @property
+    def is_scaled(self) -> bool:
+        """Its number of workers follows the load."""
+        return self.min_workers < self.max_workers
+
+    @model_validator(mode="after")
+    def _may_be_empty(self) -> PoolConfig:
+        if self.scale.to_zero_after_s is not None and self.min_workers > 0:
+            raise ValueError(
+                f"scale.to_zero_after_s ({self.scale.to_zero_after_s:g}) needs workers.min 0, and it is "
+                f"{self.min_workers}: write workers: {{min: 0, max: {self.max_workers}}}"
+            )
+        return self
 
     @field_serializer("kv_memory", when_used="json")
     def _size_with_unit(self, size_bytes: int) -> str:
@@ -270,7 +381,7 @@ class TransferConfig(_Section):
         return None if size_bytes is None else format_size(size_bytes)
 
 
-DispatchPolicyName = Literal["random", "round_robin", "least_loaded", "prefix_only", "ttft_min"]
+DispatchPolicyName = Literal["random", "round_robin", "least_loaded", "freeness", "prefix_only", "ttft_min"]
 AdmissionForm = Literal["none", "current", "predicted"]
 
 
@@ -286,7 +397,12 @@ class DispatchConfig(_Section):
     request's target, so that others stay free."""
 
     fetch_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.5
-    """A prefix is copied from another worker only where that one holds more than so many times as much of it."""
+    """What another worker that reads prompts holds of a prefix is copied from it only where that is more than so many
+    times as much. Stores, and decode workers, need only hold more."""
+
+    replica_share: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Of a prefill worker's KV memory: what it may copy within a minute of what other prefill workers hold. So hot
+    prefixes spread, and pools do not fill with copies. 0: nothing."""
 
     local_prefill_tokens: Annotated[int, Field(ge=0)] = 0
     """Prompts with at most so many uncached tokens may be read by the worker that writes their answer, where that is
@@ -363,8 +479,8 @@ class ReplanConfig(_Section):
     """What happens when the workload is no longer the one that was planned for."""
 
     mode: Literal["off", "propose", "apply"] = "propose"
-    """`propose` logs a better split of the workers; `apply` carries it out where workers can change roles, which they
-    cannot yet: it logs the split too, and says so."""
+    """`propose` logs a better split of the workers; `apply` carries it out too: workers change their roles, one after
+    the other."""
 
     window_s: DurationS = 600.0
     """What is observed to be compared with the plan."""
@@ -373,6 +489,116 @@ class ReplanConfig(_Section):
     """Relative change of rate, prompt or answer length that counts as drift."""
 
     expected: ExpectedWorkload = ExpectedWorkload()
+
+
+class AutoscaleConfig(_Section):
+    """Growing and shrinking of the pools whose `workers` is a section: see docs/scaling.md."""
+
+    mode: Literal["off", "propose", "apply"] = "apply"
+    """`propose` logs what it would do, and why; `apply` does it."""
+
+    interval_s: DurationS = 2.0
+    """How often it looks."""
+
+    start_s: DurationS = 20.0
+    """How long a worker is taken to start until one was seen to."""
+
+    flip_s: DurationS = 5.0
+    """The same for a change of role."""
+
+
+class LendConfig(_Section):
+    """Workers that help the other phase while the load has shifted, and go home again: see docs/scaling.md."""
+
+    mode: Literal["off", "propose", "apply"] = "off"
+    """`propose` logs what it would do, and why; `apply` does it."""
+
+    lend_as: Literal["mixed", "other"] = "mixed"
+    """What a lent worker does: both phases, or the other one alone."""
+
+    queue_delay_high_s: DurationS = 1.0
+    """A worker is borrowed for reading where even the shortest queue of prompts is longer."""
+
+    queue_delay_low_s: DurationS = 0.25
+    """It goes home where the queues are shorter than this without it."""
+
+    memory_high: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """A worker is borrowed for writing where even the emptiest uses more of its KV memory."""
+
+    memory_low: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """It goes home where less is used without it."""
+
+    min_stay_s: DurationS = 20.0
+    """Between two changes of one worker's role, at least."""
+
+    @model_validator(mode="after")
+    def _gaps_are_there(self) -> LendConfig:
+        for low, high in (("queue_delay_low_s", "queue_delay_high_s"), ("memory_low", "memory_high")):
+            if getattr(self, low) >= getattr(self, high):
+                raise ValueError(f"{low} ({getattr(self, low):g}) must be below {high} ({getattr(self, high):g})")
+        return self
+
+
+MovePurpose = Literal["memory", "priority", "defragment", "balance", "prompts"]
+_MOVE_PURPOSES: tuple[MovePurpose, ...] = ("memory", "priority", "defragment", "balance", "prompts")
+
+
+def _word_of_switch(value: object) -> object:
+    """YAML reads a bare on or off as true or false."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+MovedPriority = Annotated[int, Field(ge=-6, le=6)]
+
+
+class MigrationConfig(_Section):
+    """When requests move from one worker to another, while they go on: see docs/rebalancing.md."""
+
+    mode: Annotated[Literal["off", "drain_only", "on"], BeforeValidator(_word_of_switch)] = "on"
+    """`drain_only`: only away from workers that drain. `off`: not even these; a drain then waits for what runs."""
+
+    purposes: tuple[MovePurpose, ...] = _MOVE_PURPOSES
+    """What for, besides draining. `memory`: answers that lost their blocks, or are about to; `priority`: low ones away
+    from high ones that lack their headroom; `defragment`: room for the first in line; `balance`: from full workers to
+    empty ones; `prompts`: waiting prompts to where they are read sooner."""
+
+    interval_s: DurationS = 0.2
+    """How often it is looked."""
+
+    low_tokens: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 128.0
+    """A worker gives answers away where each of them has room for fewer more tokens than this (its freeness)."""
+
+    high_tokens: PositiveFigure = 512.0
+    """A worker may be given answers where each of its own has room for more."""
+
+    headroom_tokens: dict[MovedPriority, Annotated[int, Field(ge=0)]] = {1: 1600}
+    """Kept free on a worker while answers of this priority, or of one up to the next here, run there; by priority.
+    Never more than half of its memory."""
+
+    max_moving: Count = 1
+    """Answers that a worker gives away, and is given, at a time."""
+
+    max_moving_draining: Count = 4
+    """The same of a worker that drains."""
+
+    max_moving_total: Count = 32
+    """Of all workers."""
+
+    cooldown_s: DurationS = 10.0
+    """After a move from one worker to another none goes the other way for so long, unless memory runs out."""
+
+    prompt_gain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
+    """What a waiting prompt must be predicted to gain elsewhere."""
+
+    @model_validator(mode="after")
+    def _can_rest(self) -> MigrationConfig:
+        if not self.low_tokens < self.high_tokens:
+            raise ValueError(f"low_tokens ({self.low_tokens:g}) must be below high_tokens ({self.high_tokens:g})")
+        if self.max_moving > self.max_moving_draining:
+            raise ValueError(
+                f"max_moving ({self.max_moving}) must be at most max_moving_draining ({self.max_moving_draining})"
+            )
+        return self
 
 
 class CoordinatorConfig(_Section):
@@ -391,6 +617,9 @@ class CoordinatorConfig(_Section):
     dispatch: DispatchConfig = DispatchConfig()
     admission: AdmissionConfig = AdmissionConfig()
     replan: ReplanConfig = ReplanConfig()
+    migration: MigrationConfig = MigrationConfig()
+    autoscale: AutoscaleConfig = AutoscaleConfig()
+    lend: LendConfig = LendConfig()
 
     max_directory_blocks: Annotated[int, Field(ge=1, le=100_000_000)] = 16_000_000
     """Blocks of prefix caches that are kept track of; further ones are not, and count as not there."""
@@ -466,6 +695,58 @@ class SupervisorConfig(_Section):
         return self
 
 
+CodecName = Literal["raw", "int8", "int4", "auto"]
+EvictionPolicyName = Literal["lru", "lfu_aged", "s3_fifo", "cost_aware", "scheduler_aware"]
+
+
+class SsdConfig(_Section):
+    """Part of the store that outlasts a restart of everything."""
+
+    path: str | None = None
+    """Folder of the block files, for example ~/.cache/tandem/kv; made where missing, readable for this user alone.
+    None: host memory only."""
+
+    size: SizeBytes = 20 * 2**30
+    """What they take at most."""
+
+    codec: CodecName = "raw"
+    """How blocks of the lossy class are kept: `int8`, `int4` (with zstd), or `auto`: whichever is read fastest at the
+    bandwidth of this disk. Blocks of the exact class are always kept as they are."""
+
+    direct: bool = True
+    """Read and write past the page cache where the file system can."""
+
+    @field_serializer("size", when_used="json")
+    def _size_with_unit(self, size_bytes: int) -> str:
+        return format_size(size_bytes)
+
+
+class StoreConfig(_Section):
+    """KV between requests, for all workers of a machine: it outlasts the workers that computed it."""
+
+    dram: SizeBytes | None = 2**30
+    """Host memory of each machine's store, for example 4GiB, taken as it fills. None: there is no store, KV stays in
+    the workers' own pools alone."""
+
+    ssd: SsdConfig = SsdConfig()
+
+    policy: EvictionPolicyName = "cost_aware"
+    """What is given up first where there is no room."""
+
+    lossy: bool = False
+    """Requests may go on from KV that went through a lossy codec, unless they ask for exact KV."""
+
+    @model_validator(mode="after")
+    def _disk_needs_memory(self) -> StoreConfig:
+        if self.dram is None and self.ssd.path is not None:
+            raise ValueError("ssd.path without dram: what is kept on disk passes through the store's host memory")
+        return self
+
+    @field_serializer("dram", when_used="json")
+    def _size_with_unit(self, size_bytes: int | None) -> str | None:
+        return None if size_bytes is None else format_size(size_bytes)
+
+
 DEFAULT_POOLS = (PoolConfig(name="prefill", role="prefill"), PoolConfig(name="decode", role="decode"))
 
 
@@ -495,6 +776,8 @@ class ClusterConfig(_Section):
 
     transfer: TransferConfig = TransferConfig()
 
+    store: StoreConfig = StoreConfig()
+
     slo: dict[Label, SloTargets] = {}
     """Targets by SLO class, for example {interactive: {ttft_ms: 300, tpot_ms: 50}}. Requests name a class with
     `slo_class`."""
@@ -506,6 +789,9 @@ class ClusterConfig(_Section):
     coordinator: CoordinatorConfig = CoordinatorConfig()
     engine: EngineConfig = EngineConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
+
+    node: PoolName | None = None
+    """Name of this machine, different from those of the cluster's others; default: its host name."""
 
     log_dir: str | None = None
     """Folder for the workers' logs; the default is a temporary one that goes when all ended well."""

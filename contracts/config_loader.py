@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ENV_PREFIX = "TANDEM_"
 
 #: Variables of this prefix that are not configuration keys.
-RESERVED_ENV = frozenset({"TANDEM_CLUSTER_TOKEN", "TANDEM_CONFIG"})
+RESERVED_ENV = frozenset({"TANDEM_API_KEY", "TANDEM_CLUSTER_TOKEN", "TANDEM_CONFIG"})
 
 #: Largest configuration file that is read.
 MAX_FILE_BYTES = 1 << 20

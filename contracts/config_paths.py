@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr
 
@@ -46,7 +46,10 @@ def kind_of(section: type[BaseModel], field: str) -> Kind:
         return Many(cast("type[BaseModel]", parts[0]), "position")
     if get_origin(annotation) is dict and _is_section(parts[1]):
         return Many(cast("type[BaseModel]", parts[1]), "label")
-    return cast("type[BaseModel]", annotation) if _is_section(annotation) else None
+    if _is_section(annotation):
+        return cast("type[BaseModel]", annotation)
+    # A value that may be written as a section too.
+    return next((cast("type[BaseModel]", each) for each in map(_bare, parts) if _is_section(each)), None)
 
 
 def kind_at(path: KeyPath) -> Kind:
@@ -112,6 +115,11 @@ def name_of(elements: object, index: int) -> str:
 def did_you_mean(wanted: str, known: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(wanted, known, n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; known are {', '.join(known) or 'none'}"
+
+
+def _bare(annotation: object) -> object:
+    """Without what is said about it."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _is_section(annotation: object) -> bool:

@@ -6,11 +6,16 @@ on its own monotonic clock. Who calls whom:
 
     gateway      -> coordinator   Dispatch, Members
     worker       -> coordinator   Register, Heartbeat, BlockEvents, Deregister
-    gateway      -> worker        Prefill, Cancel, Frames (server stream)
+    gateway      -> worker        Prefill, Cancel, Grant, Frames (server stream)
+    coordinator  -> worker        Migrate
+    worker       -> worker        Yield, TakeOver (moves of requests)
     prefill side -> decode side   Handoff (the offer), Progress
     decode side  -> prefill side  Confirm, Renew, Ack
-    prefill side -> prefill side  Fetch (a prefix), Confirm, Renew, Ack
+    prefill side -> any worker    Fetch (a prefix), Confirm, Renew, Ack
     operator     -> worker        Audit
+
+What goes to and from stores stands in `contracts.store_messages`, what is about who runs where in
+`contracts.control_messages`.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from contracts.ids import (
     Generation,
     Incarnation,
     LeaseId,
+    OwnerEpoch,
     RequestId,
     WorkerId,
 )
@@ -33,6 +39,8 @@ from contracts.layout import KvIdentity
 from contracts.requests import Frame, GenerateRequest, TokenDelta
 
 Role = Literal["prefill", "decode", "mixed"]
+#: A store keeps KV between requests and computes nothing: see `contracts.store_messages`.
+MemberRole = Role | Literal["store"]
 
 RequestT = TypeVar("RequestT", bound=msgspec.Struct)
 ReplyT = TypeVar("ReplyT", bound=msgspec.Struct)
@@ -67,7 +75,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     worker_id: WorkerId
     incarnation: Incarnation
-    role: Role
+    role: MemberRole
     #: rpc address, e.g. "127.0.0.1:41234".
     address: str
     model: str
@@ -83,6 +91,10 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0
     #: e.g. "cpu-avx2, 1 thread, cores 0": for people.
     device: str = ""
+    #: Names the machine: its workers use the store that is there.
+    node: str = ""
+    #: Version of the program that it runs, and of its protocol: for people. Who may exchange KV, `identity` says.
+    build: str = ""
 
 
 class AnswerTally(msgspec.Struct, frozen=True, array_like=True):
@@ -90,6 +102,15 @@ class AnswerTally(msgspec.Struct, frozen=True, array_like=True):
 
     answers: int
     output_tokens: int
+
+
+class PriorityUse(msgspec.Struct, frozen=True, array_like=True):
+    """Answers of one priority (see `contracts.requests.counted_priority`) that run at a worker."""
+
+    priority: int
+    answers: int
+    #: KV blocks that they hold.
+    blocks: int
 
 
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -123,6 +144,23 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     quarantined_blocks: int = 0
     #: Age of the engine step in progress; 0 when idle. For people: the worker itself judges it.
     step_age_s: float = 0.0
+    #: It takes no new request.
+    draining: bool = False
+    #: Requests and leases (granted, and taken) that are not over: none of either where a drain has ended.
+    open_requests: int = 0
+    open_leases: int = 0
+    #: KV blocks that the first of those that wait for some would take, and what all of them would.
+    head_demand_blocks: int = 0
+    queued_demand_blocks: int = 0
+    #: Answers that are written here, by priority, rising.
+    priorities: tuple[PriorityUse, ...] = ()
+    #: Answers here that lost their blocks, and wait for them.
+    preempted_answers: int = 0
+    #: Prompts here that nobody has begun to read.
+    waiting_prompts: int = 0
+    #: Requests that are on their way from here to another worker, and to here.
+    moving_out: int = 0
+    moving_in: int = 0
 
     @property
     def available_blocks(self) -> int:
@@ -394,6 +432,18 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     state: Literal["up", "suspect"] = "up"
 
 
+class PoolFigures(msgspec.Struct, frozen=True, array_like=True):
+    """Of a pool that follows the load."""
+
+    pool: str
+    #: Workers that it is to have, that are ready to stay, and that are coming.
+    wanted: int
+    ready: int
+    coming: int
+    #: Looks at it, by the word for what was decided.
+    decisions_total: dict[str, int]
+
+
 class CoordinatorFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a coordinator counted since its start, and what it holds now: for metrics."""
 
@@ -418,6 +468,15 @@ class CoordinatorFigures(msgspec.Struct, frozen=True, kw_only=True, omit_default
     proposed_split: str = ""
     #: By SLO class: how much of its TTFT target predictions may reach, besides `ttft_share`.
     ttft_margins: dict[str, float] = {}
+    #: Requests that workers were asked to move, by purpose; of these those whose move was begun, those that the worker
+    #: did not begin, those of which it did not tell.
+    moves_asked_total: dict[str, int] = {}
+    moves_begun_total: dict[str, int] = {}
+    moves_refused_total: dict[str, int] = {}
+    moves_failed_total: dict[str, int] = {}
+    #: How often a worker that should have given requests away was not asked to, by why.
+    moves_withheld_total: dict[str, int] = {}
+    pools: tuple[PoolFigures, ...] = ()
 
 
 class MembersReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -445,8 +504,11 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class RequestKey(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """One ownership of a request: a worker that it comes back to later has it under another key."""
+
     request_id: RequestId
     attempt: Attempt
+    owner_epoch: OwnerEpoch = OwnerEpoch(1)
 
 
 class CancelRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -461,6 +523,100 @@ class FramesRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     gateway_id: GatewayId
     target: Incarnation
+
+
+# --- requests that move -----------------------------------------------------------------------------
+
+#: How a request moves: its KV, or its tokens that are read again; "auto": whichever is predicted to be less work. The
+#: others are for comparison: it stops first, and all of it is copied, or read again, while nothing is written.
+MoveMode = Literal["auto", "kv", "tokens", "stop_and_copy", "stop_and_read"]
+
+
+class MigrateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Moves requests of this worker to another one, while they go on. Answered at once.
+
+    Raises StaleIncarnation. Idempotent as far as requests that are moving already are left alone.
+    """
+
+    target: Incarnation
+    destination: Peer
+    #: These; empty: the worker chooses: preempted answers, then prompts that wait, then answers that run, of these the
+    #: lowest priority and among them the shortest first.
+    request_ids: tuple[RequestId, ...] = ()
+    max_requests: int = 1
+    #: Those that wait here (for their prompts to be read, or preempted) may be chosen too.
+    waiting: bool = True
+    #: Of prompts that wait, whether the first in line goes, for it is in the way; else the last.
+    first_in_line: bool = False
+    #: Those that run may be.
+    running: bool = True
+    #: Of what is chosen: only priorities of at most this one; None: any.
+    max_priority: int | None = None
+    mode: MoveMode = "auto"
+    #: From here to there, as measured; None: not known.
+    bandwidth_bytes_per_s: float | None = None
+    reason: str = ""
+
+
+class MigrateReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    started: tuple[RequestKey, ...]
+    #: Why not more, in words.
+    reason: str = ""
+
+
+class YieldRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The destination of a move has all but what the source wrote lately, and asks it to stop there. Answered once no
+    step computes the request any more. Idempotent.
+
+    Raises NotFound (the request is not on its way from here, or has ended here), StaleIncarnation.
+    """
+
+    target: Incarnation
+    #: The source's.
+    key: RequestKey
+
+
+class YieldReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    #: Output tokens since the move was offered; where KV moves they come with the lease's seal, too.
+    delta: TokenDelta | None = None
+
+
+class TakeOverRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Moves a request by its tokens: the receiver reads them again. Answered at once, and not repeated.
+
+    Raises NoCapacity, NotReady (draining, or on its way there already), BadRequest (can never fit), StaleIncarnation.
+    """
+
+    target: Incarnation
+    #: With the owner epoch that the receiver is to claim, and all tokens so far.
+    request: GenerateRequest
+    move: Move
+    #: The source has stopped already: there is nothing to yield.
+    final: bool = False
+    #: A prompt that nobody has begun to read, to be handed to this worker when it is; None: an answer.
+    decode: Peer | None = None
+
+
+class ClaimVerdict(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who the gateway lets go on."""
+
+    #: With the owner epoch that was claimed.
+    key: RequestKey
+    granted: bool
+    #: Output tokens that the client has: those from here on are to be sent, also such as were written elsewhere.
+    next_index: int = 0
+    #: Why not.
+    reason: str = ""
+
+
+class GrantRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Answers claims. Who is granted a request that it does not have (any more) says so, as of one that is lost.
+    Raises StaleIncarnation."""
+
+    target: Incarnation
+    #: Whose requests these are.
+    gateway_id: GatewayId
+    verdicts: tuple[ClaimVerdict, ...]
 
 
 # --- the leased pull --------------------------------------------------------------------------------
@@ -516,35 +672,54 @@ class LeaseTerms(msgspec.Struct, frozen=True, kw_only=True):
     progress: ProgressRequest | None = None
 
 
-class HandoffRequest(msgspec.Struct, frozen=True, kw_only=True):
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """What makes a handoff a migration: the request is written on by `source` until the reader asks for the rest, and
+    is the reader's once the gateway has granted its claim."""
+
+    source: Peer
+    #: Under which the source has it; the request itself carries the owner epoch that the reader is to claim.
+    key: RequestKey
+
+
+class HandoffRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Offer: a prompt's KV, still growing, and the request to continue.
 
     Answered at once. Raises NoCapacity (the holder may ask again), IncompatiblePeer, StaleIncarnation,
-    BadRequest (can never fit). Idempotent by lease id.
+    BadRequest (can never fit), NotReady (draining; only a move). Idempotent by lease id.
     """
 
     target: Incarnation
     terms: LeaseTerms
     request: GenerateRequest
+    #: None: a prompt's first handoff.
+    move: Move | None = None
 
 
-class FetchRequest(msgspec.Struct, frozen=True, kw_only=True):
+class FetchRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Asks a worker for the blocks with these keys, whole keys of leading blocks of one prompt, to copy them.
 
-    Idempotent by `fetch_id`, which the asker makes. Raises StaleIncarnation, IncompatiblePeer, NoCapacity.
+    Idempotent by `fetch_id`, which the asker makes. Raises StaleIncarnation, IncompatiblePeer, NoCapacity, BadRequest.
+    Asked once more with `taken` when the reader has taken terms that are not sealed: news of a lease must not overtake
+    the answer that it came with.
     """
 
     target: Incarnation
     fetch_id: str
     reader: Peer
     identity: KvIdentity
-    #: 32 bytes each, in order.
+    #: 32 bytes each, in order; all different.
     keys: tuple[bytes, ...]
+    #: Position of the first of them in its prompt.
+    first_block: int = 0
+    taken: bool = False
 
 
 class FetchReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    #: A sealed lease over the leading blocks that the holder has; None: it has not even the first.
+    #: A lease over the leading blocks that the holder has; None: it has not even the first. A worker's is sealed at
+    #: once, a store's when the last of them has come from its disk, maybe with fewer of them.
     terms: LeaseTerms | None = None
+    #: Where they stood, by tier (`contracts.store_messages.Tier`).
+    tier_blocks: dict[str, int] = {}
 
 
 class DescribeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -629,6 +804,10 @@ MEMBERS = Method("coordinator/Members", Empty, MembersReply)
 
 PREFILL = Method("worker/Prefill", PrefillRequest, Empty)
 CANCEL = Method("worker/Cancel", CancelRequest, Empty)
+GRANT = Method("worker/Grant", GrantRequest, Empty)
+MIGRATE = Method("worker/Migrate", MigrateRequest, MigrateReply)
+YIELD = Method("worker/Yield", YieldRequest, YieldReply)
+TAKE_OVER = Method("worker/TakeOver", TakeOverRequest, Empty)
 AUDIT = Method("worker/Audit", Empty, AuditReply)
 FRAMES = StreamMethod("worker/Frames", FramesRequest, Frame)
 

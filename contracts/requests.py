@@ -28,6 +28,10 @@ def counted_priority(priority: int) -> int:
     return max(-MOST_PRIORITY, min(priority, MOST_PRIORITY))
 
 
+#: Whether KV is what the model computed, to the bit, or may have gone through a lossy codec. Never mixed.
+KvClass = Literal["exact", "lossy"]
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen. Already validated by the gateway; workers trust the ranges.
 
@@ -86,6 +90,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     tenant: str = ""
     #: Prompts share blocks only where it is equal.
     cache_salt: str = ""
+    #: "lossy": it may go on from KV that went through a lossy codec, and shares blocks with its like alone.
+    kv_class: KvClass = "exact"
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -114,6 +120,9 @@ class PhaseTimes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     fetch_s: float | None = None
     #: Prompt tokens that were not computed, for their KV stood in the prefix cache or was fetched.
     cached_tokens: int | None = None
+    #: Of these, by where they stood when they were looked for (`contracts.store_messages.Tier`), "peer" for the pool of
+    #: another worker; empty where none were cached.
+    cached_by_tier: dict[str, int] = {}
     #: That start to the first token sampled.
     prefill_s: float | None = None
     #: Offer received by the decode worker to its blocks adopted.
@@ -141,6 +150,23 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     phases: PhaseTimes | None = None
 
 
+class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A worker is ready to go on with a request that another one had: it asks the gateway to be its owner.
+
+    Granted to the first that claims this epoch, if it is the next one and the attempt the present one; repeated until
+    answered (`contracts.messages.GRANT`). Until then the claimer writes nothing.
+    """
+
+    request_id: RequestId
+    attempt: Attempt
+    #: The claimed one: one more than that of the present owner.
+    owner_epoch: OwnerEpoch
+    #: Output tokens that the claimer knows of: it goes on with the next.
+    num_outputs: int
+    #: It takes the request's prompt, which nobody has begun to read; else its answer.
+    reads: bool = False
+
+
 class Frame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Everything one engine step wrote for one gateway. An empty frame is a sign of life."""
 
@@ -149,3 +175,5 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: 0, 1, 2, … within one stream: a gap is a bug.
     sequence_number: int
     deltas: tuple[TokenDelta, ...] = ()
+    #: Made after these.
+    claims: tuple[Claim, ...] = ()

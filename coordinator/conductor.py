@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from contracts.requests import counted_priority
+from coordinator.costs import costs_of
 from coordinator.decision import Refused
 from coordinator.directory.directory import Directory
 from coordinator.fleet import Fleet
@@ -20,8 +21,9 @@ from coordinator.policy.admission import Limits, admit, limits_of
 from coordinator.policy.outlook import Decoding
 from coordinator.policy.policies import POLICIES
 from coordinator.policy.question import Question
-from coordinator.policy.reading import Link
 from coordinator.policy.settings import AdmissionRule, ConductorSettings, DispatchLimits
+from coordinator.policy.sources import Link
+from coordinator.policy.virtual_usage import UsageRules
 from coordinator.policy.words import placement, rejection
 
 if TYPE_CHECKING:
@@ -106,7 +108,10 @@ class Conductor:
         self._rank_targets_s = _rank_targets(slos.values(), settings)
         longest_target_s = max((slo.ttft_ms / 1e3 for slo in slos.values()), default=0.0)
         self.fleet = Fleet(
-            settings.booking_grace_s, num_ranks=len(self._rank_targets_s) + 1, longest_wait_s=longest_target_s
+            settings.booking_grace_s,
+            num_ranks=len(self._rank_targets_s) + 1,
+            longest_wait_s=longest_target_s,
+            usage=UsageRules(headroom_tokens=settings.headroom_tokens),
         )
         self.directory = Directory(settings.max_directory_blocks, seed=rng.getrandbits(64))
         self.margins = Margins(settings.admission, slos)
@@ -122,7 +127,7 @@ class Conductor:
     def add(self, info: WorkerInfo, now_s: float) -> None:
         """A worker without load, whose cache holds nothing. Raises ValueError when it is here already."""
         number = self.directory.free_number()
-        self.fleet.add(info, now_s, number=number, costs=self._costs.of(info))
+        self.fleet.add(info, now_s, number=number, costs=costs_of(info, self._costs))
         self.directory.add_worker(number)
 
     def remove(self, worker_id: WorkerId) -> None:
@@ -138,10 +143,9 @@ class Conductor:
     def report(self, worker_id: WorkerId, load: WorkerLoad, now_s: float, fit: LatencyFit | None = None) -> None:
         """A worker's own figures, as of now. Times of calls must not go backwards. Raises KeyError."""
         row = self.fleet.row_of(worker_id)
-        if fit is not None:
-            info = self.fleet.info_at(row)
-            if self._costs.observe(info, fit):
-                self.fleet.set_costs(row, self._costs.of(info))
+        info = self.fleet.info_at(row)
+        if fit is not None and info.role != "store" and self._costs.observe(info, fit):
+            self.fleet.set_costs(row, costs_of(info, self._costs))
         self.fleet.report(row, load, now_s)
 
     # --- requests ---------------------------------------------------------------------------------
@@ -167,13 +171,14 @@ class Conductor:
         limits = None if slo is None else limits_of(slo, rule, self.margins.of(slo.name), was_refused=was_refused)
         held, lengths = self._held(item, match)
         if held is not None and not outlook.knows_reading:
-            self._note_read(item, held, lengths[-1])
+            self._note_read(item, held * view.can_read)
         question = Question(
             item=item,
             now_s=now_s,
             answer_tokens=self.fleet.answer_lengths.expected(item.prompt_tokens, item.max_tokens),
             held=held,
             held_lengths=lengths,
+            is_kept=held is not None and bool(np.count_nonzero(held * view.keeps)),
             rank=self._rank_of(item, slo),
             tpot_limit_s=None if limits is None else limits.tpot_s,
             usable=usable,
@@ -182,7 +187,8 @@ class Conductor:
         )
         self._asked = _Asked(question, slo, limits, was_refused)
         self._num_decisions += 1
-        link = Link(self._costs.transfer, self._costs.kv_token_bytes, settings.block_tokens)
+        costs = self._costs
+        link = Link(costs.transfer, costs.kv_token_bytes, settings.block_tokens, costs.pairs)
         decision = self._policy(question, view, outlook, link, settings)
         if isinstance(decision, Refused):
             self._loads = _NO_LOADS
@@ -253,9 +259,12 @@ class Conductor:
             return None, ()
         return match.counts[self.fleet.numbers()], match.lengths
 
-    def _note_read(self, item: DispatchItem, held: HeldBlocks, most_blocks: int) -> None:
+    def _note_read(self, item: DispatchItem, held: HeldBlocks) -> None:
         """Where nothing is predicted a placement counts until a report contains it, so that the next turn of a
-        conversation would be kept from those who hold it by its own last one."""
+        conversation would be kept from those who hold it by its own last one. `held` of those that read prompts."""
+        most_blocks = int(held.max())
+        if not most_blocks:
+            return
         block_keys = item.block_keys[: most_blocks * _HINT.itemsize]
         for row in (held == most_blocks).nonzero()[0][:_FEW_HOLDERS].tolist():
             self.fleet.note_held(row, block_keys)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from contracts.latency import LatencyModel, TransferModel
     from contracts.messages import LatencyFit, WorkerInfo
+    from coordinator.policy.pair_links import PairLinks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,11 @@ class CostSource(Protocol):
         ...
 
     @property
+    def pairs(self) -> PairLinks | None:
+        """Pairs of workers whose transfers take notably more or less time. None: none is known."""
+        ...
+
+    @property
     def kv_token_bytes(self) -> int: ...
 
     def of(self, info: WorkerInfo) -> WorkerCosts | None:
@@ -41,3 +47,8 @@ class CostSource(Protocol):
     def observe(self, info: WorkerInfo, fit: LatencyFit) -> bool:
         """A worker tells what its steps took lately. True: `of` answers differently now for this worker."""
         ...
+
+
+def costs_of(info: WorkerInfo, source: CostSource) -> WorkerCosts | None:
+    """What a member's steps cost; None where nothing is known, and of a store, which takes none."""
+    return None if info.role == "store" else source.of(info)

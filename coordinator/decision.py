@@ -22,6 +22,8 @@ class Plan(NamedTuple):
     #: Where a prefix is fetched from, and until when; -1: from nowhere.
     source_row: int = -1
     fetched_s: float = 0.0
+    #: By how much that moves on the prefill worker's clock of copies.
+    replica_s: float = 0.0
 
 
 class Chosen(NamedTuple):
@@ -39,6 +41,10 @@ class Chosen(NamedTuple):
     predicted: Predicted | None = None
     #: None as well where it is not known what reading a prompt costs.
     plan: Plan | None = None
+    #: Leading blocks that the decode worker is believed to hold: they need not be handed over.
+    decode_blocks: int = 0
+    #: It would fetch a prefix, but for the prefill worker's budget of copies.
+    is_withheld: bool = False
 
 
 class Refused(NamedTuple):

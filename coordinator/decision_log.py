@@ -18,6 +18,7 @@ import numpy as np
 
 from contracts.latency_models import FittedLatency
 from contracts.transfer_models import LinkTransfer
+from coordinator.costs import costs_of
 from coordinator.decision import Refused
 from coordinator.decision_records import (
     FORMAT,
@@ -175,7 +176,7 @@ class DecisionLog:
             max_sequences=info.max_sequences,
             handoff_blocks=info.handoff_blocks,
             device=info.device,
-            costs=self._kind(self._costs.of(info)),
+            costs=self._kind(costs_of(info, self._costs)),
         )
 
     def _kind(self, costs: WorkerCosts | None) -> int | None:

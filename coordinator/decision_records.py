@@ -13,7 +13,7 @@ import msgspec
 
 from contracts.errors import ConfigError
 from contracts.latency_models import FittedLatency
-from contracts.messages import Predicted, Role
+from contracts.messages import MemberRole, Predicted
 from coordinator.policy.settings import ConductorSettings
 
 FORMAT: Final = "tandem-decisions-1"
@@ -67,12 +67,12 @@ class LinkCosts(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
 
 
 class WorkerUp(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="worker"):
-    """A worker is there from the next decision on; or costs something else from then on."""
+    """A worker, or a store, is there from the next decision on; or costs something else from then on."""
 
     at_s: float
     worker_id: str
     incarnation: int
-    role: Role
+    role: MemberRole
     total_blocks: int
     block_tokens: int
     max_context_tokens: int

@@ -16,7 +16,7 @@ from coordinator.forecast import DecodeForecast
 from coordinator.pace import PaceKeeper
 from coordinator.policy.cost_tables import CostTable, stack
 from coordinator.policy.fleet_view import LARGEST_COUNT, count_of, find_row
-from coordinator.policy.outlook import READING_WINDOW_S, Outlook, ReadGroup
+from coordinator.policy.outlook import READING_WINDOW_S, Copies, Outlook, ReadGroup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +39,7 @@ _MAX_TABLES = 256
 
 _COLUMNS = (
     "source_free_s",
+    "replica_free_s",
     "num_decodes",
     "context_tokens",
     "free_tokens",
@@ -73,6 +74,7 @@ class Expectations:
         self._prefill_free_s: Seconds = np.zeros((num_ranks, 0))
         self.answer_lengths = AnswerLengths()
         self._pace = PaceKeeper(self.answer_lengths.mean_tokens)
+        self._copies = Copies()
         #: By row: when its last report was, if all its seats were taken then; else not a number.
         self._crowded_s: list[float] = []
         #: By row: as the worker was told to take at most.
@@ -99,7 +101,9 @@ class Expectations:
         is_told = info.role == "prefill" and info.handoff_blocks > 0
         handoff_tokens = count_of(info.handoff_blocks) * block_tokens if is_told else math.inf
         self._columns["handoff_tokens"][row] = handoff_tokens
-        self._columns["spare_tokens"][row] = min(handoff_tokens, count_of(info.total_blocks) * block_tokens)
+        spare_tokens = min(handoff_tokens, count_of(info.total_blocks) * block_tokens)
+        # A store has no prompts: it is never short of room for them.
+        self._columns["spare_tokens"][row] = math.inf if info.role == "store" else spare_tokens
         most_seats = self._columns["seats"][row] = _most_seats(info)
         self._most_seats.insert(row, most_seats)
         self._prefill_free_s = np.insert(self._prefill_free_s, row, now_s, axis=1)
@@ -157,10 +161,10 @@ class Expectations:
             self._add_unread(row, -1)
             self._told_unread[row] = load.unread_for
             self._add_unread(row, 1)
-        if info.role != "prefill":
+        if info.role in ("decode", "mixed"):
             self._forecast.advance(now_s)
             self._note_answers(row, load, context_tokens, now_s)
-        if info.role != "decode":
+        if info.role in ("prefill", "mixed"):
             self._note_prompts(row, load, booked_s, view, now_s)
 
     def says_nothing(self, row: int, load: WorkerLoad, now_s: float) -> bool:
@@ -258,6 +262,11 @@ class Expectations:
             free_s[rank, prefill_row] = max(free_s.item(rank, prefill_row), now_s) + plan.prefill_s
         if plan.source_row >= 0:
             columns["source_free_s"][plan.source_row] = plan.fetched_s
+        if plan.replica_s:
+            replica_free_s = columns["replica_free_s"]
+            free_then_s = max(replica_free_s.item(prefill_row), now_s) + plan.replica_s
+            replica_free_s[prefill_row] = free_then_s
+            self._copies.latest_s = max(self._copies.latest_s, free_then_s)
         fade = math.exp((columns["reading_as_of_s"].item(prefill_row) - now_s) / READING_WINDOW_S)
         columns["reading_s"][prefill_row] = columns["reading_s"].item(prefill_row) * fade + plan.prefill_s
         columns["reading_as_of_s"][prefill_row] = now_s
@@ -280,7 +289,8 @@ class Expectations:
         can_write = view.is_writer | view.is_mixed
         read_kind = _with_guesses(own, view.can_read)
         pairs = list(zip(read_kind.tolist(), view.kv_class.tolist(), strict=True))
-        groups = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        readers = [pair for pair, reads in zip(pairs, view.can_read.tolist(), strict=True) if reads]
+        groups = {pair: number for number, pair in enumerate(dict.fromkeys(readers or pairs))}
         columns: dict[str, Any] = dict(self._columns)
         full_step_s = np.array([kind.full_step_s for kind in kinds] or [0.0])[read_kind]
         return Outlook(
@@ -289,7 +299,7 @@ class Expectations:
             knows_writing=bool((own[can_write] >= 0).any()),
             any_mixed=bool(view.is_mixed.any()),
             read_groups=tuple(ReadGroup(*pair) for pair in groups),
-            read_group=np.array([groups[pair] for pair in pairs], np.int64),
+            read_group=np.array([groups.get(pair, 0) for pair in pairs], np.int64),
             budget_tokens=np.array([kind.max_batch_tokens for kind in kinds] or [1], np.int64)[read_kind],
             full_step_s=full_step_s,
             half_step_s=0.5 * full_step_s,
@@ -298,6 +308,7 @@ class Expectations:
             decoding=self._forecast.table,
             slots=self._forecast.slots,
             pace=self._pace.pace,
+            copies=self._copies,
             **columns,
         )
 

@@ -15,9 +15,12 @@ import numpy as np
 
 from coordinator.expectations import Expectations
 from coordinator.policy.fleet_view import count_of, decode_tokens, find_row, prefill_tokens, view_of
+from coordinator.policy.virtual_usage import UsageRules, unclaimed
 from kvstore.block_keys import HINT_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from contracts.ids import WorkerId
     from contracts.messages import DispatchItem, WorkerInfo, WorkerLoad
     from coordinator.answer_lengths import AnswerLengths
@@ -33,6 +36,9 @@ class _Booking(NamedTuple):
     decode_tokens: int
     requests: int
     prefill_s: float
+    #: Of the prompt whose answer is written there.
+    claimed_tokens: int = 0
+    answers: int = 0
     #: Hints of all full blocks of the prompt that is read there; none where they are not known.
     block_keys: bytes = b""
 
@@ -46,6 +52,8 @@ class _Bookings:
     decode_tokens: int = 0
     requests: int = 0
     prefill_s: float = 0.0
+    claimed_tokens: int = 0
+    answers: int = 0
 
     def add(self, booking: _Booking) -> None:
         self.queue.append(booking)
@@ -53,6 +61,8 @@ class _Bookings:
         self.decode_tokens += booking.decode_tokens
         self.requests += booking.requests
         self.prefill_s += booking.prefill_s
+        self.claimed_tokens += booking.claimed_tokens
+        self.answers += booking.answers
 
     def settle(self, until_s: float) -> None:
         """Forgets those made until then."""
@@ -70,6 +80,8 @@ class _Bookings:
         self.decode_tokens -= booking.decode_tokens
         self.requests -= booking.requests
         self.prefill_s -= booking.prefill_s
+        self.claimed_tokens -= booking.claimed_tokens
+        self.answers -= booking.answers
         if not self.queue:
             # Sums of fractions leave a rest.
             self.prefill_s = 0.0
@@ -78,9 +90,18 @@ class _Bookings:
 class Fleet:
     """Rows stand in order of worker id and keep their number until a worker comes or goes."""
 
-    def __init__(self, booking_grace_s: float, *, num_ranks: int = 1, longest_wait_s: float = 0.0) -> None:
-        """`num_ranks`: of urgency (see `Outlook`). Who waits longer than `longest_wait_s` misses any target."""
+    def __init__(
+        self,
+        booking_grace_s: float,
+        *,
+        num_ranks: int = 1,
+        longest_wait_s: float = 0.0,
+        usage: UsageRules | None = None,
+    ) -> None:
+        """`num_ranks`: of urgency (see `Outlook`). Who waits longer than `longest_wait_s` misses any target. `usage`:
+        what counts as used of a worker's memory; None: as is usual."""
         self._booking_grace_s = booking_grace_s
+        self._usage = usage or UsageRules()
         # Parallel, by worker id.
         self._infos: list[WorkerInfo] = []
         self._bookings: list[_Bookings] = []
@@ -90,6 +111,8 @@ class Fleet:
         self._prefill_load_tokens = np.zeros(0, np.int64)
         self._decode_load_tokens = np.zeros(0, np.int64)
         self._waiting_requests = np.zeros(0, np.int64)
+        self._unclaimed_tokens = np.zeros(0, np.int64)
+        self._num_answers = np.zeros(0, np.int64)
         self._expectations = Expectations(num_ranks, longest_wait_s)
         #: Made when asked for after a worker came or went.
         self._view: FleetView | None = None
@@ -112,6 +135,11 @@ class Fleet:
     def info_at(self, row: int) -> WorkerInfo:
         return self._infos[row]
 
+    @property
+    def loads(self) -> Sequence[WorkerLoad | None]:
+        """By row, as told last; None: nothing was told yet."""
+        return self._told
+
     def add(self, info: WorkerInfo, now_s: float = 0.0, *, number: int = 0, costs: WorkerCosts | None = None) -> None:
         """A worker without load. `number`: in the prefix directory. Raises ValueError when it is here already."""
         row, is_here = find_row(info.worker_id, self._infos)
@@ -124,6 +152,9 @@ class Fleet:
         self._prefill_load_tokens = np.insert(self._prefill_load_tokens, row, 0)
         self._decode_load_tokens = np.insert(self._decode_load_tokens, row, 0)
         self._waiting_requests = np.insert(self._waiting_requests, row, 0)
+        all_tokens = count_of(info.total_blocks) * info.identity.layout.block_tokens
+        self._unclaimed_tokens = np.insert(self._unclaimed_tokens, row, count_of(all_tokens))
+        self._num_answers = np.insert(self._num_answers, row, 0)
         self._numbers.insert(row, number)
         self._view = self._numbers_by_row = None
         self._expectations.insert(row, info, now_s)
@@ -136,6 +167,8 @@ class Fleet:
         self._prefill_load_tokens = np.delete(self._prefill_load_tokens, row)
         self._decode_load_tokens = np.delete(self._decode_load_tokens, row)
         self._waiting_requests = np.delete(self._waiting_requests, row)
+        self._unclaimed_tokens = np.delete(self._unclaimed_tokens, row)
+        self._num_answers = np.delete(self._num_answers, row)
         del self._numbers[row]
         self._view = self._numbers_by_row = None
         self._expectations.delete(row)
@@ -146,6 +179,9 @@ class Fleet:
 
     def report(self, row: int, load: WorkerLoad, now_s: float) -> None:
         """A worker's own figures, as of now. Times of calls must not go backwards."""
+        if self._infos[row].role == "store":
+            # Nothing is placed there, and nothing is expected of it.
+            return
         bookings = self._bookings[row]
         self._told_s[row] = now_s
         if bookings.queue:
@@ -156,6 +192,10 @@ class Fleet:
         self._prefill_load_tokens[row] = count_of(load.pending_prompt_tokens) + bookings.prefill_tokens
         self._decode_load_tokens[row] = count_of(load.context_tokens) + bookings.decode_tokens
         self._waiting_requests[row] = count_of(load.waiting_requests) + bookings.requests
+        info = self._infos[row]
+        unclaimed_blocks = unclaimed(load, self._usage, info.total_blocks, info.identity.layout.block_tokens)
+        self._unclaimed_tokens[row] = unclaimed_blocks * info.identity.layout.block_tokens - bookings.claimed_tokens
+        self._num_answers[row] = count_of(load.running_decodes) + bookings.answers
         self._expectations.report(row, load, bookings.prefill_s, len(bookings.queue), self._view or self.view(), now_s)
 
     def book(
@@ -166,11 +206,13 @@ class Fleet:
         prefill_s = 0.0 if plan is None else plan.prefill_s
         num_blocks = item.prompt_tokens // self._infos[prefill_row].identity.layout.block_tokens
         block_keys = item.block_keys if len(item.block_keys) == num_blocks * HINT_BYTES else b""
-        self._bookings[prefill_row].add(_Booking(now_s, to_prefill, 0, 1, prefill_s, block_keys))
-        self._bookings[decode_row].add(_Booking(now_s, 0, to_decode, 0, 0.0))
+        self._bookings[prefill_row].add(_Booking(now_s, to_prefill, 0, 1, prefill_s, block_keys=block_keys))
+        self._bookings[decode_row].add(_Booking(now_s, 0, to_decode, 0, 0.0, to_prefill, 1))
         self._prefill_load_tokens[prefill_row] += to_prefill
         self._waiting_requests[prefill_row] += 1
         self._decode_load_tokens[decode_row] += to_decode
+        self._unclaimed_tokens[decode_row] -= to_prefill
+        self._num_answers[decode_row] += 1
         self._expectations.note_placed(item)
         if plan is not None:
             self._expectations.book(item, prefill_row, decode_row, plan, now_s)
@@ -195,6 +237,8 @@ class Fleet:
                 prefill_load_tokens=self._prefill_load_tokens,
                 decode_load_tokens=self._decode_load_tokens,
                 waiting_requests=self._waiting_requests,
+                unclaimed_tokens=self._unclaimed_tokens,
+                num_answers=self._num_answers,
             )
         return self._view
 

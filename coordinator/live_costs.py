@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from contracts.messages import LatencyFit, TransferReport, WorkerInfo
     from contracts.profile import LatencyProfile
     from contracts.transfer_models import LinkTransfer
+    from coordinator.policy.pair_links import PairLinks
 
 #: Where costs are compared. Steps with chunks: parts of the token budget, each as one prompt; decodes: sequences.
 _CHUNK_SHARES = (0.125, 0.5, 1.0)
@@ -269,6 +270,10 @@ class LiveCosts:
         return self._links.model
 
     @property
+    def pairs(self) -> PairLinks | None:
+        return self._links.pairs or None
+
+    @property
     def kv_token_bytes(self) -> int:
         """Of the worker whose life began last; 0 before. Where models differ, their `WorkerCosts` tell."""
         return self._kv_token_bytes
@@ -306,6 +311,10 @@ class LiveCosts:
     def observe_transfers(self, worker_id: WorkerId, report: TransferReport) -> None:
         """What a worker measured of its links. Its pulls are no measure: they wait for prompts to be computed."""
         self._links.hear(worker_id, report.links)
+
+    def bandwidth_bytes_s(self, source: WorkerId, reader: WorkerId) -> float | None:
+        """Of KV between two workers; None: not known."""
+        return self._links.bandwidth_bytes_s(source, reader)
 
     def forget_links(self, worker_id: WorkerId) -> None:
         """Of a worker that is not there any more. What its steps took is forgotten with its next life."""

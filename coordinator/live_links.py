@@ -1,4 +1,6 @@
-"""How fast KV moves between workers: as a profile says, or the median of what they measured of the ways they chose."""
+"""How fast KV moves between workers: as a profile says, or the median of what they measured of the ways they chose; and
+which pairs do it notably faster or slower.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from contracts.transfer_models import LinkTransfer
+from coordinator.policy.pair_links import PairLinks, power_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +34,7 @@ class _Told(NamedTuple):
 
 
 class LiveLinks:
-    """One model for all pairs of workers."""
+    """One model for all pairs of workers, and the pairs that it does not fit."""
 
     def __init__(
         self, profiled: LinkTransfer | None, *, tolerance: float, replace_above: float, max_workers: int
@@ -43,6 +46,7 @@ class LiveLinks:
         self._replace_above = replace_above
         self._max_workers = max_workers
         self.model = profiled or UNMEASURED_LINK
+        self.pairs = PairLinks()
         self._told: OrderedDict[WorkerId, _Told] = OrderedDict()
 
     def __len__(self) -> int:
@@ -53,29 +57,43 @@ class LiveLinks:
         if known is not None and known.links == links:
             self._told.move_to_end(worker_id)
             return
-        chosen = [
-            (link.bandwidth_bytes_per_s, link.latency_s or 0.0)
-            for link in links
-            if link.chosen and link.bandwidth_bytes_per_s is not None
-        ]
-        sound = [
-            each
-            for each in chosen
-            if _SLOWEST_BYTES_S <= each[0] <= _FASTEST_BYTES_S and 0 <= each[1] <= _LONGEST_LATENCY_S
-        ]
-        measured = _median_link(sound) if sound else None
+        sound = _sound(links)
+        measured = _median_link(list(sound.values())) if sound else None
         self._told[worker_id] = _Told(links, measured)
         self._told.move_to_end(worker_id)
         if len(self._told) > self._max_workers:
-            self._told.popitem(last=False)
+            self.pairs.note(self._told.popitem(last=False)[0], {})
+        before = self.model
         if measured is not None:
             self._look()
+        for reader in (worker_id,) if self.model is before else self._told:
+            self._note_pairs(reader)
+
+    def bandwidth_bytes_s(self, source: WorkerId, reader: WorkerId) -> float | None:
+        """As the reader measured it, else as the model says; None: nothing was measured, and no profile tells."""
+        told = self._told.get(reader)
+        measured = None if told is None else _sound(told.links).get(source)
+        if measured is not None:
+            return measured[0]
+        return None if self.model is UNMEASURED_LINK else self.model.bandwidth_bytes_s * self.model.efficiency
 
     def forget(self, worker_id: WorkerId) -> None:
         """It is not there any more: its links say nothing of those that are used."""
         told = self._told.pop(worker_id, None)
+        self.pairs.note(worker_id, {})
+        before = self.model
         if told is not None and told.measured is not None:
             self._look()
+        if self.model is not before:
+            for reader in self._told:
+                self._note_pairs(reader)
+
+    def _note_pairs(self, reader: WorkerId) -> None:
+        ways = {
+            peer: LinkTransfer(latency_s=latency_s, bandwidth_bytes_s=bandwidth_bytes_s)
+            for peer, (bandwidth_bytes_s, latency_s) in _sound(self._told[reader].links).items()
+        }
+        self.pairs.note(reader, {peer: power_of(way, self.model) for peer, way in ways.items()})
 
     def _look(self) -> None:
         measured = [told.measured for told in self._told.values() if told.measured is not None]
@@ -86,6 +104,18 @@ class LiveLinks:
         above = self._tolerance if present is self._profiled else self._replace_above
         if present is UNMEASURED_LINK or _differ(found, present, above):
             self.model = found
+
+
+def _sound(links: Sequence[LinkReport]) -> dict[WorkerId, tuple[float, float]]:
+    """Bandwidth and latency of the ways that were chosen, by peer, as far as they can be believed."""
+    return {
+        link.peer: (link.bandwidth_bytes_per_s, link.latency_s or 0.0)
+        for link in links
+        if link.chosen
+        and link.bandwidth_bytes_per_s is not None
+        and _SLOWEST_BYTES_S <= link.bandwidth_bytes_per_s <= _FASTEST_BYTES_S
+        and 0 <= (link.latency_s or 0.0) <= _LONGEST_LATENCY_S
+    }
 
 
 def _differ(link: LinkTransfer, other: LinkTransfer, above: float) -> bool:

@@ -122,6 +122,7 @@ class Membership:
         #: What `standing` said last, and until when it holds unless one of those named is heard or ends.
         self._standing = ALL_UP
         self._standing_until_s = -math.inf
+        self._draining: frozenset[WorkerId] = frozenset()
         #: Last ended life of each worker, and why it ended; the one that ended last stands last.
         self._fenced: OrderedDict[WorkerId, tuple[Incarnation, str]] = OrderedDict()
         #: When lives ended, oldest first: those that are told.
@@ -179,6 +180,7 @@ class Membership:
         self._note_heard(now_s)
         self._refresh(entry, now_s)
         entry.load = load
+        self._note_draining(worker_id, load.draining)
         entry.transfers = transfers or entry.transfers
         entry.latency = latency or entry.latency
         self._listener.report(worker_id, load, now_s, entry.latency)
@@ -218,8 +220,9 @@ class Membership:
             self._judge(now_s)
         return self._standing
 
-    def members(self, now_s: float) -> tuple[Member, ...]:
-        """The lives that may be given requests, with their last load, by worker id: for people and health checks."""
+    def members(self, now_s: float, *, with_unheard: bool = False) -> tuple[Member, ...]:
+        """The lives that may be given requests, with their last load, by worker id: for people and health checks.
+        `with_unheard`: those too that are spared for now, as suspects."""
         standing = self.standing(now_s)
         return tuple(
             Member(
@@ -227,11 +230,16 @@ class Membership:
                 load=entry.load,
                 heartbeat_age_s=now_s - entry.heartbeat_s,
                 transfers=entry.transfers,
-                state="suspect" if worker_id in standing.suspects else "up",
+                state="suspect" if worker_id in standing.suspects or worker_id in standing.unheard else "up",
             )
             for worker_id, entry in sorted(self._entries.items())
-            if worker_id not in standing.unheard
+            if with_unheard or worker_id not in standing.unheard
         )
+
+    @property
+    def draining(self) -> frozenset[WorkerId]:
+        """The present lives that say that they take no new request. The same object for as long as nothing changes."""
+        return self._draining
 
     # --- silence ----------------------------------------------------------------------------------
 
@@ -312,6 +320,10 @@ class Membership:
             self._standing_until_s = -math.inf
         self._last_heard_s = now_s
 
+    def _note_draining(self, worker_id: WorkerId, draining: bool) -> None:
+        if draining != (worker_id in self._draining):
+            self._draining ^= {worker_id}
+
     def _refresh(self, entry: _Entry, now_s: float) -> None:
         entry.heartbeat_s = now_s
         worker_id = entry.info.worker_id
@@ -325,6 +337,7 @@ class Membership:
     def _take_out(self, entry: _Entry) -> None:
         worker_id = entry.info.worker_id
         del self._entries[worker_id]
+        self._note_draining(worker_id, False)
         self._mark ^= _mark_of(entry.info)
         self._standing_until_s = -math.inf
         self._listener.remove(worker_id)

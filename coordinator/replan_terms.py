@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from contracts.messages import Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +115,8 @@ class Split:
     gain: float
     #: The pools as they are, in words.
     instead_of: str
+    #: Numbers of workers by role; empty: not said.
+    workers: tuple[tuple[Role, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,8 +54,8 @@ class Replanner:
         apply: Callable[[Split], None] | None = None,
     ) -> None:
         """`class_of` a request's SLO class the one that it is judged by, None for none. `question` makes what the
-        planner is asked of what was observed and the classes of recent requests; it may raise NoSplit too. `apply` is
-        None where workers cannot change their roles: what was to be applied is then told as a proposal."""
+        planner is asked of what was observed and the classes of recent requests; it may raise NoSplit too. `apply`
+        begins to carry a split out; None where nobody can: what was to be applied is then told as a proposal."""
         self.figures = ReplanFigures()
         self._clock = clock
         self._machine = Replanning(rules, expected, started_s=clock.now_s())
@@ -123,7 +123,7 @@ class Replanner:
         if not isinstance(instruction, Apply):
             self._tell(f"a better split: {words}")
         elif self._apply is None:
-            self._tell(f"a better split, not applied for workers cannot change their roles yet: {words}")
+            self._tell(f"a better split, not applied for nobody gives workers orders here: {words}")
         else:
             self._tell(f"applying a better split: {words}")
             self._apply(instruction.split)
@@ -133,7 +133,12 @@ class Replanner:
         try:
             classes = list(self._recent.values())[-len(ask.prompt_tokens) :]
             answer = await self._planner(self._question(ask, classes))
-            split = Split(text=answer.best, gain=answer.gain, instead_of=answer.present)
+            split = Split(
+                text=answer.best,
+                gain=answer.gain,
+                instead_of=answer.present,
+                workers=tuple(sorted(answer.best_workers.items())),
+            )
         except NoSplit as error:
             self._tell(f"no better split of the workers was looked for: {error}")
         except Exception as error:

@@ -29,6 +29,8 @@ from coordinator.decision import Refused
 from coordinator.directory.sync import DirectorySync
 from coordinator.live_costs import LiveCosts
 from coordinator.membership import ALL_UP, LOOK_INTERVAL_S, Membership, MembershipLimits
+from coordinator.operations_shell import OperationsShell
+from coordinator.rebalancer import Rebalancer
 from coordinator.refusal_lines import RefusalLines
 from coordinator.shell_figures import ShellFigures
 
@@ -50,11 +52,14 @@ if TYPE_CHECKING:
         WorkerInfo,
         WorkerLoad,
     )
+    from coordinator.autoscaler import Autoscaler
     from coordinator.decision import Chosen
     from coordinator.directory.directory import Match
     from coordinator.membership import Standing
+    from coordinator.operation_terms import OperationLimits
     from coordinator.policy.fleet_view import Flags, FleetView
-    from rpc import CallContext, Server
+    from coordinator.rebalancer import Bandwidth, RebalanceSettings
+    from rpc import CallContext, Network, Server
 
 #: Upkeep of the directory is done in parts of so many slots, at most some 2 ms each, with pauses for others.
 SWEEP_SLOTS = 16_384
@@ -84,9 +89,15 @@ class CoordinatorShell:
         on_decision: Callable[[DispatchItem, Chosen | Refused, float], None] | None = None,
         on_transfers: Callable[[WorkerId, TransferReport], None] | None = None,
         on_gone: Callable[[WorkerId], None] | None = None,
+        network: Network | None = None,
+        operations: OperationLimits | None = None,
+        rebalancing: RebalanceSettings | None = None,
+        bandwidth: Bandwidth | None = None,
         log: Callable[[str], None],
     ) -> None:
         """Without `conductor`: one without SLO classes, which learns costs from the workers' own steps and links.
+        `network`: over which workers and node agents are given orders; None: they are not. `rebalancing`: when requests
+        move between workers; None: they do not. `bandwidth`: of the ways between these.
 
         `on_decision` hears of each decision right after it was made: its rows are those of `conductor.fleet.view()`
         at that moment only. `on_transfers` hears of what workers measured of their links, `on_gone` of those whose
@@ -103,8 +114,31 @@ class CoordinatorShell:
         self._log = log
         self.conductor = conductor
         self.directory_sync = DirectorySync(conductor.directory)
-        self.membership = Membership(self._membership_limits, _Roll(conductor, self.directory_sync, on_gone))
+        self._on_gone = on_gone
+        self.membership = Membership(self._membership_limits, _Roll(conductor, self.directory_sync, self._gone))
+        #: None without a network.
+        self.operations: OperationsShell | None = None
+        if network is not None:
+            self.operations = OperationsShell(
+                network=network, clock=clock, membership=self.membership, limits=operations, log=log
+            )
         self.figures = ShellFigures()
+        #: None where nothing moves requests.
+        self.rebalancer: Rebalancer | None = None
+        if network is not None and rebalancing is not None:
+            self.rebalancer = Rebalancer(
+                clock,
+                network,
+                rebalancing,
+                conductor,
+                standing=lambda: self.membership.standing(clock.now_s()),
+                closed=self.closed,
+                bandwidth=bandwidth,
+                log=log,
+            )
+            self.figures.rebalancing = self.rebalancer.figures
+        #: Hears of decisions and their outcomes; None: no pool follows the load.
+        self.scaler: Autoscaler | None = None
         self._refusals = RefusalLines(conductor)
         self._usable = _Usable(conductor)
         #: Present between entering and leaving.
@@ -118,6 +152,8 @@ class CoordinatorShell:
         server.register(DEREGISTER, self._on_deregister)
         server.register(DISPATCH, self._on_dispatch)
         server.register(MEMBERS, self._on_members)
+        if self.operations is not None:
+            self.operations.register_on(server)
 
     def fleet(self) -> FleetView:
         """The present lives and their load, as the last decision would see them."""
@@ -131,6 +167,10 @@ class CoordinatorShell:
             self._group.create_task(self._watch(), name="coordinator-expiry"),
             self._group.create_task(self._sweep(), name="coordinator-sweep"),
         ]
+        if self.operations is not None:
+            self._tasks.append(self._group.create_task(self.operations.run(), name="coordinator-operations"))
+        if self.rebalancer is not None:
+            self._tasks.append(self._group.create_task(self.rebalancer.run(), name="coordinator-rebalancer"))
         return self
 
     async def __aexit__(
@@ -143,6 +183,12 @@ class CoordinatorShell:
             # The body's own error leaves as it is, not as part of a group.
             kind = error = trace = None
         await self._group.__aexit__(kind, error, trace)
+
+    def _gone(self, worker_id: WorkerId) -> None:
+        if self._on_gone is not None:
+            self._on_gone(worker_id)
+        if self.rebalancer is not None:
+            self.rebalancer.gone(worker_id)
 
     async def _watch(self) -> None:
         """Nothing else would notice a silent worker while nobody asks."""
@@ -177,6 +223,8 @@ class CoordinatorShell:
         )
         if known and beat.transfers is not None and self._on_transfers is not None:
             self._on_transfers(beat.worker_id, beat.transfers)
+        if known and self.rebalancer is not None:
+            self.rebalancer.heard(beat.worker_id, beat.load, now_s)
         known = known and not _ASKS_TO_REGISTER.fires()
         return HeartbeatReply(known=known, gone=self.membership.gone(now_s))
 
@@ -197,6 +245,8 @@ class CoordinatorShell:
         begun_s = self._clock.now_s()
         for tally in ask.outcomes:
             self.conductor.margins.note(tally)
+            if self.scaler is not None:
+                self.scaler.judged(tally, begun_s)
         standing = self.membership.standing(begun_s)
         matches = self.conductor.matches(ask.items)
         each_s = (self._clock.now_s() - begun_s) / max(1, len(matches))
@@ -210,15 +260,20 @@ class CoordinatorShell:
     ) -> Placement | Rejection:
         """`prepared_s`: what was spent on it before."""
         now_s = self._clock.now_s()
-        if standing is ALL_UP:
+        closed = self.closed()
+        if standing is ALL_UP and not closed:
             decision = self.conductor.decide(item, now_s, match=match)
         else:
-            item, decision = self._decide_warily(item, match, standing, now_s)
+            item, decision = self._decide_warily(item, match, standing, closed, now_s)
         if self._on_decision is not None:
             self._on_decision(item, decision, now_s)
         verdict = self.conductor.in_words(item, decision, now_s)
+        if self.scaler is not None:
+            self.scaler.decided(item, decision, now_s)
         if isinstance(decision, Refused) and isinstance(verdict, Rejection):
             _REFUSED.reached()
+            if self.scaler is not None:
+                verdict = self.scaler.reworded(decision, verdict)
             self._tell(self._refusals.refused(item, decision, verdict, now_s))
         if item.avoid:
             _AVOIDS.reached()
@@ -230,12 +285,19 @@ class CoordinatorShell:
         for line in lines:
             self._log(line)
 
+    def closed(self) -> frozenset[WorkerId]:
+        """Those that get no new request: they drain, or are about to."""
+        draining = self.membership.draining
+        if self.operations is None or not self.operations.leaving:
+            return draining
+        return draining | self.operations.leaving
+
     def _decide_warily(
-        self, item: DispatchItem, match: Match | None, standing: Standing, now_s: float
+        self, item: DispatchItem, match: Match | None, standing: Standing, closed: frozenset[WorkerId], now_s: float
     ) -> tuple[DispatchItem, Chosen | Refused]:
         """With suspects only where nobody else can take it, and as few of them as possible; and rather with a suspect
         than with one that the item avoids. Returns the item that was decided."""
-        up, heard = self._usable.flags(standing)
+        up, heard = self._usable.flags(standing, closed)
         decision = self.conductor.decide(item, now_s, up, match)
         if not standing.suspects or not isinstance(decision, Refused) or decision.why in _FINAL:
             return item, decision
@@ -289,19 +351,20 @@ class _Roll:
 
 
 class _Usable:
-    """A standing as flags by row of the fleet, made once for as long as both stay."""
+    """Who may be used, as flags by row of the fleet; made once for as long as nothing changes."""
 
     def __init__(self, conductor: Conductor) -> None:
         self._conductor = conductor
         self._view: FleetView | None = None
         self._standing: Standing | None = None
+        self._closed: frozenset[WorkerId] = frozenset()
         self._flags: tuple[Flags, Flags]
 
-    def flags(self, standing: Standing) -> tuple[Flags, Flags]:
-        """Who is up, and who may be used if need be."""
+    def flags(self, standing: Standing, closed: frozenset[WorkerId]) -> tuple[Flags, Flags]:
+        """Who is up, and who may be used if need be; of those who take requests at all."""
         view = self._conductor.fleet.view()
-        if view is not self._view or standing is not self._standing:
-            heard = ~view.rows_of(standing.unheard)
-            self._view, self._standing = view, standing
+        if view is not self._view or standing is not self._standing or closed != self._closed:
+            heard = ~view.rows_of(standing.unheard | closed)
+            self._view, self._standing, self._closed = view, standing, closed
             self._flags = heard & ~view.rows_of(standing.suspects), heard
         return self._flags

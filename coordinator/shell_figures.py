@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from contracts.messages import CoordinatorFigures
 
 if TYPE_CHECKING:
+    from coordinator.autoscaler import Autoscaler
     from coordinator.conductor import Conductor
     from coordinator.directory.sync import DirectorySync
 
@@ -28,6 +30,19 @@ class ReplanFigures:
     proposed: str = ""
 
 
+class RebalanceFigures:
+    """Counts since the start, of requests by purpose."""
+
+    def __init__(self) -> None:
+        self.asked_total: Counter[str] = Counter()
+        self.begun_total: Counter[str] = Counter()
+        #: Not begun by a source that answered; asked of a source that did not answer.
+        self.refused_total: Counter[str] = Counter()
+        self.failed_total: Counter[str] = Counter()
+        #: Workers that should have given something away and did not, at each look, by why.
+        self.withheld_total: Counter[str] = Counter()
+
+
 class ShellFigures:
     """Counts since the start."""
 
@@ -38,6 +53,10 @@ class ShellFigures:
         self._decisions_s = 0.0
         #: None: nobody compares the workload with a plan.
         self.replanning: ReplanFigures | None = None
+        #: None: nobody moves requests.
+        self.rebalancing: RebalanceFigures | None = None
+        #: None: no pool follows the load.
+        self.scaler: Autoscaler | None = None
 
     def count(self, outcome: str, took_s: float) -> None:
         """One decision, words included."""
@@ -47,6 +66,7 @@ class ShellFigures:
 
     def message(self, conductor: Conductor, sync: DirectorySync) -> CoordinatorFigures:
         replanning, directory = self.replanning or ReplanFigures(), conductor.directory
+        moves = self.rebalancing or RebalanceFigures()
         return CoordinatorFigures(
             verdicts_total=dict(self.verdicts_total),
             decision_bounds_s=DECISION_BOUNDS_S,
@@ -62,4 +82,10 @@ class ShellFigures:
             splits_proposed_total=replanning.proposals_total,
             proposed_split=replanning.proposed,
             ttft_margins=conductor.margins.shares(),
+            moves_asked_total=dict(moves.asked_total),
+            moves_begun_total=dict(moves.begun_total),
+            moves_refused_total=dict(moves.refused_total),
+            moves_failed_total=dict(moves.failed_total),
+            moves_withheld_total=dict(moves.withheld_total),
+            pools=() if self.scaler is None else self.scaler.figures,
         )

@@ -72,6 +72,8 @@ class SplitAnswer(msgspec.Struct, frozen=True, kw_only=True):
     best_rps: float
     present: str
     present_rps: float
+    #: The best split as numbers of workers by role; empty: not said.
+    best_workers: dict[Role, int] = {}
 
     @property
     def gain(self) -> float:
@@ -91,12 +93,14 @@ def split_question(
     max_sequences: int,
     max_batch_tokens: int,
 ) -> SplitQuestion:
-    """`classes` of recent requests, None for those without targets; `max_batch_tokens` of workers that do not say.
+    """`infos` of the members, of which stores take no part. `classes` of recent requests, None for those without
+    targets; `max_batch_tokens` of workers that do not say.
 
     Raises NoSplit where there is nothing to plan with.
     """
     if not ask.prompt_tokens:
         raise NoSplit("no requests come")
+    infos = [info for info in infos if info.role != "store"]
     if len(infos) < 2:
         raise NoSplit("there are no two workers")
     mix = Counter(NO_TARGETS.name if name is None else name for name in classes)
@@ -109,7 +113,8 @@ def split_question(
         raise NoSplit("what transfers cost is not known in a form that can be sent")
     budgets: dict[Role, list[int]] = {}
     for info in infos:
-        budgets.setdefault(info.role, []).append(info.max_batch_tokens or max_batch_tokens)
+        if info.role != "store":
+            budgets.setdefault(info.role, []).append(info.max_batch_tokens or max_batch_tokens)
     return SplitQuestion(
         pools=tuple(
             PresentPool(role=role, num_workers=len(each), max_batch_tokens=min(each))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.room import Demand
@@ -12,10 +12,11 @@ from engine.sequence import owner_name, request_key
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from contracts.ids import LeaseId
+    from contracts.ids import BlockId, LeaseId
     from contracts.messages import RequestKey
     from contracts.requests import GenerateRequest
     from engine.room import Room
+    from kvstore.prefix_cache import KeyChain
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -25,12 +26,28 @@ class Incoming:
     lease_id: LeaseId
     request: GenerateRequest
     received_s: float
+    #: The prompt; the answer's first token is added when it has come.
+    token_ids: list[int]
+    #: Keys of the full blocks of `token_ids`.
+    chain: KeyChain
+    #: Of its lease.
     num_blocks: int
     growth_blocks: int
+    #: What it takes of the available blocks when it gets its own.
+    num_new_blocks: int
+    #: Another worker writes the answer until this one's claim is granted.
+    is_move: bool = False
+    #: Its leading blocks that stand here and are held for it; none while it waits.
+    shared: list[BlockId] = field(default_factory=list["BlockId"])
 
     @property
     def key(self) -> RequestKey:
         return request_key(self.request)
+
+    @property
+    def holder(self) -> str:
+        """Who holds `shared`. No request's name: those contain a "#"."""
+        return f"offer/{self.lease_id}"
 
     @property
     def first_index(self) -> int:
@@ -43,7 +60,7 @@ class Incoming:
 
     @property
     def demand(self) -> Demand:
-        return Demand(arrival_s=self.received_s, num_blocks=self.num_blocks, growth_blocks=self.growth_blocks)
+        return Demand(arrival_s=self.received_s, num_blocks=self.num_new_blocks, growth_blocks=self.growth_blocks)
 
 
 class IncomingOffers:
@@ -71,8 +88,17 @@ class IncomingOffers:
         self.note_blocks()
         return len(self._waiting)
 
+    @property
+    def waiting_blocks(self) -> int:
+        """Blocks that those without any would take."""
+        self.note_blocks()
+        return sum(offer.num_new_blocks for offer in self._waiting.values())
+
     def __contains__(self, lease_id: LeaseId) -> bool:
         return lease_id in self._offers
+
+    def __getitem__(self, lease_id: LeaseId) -> Incoming:
+        return self._offers[lease_id]
 
     def __iter__(self) -> Iterator[Incoming]:
         """In the order of arrival; over a copy."""

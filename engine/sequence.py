@@ -22,12 +22,12 @@ class Emit(Protocol):
 
 
 def request_key(request: GenerateRequest) -> RequestKey:
-    return RequestKey(request.request_id, request.attempt)
+    return RequestKey(request.request_id, request.attempt, request.owner_epoch)
 
 
 def owner_name(key: RequestKey) -> str:
-    """The name under which a request's try holds blocks in the ledger."""
-    return f"{key.request_id}#{key.attempt}"
+    """The name under which an ownership of a request holds blocks in the ledger."""
+    return f"{key.request_id}#{key.attempt}.{key.owner_epoch}"
 
 
 @dataclass(slots=True, kw_only=True)

@@ -149,7 +149,7 @@ class _Api:
         self._settings = settings
         self._clock = clock
         self._planner = Planner(settings, pool, rng)
-        self._terms_book = TermsBook(settings.slos, settings.default_slo_class)
+        self._terms_book = TermsBook(settings.slos, settings.default_slo_class, settings.kv_class)
         self._metrics = Metrics(core, settings)
         self._timelines = TimelineLog(settings.max_timelines)
         self._health = HealthCheck(core, settings, clock)
@@ -189,7 +189,7 @@ class _Api:
             raise
 
     async def _answer(self, request: Request, arrival: _Arrival, terms: Terms, plan: Plan) -> Response:
-        block_keys = [await self._block_keys(prompt.token_ids, terms.cache_salt) for prompt in plan.prompts]
+        block_keys = [await self._block_keys(prompt.token_ids, terms) for prompt in plan.prompts]
         with self._counting_refusal(terms):
             generation = Generation(
                 self._core,
@@ -213,9 +213,9 @@ class _Api:
             generation.close("the client is gone")
             raise
 
-    async def _block_keys(self, token_ids: tuple[int, ...], cache_salt: str) -> bytes:
+    async def _block_keys(self, token_ids: tuple[int, ...], terms: Terms) -> bytes:
         return await self._pool.run(
-            partial(self._core.block_hints.of, token_ids, cache_salt),
+            partial(self._core.block_hints.of, token_ids, terms.cache_salt, terms.kv_class),
             in_thread=len(token_ids) >= _HASH_IN_THREAD_TOKENS,
         )
 

@@ -6,22 +6,19 @@ forgotten request make the gateway ask again.
 
 from __future__ import annotations
 
-import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from contracts.errors import TandemError
 from contracts.failpoints import Failpoint
 from contracts.messages import CANCEL, CancelRequest, RequestKey
+from gateway.batches import Batches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-
     from contracts.clock import Clock
     from contracts.messages import Peer
+    from gateway.batches import Spawn
     from gateway.limits import GatewayLimits
     from rpc import Network
-
-    Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 _CANCEL_LOST = Failpoint("gateway.cancel_lost", "cancels are not sent and count as failed")
 
@@ -31,38 +28,24 @@ class CancelQueue:
         self._network = network
         self._clock = clock
         self._limits = limits
-        self._spawn = spawn
-        #: By address: requests to cancel there and why, oldest first; at most `max_waiting_cancels` each.
-        self._waiting: dict[str, dict[RequestKey, str]] = {}
-        #: The one sender of each address; an address is here exactly while it is in `_waiting`.
-        self._senders: dict[str, asyncio.Task[None]] = {}
-        #: Cancels given up, over the life of the gateway.
-        self.num_dropped = 0
+        #: By address: requests to cancel there and why.
+        self._batches = Batches[str, RequestKey, str](
+            spawn, self._send_batch, max_waiting=limits.max_waiting_cancels, max_batch=limits.max_cancel_batch
+        )
+
+    @property
+    def num_dropped(self) -> int:
+        """Cancels given up, over the life of the gateway."""
+        return self._batches.num_dropped
 
     def add(self, peer: Peer, key: RequestKey, reason: str) -> None:
-        waiting = self._waiting.setdefault(peer.address, {})
-        if len(waiting) >= self._limits.max_waiting_cancels:
-            self.num_dropped += 1
-            return
-        waiting[key] = reason
-        if peer.address not in self._senders:
-            self._senders[peer.address] = self._spawn(self._send_all(peer.address))
+        self._batches.add(peer.address, key, reason)
 
     async def flush(self) -> None:
         """Returns when all are sent or given up; cancelling it gives up what is left."""
-        while self._senders:
-            await asyncio.gather(*self._senders.values())
+        await self._batches.flush()
 
-    async def _send_all(self, address: str) -> None:
-        waiting = self._waiting[address]
-        try:
-            while waiting:
-                await self._send_batch(address, _take(waiting, self._limits.max_cancel_batch))
-        finally:
-            self.num_dropped += len(waiting)
-            del self._waiting[address], self._senders[address]
-
-    async def _send_batch(self, address: str, batch: dict[RequestKey, str]) -> None:
+    async def _send_batch(self, address: str, batch: dict[RequestKey, str]) -> bool:
         reasons = sorted(set(batch.values()))
         request = CancelRequest(requests=tuple(batch), reason="; ".join(reasons[:3]))
         for attempt in range(self._limits.cancel_attempts):
@@ -73,12 +56,7 @@ class CancelQueue:
             try:
                 channel = self._network.channel(address)
                 await channel.call(CANCEL, request, timeout_s=self._limits.cancel_timeout_s)
-                return
+                return True
             except TandemError:
                 continue
-        self.num_dropped += len(batch)
-
-
-def _take(waiting: dict[RequestKey, str], count: int) -> dict[RequestKey, str]:
-    keys = list(waiting)[:count]
-    return {key: waiting.pop(key) for key in keys}
+        return False

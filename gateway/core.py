@@ -38,6 +38,7 @@ from contracts.requests import GenerateRequest, SamplingParams
 from gateway import events as ev
 from gateway.block_hints import BlockHints
 from gateway.cancels import CancelQueue
+from gateway.claims import Outcome, verdict
 from gateway.dispatching import Dispatcher, Surroundings
 from gateway.links import WorkerLinks
 from gateway.open_requests import OpenRequest, for_client, own_loads
@@ -46,6 +47,7 @@ from gateway.promises import Promises
 from gateway.stats import CoreStats
 from gateway.stream import RequestStream
 from gateway.terms import NO_TERMS, Terms
+from gateway.verdicts import VerdictQueue
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from contracts.clock import Clock
     from contracts.ids import Attempt, GatewayId, WorkerId
     from contracts.messages import MembersReply, WorkerLife
-    from contracts.requests import Frame, TokenDelta
+    from contracts.requests import Claim, Frame, TokenDelta
     from gateway.limits import GatewayLimits
     from gateway.snapshot import Snapshot
     from rpc import Network
@@ -115,6 +117,7 @@ class GatewayCore:
         #: Set while the coordinator may know others than the snapshot does.
         self._others_are_there = asyncio.Event()
         self._cancels = CancelQueue(network, clock, limits, self._spawn)
+        self._verdicts = VerdictQueue(network, gateway_id, limits, self._spawn)
         self._links = WorkerLinks(network, clock, gateway_id, limits, self._spawn, self._on_frame, self._on_lost)
         self._promises = Promises()
         self._dispatcher = Dispatcher(
@@ -158,6 +161,10 @@ class GatewayCore:
     def num_dropped_cancels(self) -> int:
         return self._cancels.num_dropped
 
+    @property
+    def num_dropped_verdicts(self) -> int:
+        return self._verdicts.num_dropped
+
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
         self._spawn(self._dispatcher.run())
@@ -199,7 +206,7 @@ class GatewayCore:
         received_s = self.clock.now_s() if submission.received_s is None else submission.received_s
         block_keys, terms = submission.block_keys, submission.terms
         if block_keys is None:
-            block_keys = self.block_hints.of(submission.token_ids, terms.cache_salt)
+            block_keys = self.block_hints.of(submission.token_ids, terms.cache_salt, terms.kv_class)
         machine = RequestMachine(
             self._request(request_id, submission),
             received_s=received_s,
@@ -279,6 +286,7 @@ class GatewayCore:
             priority=submission.terms.priority,
             tenant=submission.terms.tenant,
             cache_salt=submission.terms.cache_salt,
+            kv_class=submission.terms.kv_class,
         )
 
     async def _watch_members(self) -> None:
@@ -308,7 +316,8 @@ class GatewayCore:
             return
         members = reply.members
         self.snapshot.told(members, self.clock.now_s(), mark=reply.members_mark, heard=self._heard())
-        for peer in self.snapshot.unproven:
+        # A worker can only claim a request of ours (`gateway.claims`) where its frames reach us.
+        for peer in (*self.snapshot.named, *self.snapshot.unproven):
             try:
                 self._links.ensure(peer)
             except StaleIncarnation as error:
@@ -352,6 +361,8 @@ class GatewayCore:
             case ev.SendCancel(peers, key, reason):
                 for peer in peers:
                     self._send_cancel(peer, key, reason)
+            case ev.SendVerdict():
+                self._send_verdict(instruction)
             case ev.AnswerStray(peer, key):
                 self._cancel_stray(peer, key)
             case ev.StartGapTimer():
@@ -363,6 +374,10 @@ class GatewayCore:
                 self._note_replay(entry, instruction)
             case ev.NoteResumed(after_s):
                 self.stats.resumed.add(after_s)
+            case ev.NoteMoved():
+                self._note_moved(instruction)
+            case ev.NoteMoveGap(gap_s):
+                self.stats.move_gaps.add(gap_s)
 
     def _deliver(self, entry: OpenRequest, delta: TokenDelta) -> None:
         stream = entry.stream
@@ -384,6 +399,18 @@ class GatewayCore:
             reason=note.reason,
             error=note.error.message,
             delivered=note.num_delivered,
+        )
+
+    def _note_moved(self, note: ev.NoteMoved) -> None:
+        self.log.info(
+            "request_moved",
+            request=note.key.request_id,
+            attempt=note.key.attempt,
+            owner_epoch=note.key.owner_epoch,
+            source=note.source,
+            destination=note.destination,
+            delivered=note.num_delivered,
+            missing=note.num_missing,
         )
 
     async def _open_streams(self, request_id: RequestId, attempt: Attempt, placement: Placement) -> None:
@@ -443,7 +470,19 @@ class GatewayCore:
             _FORGOTTEN.reached()
             self.stats.drop("forgotten")
             if delta.finish is None:
-                self._cancel_stray(peer, RequestKey(delta.request_id, delta.attempt))
+                self._cancel_stray(peer, RequestKey(delta.request_id, delta.attempt, delta.owner_epoch))
+        for claim in frame.claims:
+            self._on_claim(peer, claim)
+
+    def _on_claim(self, peer: Peer, claim: Claim) -> None:
+        if claim.request_id in self._open:
+            self.feed(claim.request_id, ev.Claimed(peer, claim))
+        else:
+            self._send_verdict(verdict(peer, claim, Outcome.FORGOTTEN))
+
+    def _send_verdict(self, answer: ev.SendVerdict) -> None:
+        self.stats.claim(answer.outcome)
+        self._verdicts.add(answer.peer, answer.verdict)
 
     def _cancel_stray(self, peer: Peer, key: RequestKey) -> None:
         """Tokens of a try that nobody waits for."""

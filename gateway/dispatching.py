@@ -143,6 +143,7 @@ class Dispatcher:
         if not isinstance(verdicts, TandemError):
             self._end_outage()
             await self._look_for_unnamed(verdicts)
+            verdicts = await self._once_more(batch, verdicts)
             return [self._second_look(item, verdict) for item, verdict in zip(batch, verdicts, strict=True)]
         self._begin_outage(verdicts)
         return self._without_coordinator(batch) if self.snapshot.was_told else [verdicts] * len(batch)
@@ -207,6 +208,26 @@ class Dispatcher:
         is_of_use = self.snapshot.is_usable(self._clock.now_s())
         if is_of_use and any(_lacks_workers(verdict) for verdict in verdicts):
             await self._surroundings.follow_members()
+
+    async def _once_more(
+        self, batch: tuple[DispatchItem, ...], verdicts: Sequence[Placement | Rejection]
+    ) -> Sequence[Placement | Rejection]:
+        """Those that it knew no workers for may have been asked while these registered: it names them by now."""
+        now_s = self._clock.now_s()
+        if self.snapshot.unnamed or not self.snapshot.is_usable(now_s):
+            return verdicts
+        late = [
+            index
+            for index, (item, verdict) in enumerate(zip(batch, verdicts, strict=True))
+            if _lacks_workers(verdict) and isinstance(self._place(item, now_s), Placement)
+        ]
+        if not late:
+            return verdicts
+        again = await self._ask(tuple(batch[index] for index in late))
+        if isinstance(again, TandemError):
+            return verdicts
+        newer = dict(zip(late, again, strict=True))
+        return [newer.get(index, verdict) for index, verdict in enumerate(verdicts)]
 
     def _second_look(self, item: DispatchItem, verdict: Placement | Rejection) -> Placement | Rejection:
         """A coordinator that was just started does not know its workers yet, and one that is cut off from them not any

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from contracts.messages import Peer
-from contracts.requests import TokenDelta
+from contracts.requests import Claim, TokenDelta
 
 if TYPE_CHECKING:
     from contracts.errors import TandemError
     from contracts.ids import Attempt, WorkerId
-    from contracts.messages import DispatchItem, Placement, RequestKey
+    from contracts.messages import ClaimVerdict, DispatchItem, Placement, RequestKey
     from contracts.requests import GenerateRequest
     from gateway.timeline import Timeline
 
@@ -81,6 +81,13 @@ class Received(msgspec.Struct, frozen=True):
     delta: TokenDelta
 
 
+class Claimed(msgspec.Struct, frozen=True):
+    """After all deltas that came before it in the same stream."""
+
+    peer: Peer
+    claim: Claim
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
     """This life of this worker is over, or its stream is: tokens may be missing."""
@@ -131,6 +138,7 @@ Event = (
     | PrefillAccepted
     | PrefillFailed
     | Received
+    | Claimed
     | WorkerLost
     | GapExpired
     | DeadlinePassed
@@ -200,8 +208,18 @@ class SendCancel:
 
 
 @dataclass(frozen=True, slots=True)
+class SendVerdict:
+    """The answer to a claim. Not to be repeated: the claim is, and is then answered again."""
+
+    peer: Peer
+    verdict: ClaimVerdict
+    #: What became of it, for metrics: a label of `gateway.claims.Outcome`.
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
 class AnswerStray:
-    """`peer` still works on a try that was given up: tell it (again) to stop."""
+    """`peer` still works on what it has not any more: tell it (again) to stop."""
 
     peer: Peer
     key: RequestKey
@@ -226,6 +244,26 @@ class NoteResumed:
 
 
 @dataclass(frozen=True, slots=True)
+class NoteMoved:
+    """Another worker has the request from now on. For logs."""
+
+    source: WorkerId
+    destination: WorkerId
+    #: The new owner's.
+    key: RequestKey
+    num_delivered: int
+    #: Output tokens that the source had written and that have to be written again.
+    num_missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoteMoveGap:
+    """From the last token before a grant to the first after it."""
+
+    gap_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """The last thing the client hears. `error` is None after a finish or an asked-for cancel."""
 
@@ -243,8 +281,11 @@ Instruction = (
     | StartGapTimer
     | StopGapTimer
     | SendCancel
+    | SendVerdict
     | AnswerStray
     | NoteReplay
     | NoteResumed
+    | NoteMoved
+    | NoteMoveGap
     | End
 )

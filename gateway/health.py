@@ -39,7 +39,8 @@ class HealthReport:
 
 def judge(members: Sequence[Member], max_heartbeat_age_s: float) -> HealthReport:
     """Pure. Able to answer: at least one living worker for each half of a request."""
-    living = [member for member in members if member.heartbeat_age_s <= max_heartbeat_age_s]
+    workers = [member for member in members if member.info.role != "store"]
+    living = [member for member in workers if member.heartbeat_age_s <= max_heartbeat_age_s]
     num_prefill = sum(member.info.role in ("prefill", "mixed") for member in living)
     num_decode = sum(member.info.role in ("decode", "mixed") for member in living)
     missing = [name for name, number in (("prefill", num_prefill), ("decode", num_decode)) if not number]

@@ -35,6 +35,8 @@ class GatewayLimits:
     max_replays: int = 3
     #: How long a request that nobody has any more waits for a worker (a restart takes 1 to 8 s).
     replay_patience_s: float = 30.0
+    #: How long a request waits for a worker that is being started for it.
+    wake_patience_s: float = 120.0
     #: Between two questions for a place, from the second on; doubles each time.
     replay_backoff_s: float = 0.1
     max_replay_backoff_s: float = 1.0
@@ -44,6 +46,10 @@ class GatewayLimits:
     cancel_timeout_s: float = 1.0
     cancel_attempts: int = 3
     cancel_backoff_s: float = 0.2
+    #: Answers to claims waiting for one worker; beyond, they are dropped (the claims are repeated).
+    max_waiting_verdicts: int = 4096
+    max_verdict_batch: int = 512
+    grant_timeout_s: float = 1.0
     #: How long a stopping gateway waits for its last cancels to leave.
     stop_grace_s: float = 1.0
     members_timeout_s: float = 1.0

@@ -153,6 +153,15 @@ class _CoreCollector(Collector):
             replays.add_metric([reason], count)
         yield replays
         yield _histogram_of("tandem_request_replay_seconds", "From losing a request to its next token.", stats.resumed)
+        moved = CounterMetricFamily(
+            "tandem_requests_moved", "Claims of workers on requests, by what became of them.", labels=["result"]
+        )
+        for outcome, count in stats.claims.items():
+            moved.add_metric([outcome], count)
+        yield moved
+        yield _histogram_of(
+            "tandem_move_gap_seconds", "From the last token before a move to the first after it.", stats.move_gaps
+        )
         yield CounterMetricFamily(
             "tandem_requests_failed_after_replays",
             "Requests taken up again that failed all the same.",
@@ -168,6 +177,9 @@ class _CoreCollector(Collector):
             "tandem_coordinator_outages", "Times the coordinator did not answer.", value=stats.coordinator_outages
         )
         yield CounterMetricFamily("tandem_dropped_cancels", "Cancels given up.", value=self._core.num_dropped_cancels)
+        yield CounterMetricFamily(
+            "tandem_dropped_verdicts", "Answers to claims that did not arrive.", value=self._core.num_dropped_verdicts
+        )
 
 
 def _histogram_of(name: str, text: str, durations: Durations) -> HistogramMetricFamily:

@@ -8,6 +8,9 @@ often, for `replay_patience_s`. The request's own deadline ends both.
 Before a worker has had the request, a full cluster, or one in which it would miss its targets, is the client's
 answer (429) at once: it knows better than we whether to ask again. Afterwards the answer has begun, and a full cluster
 is waited for like any other hindrance.
+
+A pool that is scaled to zero has no worker until a request comes. The coordinator then starts one and says so: for
+that a request waits `wake_patience_s`, whether it has been placed before or not.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from contracts.errors import (
 if TYPE_CHECKING:
     from contracts.ids import WorkerId
     from gateway.limits import GatewayLimits
+
+#: A rejection's reason while the worker that the request needs is being started.
+WAKING = "waking"
 
 #: Not the request's fault: another worker, or a later life of the same one, may finish it.
 _OF_THE_WORKER = (WorkerUnavailable, StaleIncarnation, TransferAborted, DeadlineExceeded, NotReady)
@@ -69,6 +75,8 @@ class History:
     accepted: bool = False
     #: The coordinator found a place for it once.
     was_placed: bool = False
+    #: A worker was being started for it, since nobody has the request.
+    is_awaited: bool = False
     #: Tries that were started, lost, and taken up again.
     num_replays: int = 0
     #: Those among them whose step raised.
@@ -89,7 +97,7 @@ class History:
         """A worker has the request (again)."""
         if self.accepted and self.since_s is None:
             return self
-        return replace(self, accepted=True, since_s=None, num_waits=0, num_refusals=0)
+        return replace(self, accepted=True, is_awaited=False, since_s=None, num_waits=0, num_refusals=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,13 +120,16 @@ class GiveUp:
 def decide(history: History, failure: Failure, now_s: float, limits: GatewayLimits) -> Retry | GiveUp:
     """`history` is the request's before this failure."""
     is_started = failure.stage is Stage.STARTED
-    if not limits.max_replays or not _may_go_on(history, failure):
+    is_waking = _is_waking(failure)
+    # To wait for a worker is no replay.
+    if not (is_waking or (limits.max_replays and _may_go_on(history, failure))):
         return GiveUp(_final(failure.error, history))
     if is_started and history.num_replays >= limits.max_replays:
         return GiveUp(_final(failure.error, history))
     since_s = now_s if history.since_s is None else history.since_s
-    delay_s = _delay_s(history.num_waits, limits)
-    patience_s = limits.replay_patience_s if history.was_placed else limits.dispatch_patience_s
+    # Nothing is lost that could be elsewhere at once.
+    delay_s = _delay_s(max(1, history.num_waits) if is_waking else history.num_waits, limits)
+    patience_s = _patience_s(history, limits, is_awaited=is_waking or history.is_awaited)
     if now_s + delay_s - since_s > patience_s:
         return GiveUp(_final(failure.error, history, f"nobody took the request up for {patience_s:g} s"))
     begins = history.was_placed and history.since_s is None
@@ -147,6 +158,16 @@ def _may_go_on(history: History, failure: Failure) -> bool:
     return isinstance(error, _OF_THE_WORKER)
 
 
+def _patience_s(history: History, limits: GatewayLimits, *, is_awaited: bool) -> float:
+    if not history.was_placed:
+        return limits.wake_patience_s if is_awaited else limits.dispatch_patience_s
+    return max(limits.replay_patience_s, limits.wake_patience_s) if is_awaited else limits.replay_patience_s
+
+
+def _is_waking(failure: Failure) -> bool:
+    return failure.stage is Stage.REJECTED and failure.error.reason == WAKING
+
+
 def _delay_s(num_waits: int, limits: GatewayLimits) -> float:
     """Nothing before the first try elsewhere, then doubling."""
     if not num_waits:
@@ -161,6 +182,7 @@ def _after(history: History, failure: Failure, since_s: float) -> History:
         num_replays=history.num_replays + (failure.stage is Stage.STARTED),
         num_failed_steps=history.num_failed_steps + _is_failed_step(failure),
         since_s=since_s,
+        is_awaited=history.is_awaited or _is_waking(failure),
         num_waits=history.num_waits + 1,
         num_refusals=history.num_refusals + isinstance(failure.error, NoCapacity),
         avoid=history.avoid + suspects,

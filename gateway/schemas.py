@@ -70,6 +70,9 @@ class GenerationBody(msgspec.Struct, frozen=True, kw_only=True):
     priority: Priority | None = None
     #: Prompts share cached KV only where it is equal.
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
+    #: True: answered from KV as the model computed it, also where others may go on from KV of a lossy codec.
+    #: Default: as the server is set; false asks for nothing that it would not do.
+    exact_kv: bool | None = None
     #: Accepted for other servers' sake; without effect.
     user: str | None = None
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from gateway.timeline import Timeline
     from workload.slo import SloClass
 
+#: Where a cached prompt token's KV can have stood, as workers tell it (`contracts.requests.PhaseTimes`).
+_TIERS = ("device", "peer", "dram", "ssd")
+
 #: Measured less predicted: below 0 it came sooner.
 _ERROR_BUCKETS_S = (
     *(-10.0, -5.0, -2.0, -1.0, -0.5, -0.2, -0.1, -0.05, -0.02, 0.0),
@@ -50,10 +53,22 @@ class ServiceMetrics:
             registry=registry,
         )
         self._looked_up = Counter(
-            "tandem_prefix_cache_queries", "Prompt tokens looked up in prefix caches.", registry=registry
+            "tandem_prefix_cache_queries", "Prompt tokens looked up in the worker's own pool.", registry=registry
         )
-        self._found = Counter(
-            "tandem_prefix_cache_hits", "Prompt tokens found there, or fetched from another.", registry=registry
+        self._found = Counter("tandem_prefix_cache_hits", "Prompt tokens found there.", registry=registry)
+        self._looked_up_elsewhere = Counter(
+            "tandem_external_prefix_cache_queries",
+            "Prompt tokens not found there, which may come from other workers and from stores.",
+            registry=registry,
+        )
+        self._found_elsewhere = Counter(
+            "tandem_external_prefix_cache_hits", "Prompt tokens that came from these.", registry=registry
+        )
+        self._by_tier = Counter(
+            "tandem_prefix_tokens",
+            "Prompt tokens by where their KV stood; computed: it stood nowhere.",
+            ("tier",),
+            registry=registry,
         )
         self._tenants = Counter(
             "tandem_tenant_requests", "Ended requests by tenant.", ("tenant", "outcome"), registry=registry
@@ -93,8 +108,22 @@ class ServiceMetrics:
         self._tokens.labels(timeline.tenant, "generation").inc(timeline.num_output_tokens)
         if timeline.num_cached_tokens is not None:
             self._tokens.labels(timeline.tenant, "cached").inc(timeline.num_cached_tokens)
-            self._looked_up.inc(timeline.num_prompt_tokens)
-            self._found.inc(timeline.num_cached_tokens)
+            self._note_tiers(timeline.num_prompt_tokens, timeline.num_cached_tokens, timeline.cached_by_tier)
+
+    def _note_tiers(self, num_prompt_tokens: int, num_cached_tokens: int, by_tier: Mapping[str, int]) -> None:
+        # A replayed prompt holds what was written of its answer too.
+        num_looked_up = max(num_prompt_tokens, num_cached_tokens)
+        counts = {tier: by_tier.get(tier, 0) for tier in _TIERS}
+        # Of what a worker does not tell apart, all that is known is that it was not computed.
+        counts["device"] += max(0, num_cached_tokens - sum(counts.values()))
+        num_elsewhere = sum(counts.values()) - counts["device"]
+        self._looked_up.inc(num_looked_up)
+        self._found.inc(counts["device"])
+        self._looked_up_elsewhere.inc(max(0, num_looked_up - counts["device"]))
+        self._found_elsewhere.inc(num_elsewhere)
+        counts["computed"] = max(0, num_looked_up - sum(counts.values()))
+        for tier, count in counts.items():
+            self._by_tier.labels(tier).inc(count)
 
     def _note_targets(self, timeline: Timeline) -> None:
         slo = self._slos.get(timeline.slo_class)
@@ -136,6 +165,30 @@ class CoordinatorCollector(Collector):
         yield margins
         yield GaugeMetricFamily("tandem_directory_blocks", "Cached blocks known.", value=figures.directory_blocks)
         yield GaugeMetricFamily("tandem_directory_bytes", "Memory of that.", value=figures.directory_bytes)
+        for name, text, label, counts in (
+            ("tandem_moves_asked", "Requests that workers were asked to move.", "purpose", figures.moves_asked_total),
+            ("tandem_moves_begun", "Of these: begun.", "purpose", figures.moves_begun_total),
+            ("tandem_moves_refused", "Of these: not begun.", "purpose", figures.moves_refused_total),
+            ("tandem_moves_failed", "Of these: no answer.", "purpose", figures.moves_failed_total),
+            ("tandem_moves_withheld", "Full workers that gave nothing away.", "reason", figures.moves_withheld_total),
+        ):
+            moves = CounterMetricFamily(name, text, labels=[label])
+            for which, count in counts.items():
+                moves.add_metric([which], count)
+            yield moves
+        workers = GaugeMetricFamily(
+            "tandem_pool_workers", "Workers of pools that follow the load.", labels=["pool", "state"]
+        )
+        looks = CounterMetricFamily(
+            "tandem_pool_decisions", "Looks at pools that follow the load.", labels=["pool", "decision"]
+        )
+        for pool in figures.pools:
+            for state, number in (("wanted", pool.wanted), ("ready", pool.ready), ("coming", pool.coming)):
+                workers.add_metric([pool.pool, state], number)
+            for decision, number in pool.decisions_total.items():
+                looks.add_metric([pool.pool, decision], number)
+        yield workers
+        yield looks
         counters = {
             "tandem_directory_dropped_blocks": ("Cached blocks not kept track of.", figures.directory_dropped),
             "tandem_block_events": ("Changes of prefix caches told.", figures.block_events_total),

@@ -12,6 +12,7 @@ from gateway.terms import DEFAULT_TENANT, Tenant
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from contracts.requests import KvClass
     from workload.slo import SloClass
 
 
@@ -41,6 +42,8 @@ class GatewaySettings:
     #: SLO classes by name, and that of requests which name none (and whose tenant has none).
     slos: Mapping[str, SloClass] = field(default_factory=dict[str, "SloClass"])
     default_slo_class: str | None = None
+    #: Of requests that do not ask for exact KV.
+    kv_class: KvClass = "exact"
     #: Needed to listen beyond this machine without keys.
     allow_unauthenticated: bool = False
     #: Refuse unknown fields instead of ignoring and counting them.

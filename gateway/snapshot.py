@@ -1,4 +1,5 @@
-"""The cluster as the coordinator last told it, and where requests go by that while it does not answer.
+"""The cluster as the coordinator last told it, and where requests go by that while it does not answer. Stores take no
+requests and send no frames: they are no part of it.
 
 The policy is the coordinator's own, the simplest of them: least loaded, over the workers that were up. How loaded they
 are is known for a moment; after it, every gateway goes by what it has placed itself. Nothing is refused for latency
@@ -26,10 +27,10 @@ from coordinator.live_costs import LiveCosts
 from coordinator.policy.settings import AdmissionRule, ConductorSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from contracts.ids import WorkerId
-    from contracts.messages import DispatchItem, Member, WorkerLoad
+    from contracts.messages import DispatchItem, Member, WorkerInfo, WorkerLoad
     from coordinator.policy.fleet_view import Flags
     from gateway.limits import GatewayLimits
 
@@ -103,6 +104,12 @@ class Snapshot:
         return {worker_id for worker_id, believed in self._workers.items() if believed.unnamed_since_s is not None}
 
     @property
+    def named(self) -> list[Peer]:
+        """Those of the coordinator's last answer."""
+        infos = [believed.member.info for believed in self._workers.values() if believed.unnamed_since_s is None]
+        return _peers(infos)
+
+    @property
     def unproven(self) -> list[Peer]:
         """Where the coordinator hears nobody, those of them whose frames have not come since: opening their streams
         will tell."""
@@ -113,7 +120,7 @@ class Snapshot:
             and believed.unnamed_since_s is not None
             and believed.heard_s < believed.unnamed_since_s
         ]
-        return [Peer(worker_id=info.worker_id, incarnation=info.incarnation, address=info.address) for info in infos]
+        return _peers(infos)
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -138,8 +145,10 @@ class Snapshot:
         self._told_s = now_s
         self.mark = mark
         self._loads_s = None
-        named = {member.info.worker_id for member in members}
+        # A store that is heard tells as well as a worker that the coordinator hears.
         self._hears_nobody = all(self._was_silent(member) for member in members)
+        members = [member for member in members if member.info.role != "store"]
+        named = {member.info.worker_id for member in members}
         for worker_id in [worker_id for worker_id in self._workers if worker_id not in named]:
             believed = self._workers[worker_id]
             if believed.unnamed_since_s is None:
@@ -235,6 +244,10 @@ class Snapshot:
             if worker_id not in self._conducted:
                 conductor.add(believed.member.info, now_s)
             self._conducted[worker_id] = believed.member
+
+
+def _peers(infos: Iterable[WorkerInfo]) -> list[Peer]:
+    return [Peer(worker_id=info.worker_id, incarnation=info.incarnation, address=info.address) for info in infos]
 
 
 def _conductor() -> Conductor:

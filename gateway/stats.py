@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 #: Upper bounds in seconds: a stream that closes is noticed at once, a hang after 3 s, a restart takes 1 to 8 s.
 RESUME_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0, 30.0)
+#: A move costs a step or two of a few ms to 100 ms; one whose tokens have to be written again, up to the gap timer.
+MOVE_GAP_BOUNDS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(slots=True)
@@ -39,12 +41,19 @@ class CoreStats:
     resumed: Durations = field(default_factory=lambda: Durations(RESUME_BOUNDS_S))
     #: Requests that were taken up again and failed all the same.
     failed_after_replays: int = 0
+    #: By what became of them (labels of `gateway.claims.Outcome`): claims of workers on requests.
+    claims: dict[str, int] = field(default_factory=dict[str, int])
+    #: Between the last token before a grant and the first after it.
+    move_gaps: Durations = field(default_factory=lambda: Durations(MOVE_GAP_BOUNDS_S))
     #: Placements by who made them: "coordinator", or "snapshot" while none answered.
     placements: dict[str, int] = field(default_factory=dict[str, int])
     coordinator_outages: int = 0
 
     def drop(self, reason: str, count: int = 1) -> None:
         self.dropped_deltas[reason] = self.dropped_deltas.get(reason, 0) + count
+
+    def claim(self, outcome: str) -> None:
+        self.claims[outcome] = self.claims.get(outcome, 0) + 1
 
     def placed(self, by: str) -> None:
         self.placements[by] = self.placements.get(by, 0) + 1

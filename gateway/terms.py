@@ -15,6 +15,7 @@ from contracts.requests import MOST_PRIORITY
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from contracts.requests import KvClass
     from gateway.schemas import GenerationBody
     from workload.slo import SloClass
 
@@ -50,6 +51,8 @@ class Terms:
     priority: int = 0
     #: Prompts share KV only where it is equal.
     cache_salt: str = DEFAULT_TENANT
+    #: And only with requests of the same class.
+    kv_class: KvClass = "exact"
 
 
 #: Of whoever brings nothing.
@@ -59,9 +62,13 @@ NO_TERMS = Terms()
 class TermsBook:
     """Settles terms. Pure."""
 
-    def __init__(self, slos: Mapping[str, SloClass], default_class: str | None) -> None:
+    def __init__(
+        self, slos: Mapping[str, SloClass], default_class: str | None, default_kv_class: KvClass = "exact"
+    ) -> None:
+        """`default_kv_class` is that of requests which do not ask for exact KV."""
         self._slos = slos
         self._default_class = default_class
+        self._default_kv_class: KvClass = default_kv_class
 
     def terms(self, tenant: Tenant, body: GenerationBody, class_header: str | None) -> Terms:
         """Raises BadRequest for an SLO class that there is not."""
@@ -80,4 +87,5 @@ class TermsBook:
             # On the wire lower is earlier, as with vLLM.
             priority=min(-(body.priority or 0), tenant.max_priority),
             cache_salt=salt,
+            kv_class="exact" if body.exact_kv else self._default_kv_class,
         )

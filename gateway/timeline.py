@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from contracts.ids import RequestId, WorkerId
     from contracts.messages import Placement
     from contracts.requests import GenerateRequest, PhaseTimes, TokenDelta
@@ -43,9 +45,11 @@ class Timeline:
     num_output_tokens: int
     #: How often the request was taken up again on other workers.
     num_replays: int
+    #: How often another worker went on with it.
+    num_moves: int
     #: "stop", "length", "cancelled", or the code of the error that ended the request.
     outcome: str
-    #: The last ones that it was placed on.
+    #: The last ones that it was placed on, or moved to.
     prefill_worker: WorkerId | None
     decode_worker: WorkerId | None
     tenant: str
@@ -56,6 +60,8 @@ class Timeline:
     predicted_tpot_us: int | None
     #: Prompt tokens that the first try found in a cache; None: not told.
     num_cached_tokens: int | None
+    #: Of these by where they stood: "device", "peer", "dram", "ssd"; what is not told is left out.
+    cached_by_tier: Mapping[str, int]
     #: One word, for a request that no worker took.
     refused_why: str | None
 
@@ -77,8 +83,10 @@ class Timeline:
             "predicted_tpot_ms": _ms(self.predicted_tpot_us),
             "prompt_tokens": self.num_prompt_tokens,
             "cached_tokens": self.num_cached_tokens,
+            "cached_by_tier": dict(self.cached_by_tier),
             "completion_tokens": self.num_output_tokens,
             "replays": self.num_replays,
+            "moves": self.num_moves,
             "outcome": self.outcome,
             "prefill_worker": self.prefill_worker,
             "decode_worker": self.decode_worker,
@@ -94,6 +102,8 @@ class Marks:
     received_s: float
     sent_s: float | None = None
     first_token_s: float | None = None
+    #: The latest so far.
+    last_token_s: float | None = None
     #: Arrival of the first delta that came from decoding.
     decoding_s: float | None = None
     queue_s: float | None = None
@@ -102,11 +112,14 @@ class Marks:
     #: Adoption to sampling, of the first delta that came from decoding.
     first_decode_s: float | None = None
     cached_tokens: int | None = None
+    cached_by_tier: Mapping[str, int] | None = None
 
     def note(self, delta: TokenDelta, now_s: float) -> None:
         """Takes the times of a delta that is being delivered (in order, once)."""
-        if self.first_token_s is None and delta.token_ids:
-            self.first_token_s = now_s
+        if delta.token_ids:
+            self.last_token_s = now_s
+            if self.first_token_s is None:
+                self.first_token_s = now_s
         phases = delta.phases
         if phases is not None:
             self._note_phases(phases)
@@ -118,6 +131,8 @@ class Marks:
         for name in ("queue_s", "prefill_s", "handoff_s", "cached_tokens"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(phases, name))
+        if self.cached_by_tier is None and phases.cached_tokens is not None:
+            self.cached_by_tier = phases.cached_by_tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +153,7 @@ def timeline_of(
     placement: Placement | None,
     num_output_tokens: int,
     num_replays: int,
+    num_moves: int,
     outcome: str,
     refused_why: str | None,
 ) -> Timeline:
@@ -157,6 +173,7 @@ def timeline_of(
         num_prompt_tokens=request.num_prompt_tokens,
         num_output_tokens=num_output_tokens,
         num_replays=num_replays,
+        num_moves=num_moves,
         outcome=outcome,
         prefill_worker=None if placement is None else placement.prefill.worker_id,
         decode_worker=None if placement is None else placement.decode.worker_id,
@@ -165,6 +182,7 @@ def timeline_of(
         predicted_ttft_us=None if predicted is None else _us_if_finite(predicted.ttft_s),
         predicted_tpot_us=None if predicted is None else _us_if_finite(predicted.tpot_s),
         num_cached_tokens=marks.cached_tokens,
+        cached_by_tier=marks.cached_by_tier or {},
         refused_why=refused_why,
     )
 

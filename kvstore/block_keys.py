@@ -20,15 +20,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from contracts.layout import KvIdentity
+    from contracts.requests import KvClass
 
 KEY_BYTES = 32
 #: Of a key, where a hint is enough.
 HINT_BYTES = 8
 
 
-def root_key(identity: KvIdentity, cache_salt: str, adapter: str = "") -> bytes:
-    """What the keys of a prompt's blocks descend from; equal for equal arguments in every process."""
-    return sha256(msgspec.msgpack.encode((b"tandem-kv-1", identity, adapter, cache_salt))).digest()
+def root_key(identity: KvIdentity, cache_salt: str, adapter: str = "", kv_class: KvClass = "exact") -> bytes:
+    """What the keys of a prompt's blocks descend from; equal for equal arguments in every process.
+
+    Whatever differs in one argument shares no key: a key of the exact class never names KV that went through a lossy
+    codec, nor was computed after such KV.
+    """
+    # Encoded as one array of whole strings, so that no two different quadruples are the same bytes.
+    return sha256(msgspec.msgpack.encode((b"tandem-kv-2", identity, adapter, cache_salt, kv_class))).digest()
 
 
 def block_keys(root: bytes, token_ids: Sequence[int], block_tokens: int) -> Iterator[bytes]:

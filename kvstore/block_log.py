@@ -57,9 +57,12 @@ class BlockLog:
         incarnation: Incarnation,
         held: Callable[[], bytes],
         limits: BlockLogLimits | None = None,
+        *,
+        holds_already: bool = False,
     ) -> None:
         """`held`: the hints of everything that the cache holds now, one after another; asked for a snapshot. The cache
-        is empty as the log begins, and its changes are told to the log as they happen."""
+        is empty as the log begins, unless it `holds_already` what it kept from an earlier life; its changes are told to
+        the log as they happen."""
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._held = held
@@ -67,7 +70,8 @@ class BlockLog:
         #: The events from number `_first` on, parallel.
         self._hints = bytearray()
         self._stored = bytearray()
-        self._first = 0
+        # What stands from before counts as one event that nobody can be told of: it takes a snapshot.
+        self._first = int(holds_already)
         #: The coordinator has all below; -1: it needs a snapshot; None: it is to be asked what it has.
         self._acknowledged: int | None = 0
         self._snapshot: _Snapshot | None = None

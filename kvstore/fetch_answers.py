@@ -43,6 +43,7 @@ class _Grant:
     lease_id: LeaseId
     #: What the reader is told.
     terms: asyncio.Future[LeaseTerms]
+    num_blocks: int
 
 
 class FetchAnswers:
@@ -83,10 +84,12 @@ class FetchAnswers:
             _FOUND_NOTHING.reached()
             return FetchReply()
         # Shielded: a repeat may wait for it too.
-        return FetchReply(terms=await asyncio.shield(grant.terms))
+        return FetchReply(terms=await asyncio.shield(grant.terms), tier_blocks={"device": grant.num_blocks})
 
     def _grant(self, ask: FetchRequest) -> _Grant | None:
-        blocks = self._prefixes.match(ask.keys[:MAX_FETCH_BLOCKS])
+        keys = ask.keys[:MAX_FETCH_BLOCKS]
+        blocks = self._prefixes.match(keys)
+        self._prefixes.note_asked(len(keys), len(blocks))
         if not blocks:
             return None
         if len(self._grants) >= MAX_FETCH_LEASES:
@@ -115,6 +118,6 @@ class FetchAnswers:
             max_age_s=MAX_LEASE_AGE_S,
             whole=True,
         )
-        grant = self._grants[ask.fetch_id] = _Grant(lease_id, told)
+        grant = self._grants[ask.fetch_id] = _Grant(lease_id, told, len(blocks))
         self.granted_blocks_total += len(blocks)
         return grant

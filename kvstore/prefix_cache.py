@@ -14,32 +14,43 @@ from kvstore.block_keys import block_keys, root_key
 from kvtransfer import BlockClass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from contracts.ids import BlockId
     from contracts.layout import KvIdentity
+    from contracts.requests import KvClass
     from kvtransfer import Ledger
 
 
 class KeyChain:
-    """The keys of one prompt's full blocks, made as far as they are asked for: a long prompt whose beginning is not
-    here costs one hash before it is read."""
+    """The keys of one sequence's full blocks, made as far as they are asked for: a long prompt whose beginning is not
+    here costs one hash before it is read, an answer one for each block that it fills."""
 
     def __init__(self, root: bytes, token_ids: Sequence[int], block_tokens: int) -> None:
-        self._num_blocks = len(token_ids) // block_tokens
-        self._rest = block_keys(root, token_ids, block_tokens)
+        """`token_ids` is kept, not copied. It may grow at its end, and the chain with it, but not change otherwise."""
+        self._token_ids = token_ids
+        self._block_tokens = block_tokens
+        self._root = root
         self._made: list[bytes] = []
+        #: Makes the keys of blocks that were full when it was made.
+        self._rest: Iterator[bytes] = iter(())
 
     def __len__(self) -> int:
-        """Full blocks of the prompt."""
-        return self._num_blocks
+        """Full blocks of the sequence."""
+        return len(self._token_ids) // self._block_tokens
 
     def __getitem__(self, index: int) -> bytes:
         """Of block `index`, counted from 0. Raises IndexError."""
-        if not 0 <= index < self._num_blocks:
-            raise IndexError(f"key {index} of {self._num_blocks}")
-        if index >= len(self._made):
-            self._made += islice(self._rest, index + 1 - len(self._made))
+        num_blocks = len(self)
+        if not 0 <= index < num_blocks:
+            raise IndexError(f"key {index} of {num_blocks}")
+        while index >= len(self._made):
+            made = list(islice(self._rest, index + 1 - len(self._made)))
+            self._made += made
+            if not made:
+                parent = self._made[-1] if self._made else self._root
+                unnamed = self._token_ids[len(self._made) * self._block_tokens :]
+                self._rest = block_keys(parent, unnamed, self._block_tokens)
         return self._made[index]
 
     def part(self, start: int, stop: int) -> tuple[bytes, ...]:
@@ -55,6 +66,9 @@ class PrefixCache:
         self._ledger = ledger
         self._identity = identity
         self._enabled = enabled
+        #: Blocks that were asked for since the start and stood here, and those that did not: see `note_asked`.
+        self.hit_blocks_total = 0
+        self.missed_blocks_total = 0
 
     @property
     def enabled(self) -> bool:
@@ -64,9 +78,10 @@ class PrefixCache:
     def block_tokens(self) -> int:
         return self._identity.layout.block_tokens
 
-    def chain(self, token_ids: Sequence[int], cache_salt: str) -> KeyChain:
-        """The keys of a prompt; ids must fit into 32 bits unsigned. Prompts of other salts share no key."""
-        root = root_key(self._identity, cache_salt)
+    def chain(self, token_ids: Sequence[int], cache_salt: str, kv_class: KvClass = "exact") -> KeyChain:
+        """The keys of a sequence; ids must fit into 32 bits unsigned. Sequences of other salts, or of the other class,
+        share no key. `token_ids` may grow at its end: see `KeyChain`."""
+        root = root_key(self._identity, cache_salt, kv_class=kv_class)
         return KeyChain(root, token_ids if self._enabled else (), self.block_tokens)
 
     def match(self, keys: Iterable[bytes]) -> list[BlockId]:
@@ -94,6 +109,11 @@ class PrefixCache:
     def num_held(self, blocks: Iterable[BlockId]) -> int:
         """How many of these are somebody's already, so that sharing them takes none of the available ones."""
         return sum(self._ledger.block_class(block) is not BlockClass.CACHED for block in blocks)
+
+    def note_asked(self, num_asked: int, num_found: int) -> None:
+        """Counts what somebody wanted and got. Apart from `match`, which is asked again and again for the same."""
+        self.hit_blocks_total += num_found
+        self.missed_blocks_total += num_asked - num_found
 
     def name(self, chain: KeyChain, blocks: Sequence[BlockId], start: int, stop: int) -> None:
         """Gives positions `[start, stop)` of a prompt's `blocks` their keys: they are final from now on, and outlive

@@ -7,22 +7,14 @@ and next to a busy thread each taking can last 5 ms: 16 KiB blocks then move at 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import hashlib
 import itertools
-import os
-import platform
-import secrets
-import shlex
-import shutil
-import signal
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from kvtransfer.native_build import NativeBuild
 from kvtransfer.transport import check_pairs, runs
 
 if TYPE_CHECKING:
@@ -38,12 +30,6 @@ _PAIRS_AT_ONCE = 8192
 
 _SOURCE = Path(__file__).with_name("block_copy.c")
 _FLAGS = ("-O2", "-shared", "-fPIC")
-
-#: The library appears under its name in one step, also where the process that asked for it is gone by then.
-_COMPILE = """
-unfinished=$1 library=$2; shift 2
-"$@" -o "$unfinished" && mv -f "$unfinished" "$library" || { rm -f "$unfinished"; exit 1; }
-"""
 
 
 class StopFlag:
@@ -131,65 +117,16 @@ def _all_below(numbers: np.ndarray[tuple[int], np.dtype[np.int64]], limit: int) 
     return not len(numbers) or int(numbers.view(np.uint64).max()) < limit
 
 
-class CopyBuild:
+class CopyBuild(NativeBuild):
     """Has the C function compiled by another process, once per machine and user; nobody waits for it."""
 
     def __init__(self, *, compiler: str | None = None, cache_dir: Path | None = None) -> None:
-        """compiler: a command line; default `$CC`, else `cc`. cache_dir: default `$XDG_CACHE_HOME/tandem/copy`."""
-        self._command = shlex.split(compiler or os.environ.get("CC") or "cc")
-        self._folder = cache_dir or _default_cache_dir()
-        self._library = self._folder / f"{_fingerprint(self._command)}.so"
-        self._unfinished = self._library.with_suffix(f".{secrets.token_hex(4)}")
-        #: The compiler, while it runs.
-        self._compiler: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Has it compiled unless an earlier run did. Where that is impossible `take` will have none."""
-        if self._library.exists() or not self._command or shutil.which(self._command[0]) is None:
-            return
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            what = (str(self._unfinished), str(self._library), *self._command, *_FLAGS, str(_SOURCE))
-            self._compiler = subprocess.Popen(
-                ("sh", "-c", _COMPILE, "sh", *what),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-
-    def poll(self) -> bool:
-        """Whether `take` has its last word."""
-        if self._compiler is not None and self._compiler.poll() is not None:
-            self._compiler = None
-        return self._compiler is None
+        """As `NativeBuild`; the library lies in `copy`."""
+        super().__init__(_SOURCE, name="copy", flags=_FLAGS, compiler=compiler, cache_dir=cache_dir)
 
     def take(self) -> BlockCopy:
         """The compiled function, or the loop in Python where that cannot be had."""
         try:
-            return NativeCopy(self._library)
+            return NativeCopy(self.library)
         except OSError:
             return copy_in_python
-
-    def close(self) -> None:
-        """Ends a compiler that still runs."""
-        if self._compiler is not None and self._compiler.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._compiler.pid, signal.SIGKILL)
-            self._compiler.wait()
-            self._unfinished.unlink(missing_ok=True)
-        self._compiler = None
-
-
-def _default_cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "tandem" / "copy"
-    except RuntimeError:
-        # A user without a home: nothing can be made in there.
-        return Path(os.devnull)
-
-
-def _fingerprint(command: list[str]) -> str:
-    parts = (_SOURCE.read_text(), shlex.join((*command, *_FLAGS)), platform.machine(), "".join(platform.libc_ver()))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

@@ -16,6 +16,9 @@ and offered again, up to the lease's age. Any other silence costs one term.
 Where blocks are prepared (checksums, staging) one preparation per lease runs at a time, and only prepared blocks
 are announced. Those being prepared when their lease ends stay pinned until that is over.
 
+A reader may have leading blocks of the lease already, more than are final: from the first answer on these count as
+known, and are neither prepared nor announced.
+
 A lease that ended is forgotten: late messages about it are answered as unknown, and counted.
 """
 
@@ -247,7 +250,8 @@ class Holder:
     def _offer_answered(self, lease: HolderLease, expected: int, now_s: float) -> list[HolderInstruction]:
         lease.accepted = True
         lease.failures = 0
-        return self._known_up_to(lease, expected, now_s)
+        lease.had = expected
+        return self._known_up_to(lease, expected, len(lease.blocks), now_s)
 
     def _offer_failed(self, lease: HolderLease, error: TandemError, now_s: float) -> list[HolderInstruction]:
         self.counters.failed_calls[f"offer: {error.code}"] += 1
@@ -305,24 +309,24 @@ class Holder:
     def _progress_answered(self, lease: HolderLease, reply: ProgressReply, now_s: float) -> list[HolderInstruction]:
         if not reply.known:
             return self._lose(lease, "the reader does not hold it any more")
-        advanced = reply.expected > lease.expected or (lease.sent_seal and reply.expected == lease.num_final)
+        advanced = reply.expected > lease.expected or (lease.sent_seal and reply.expected >= lease.num_final)
         if advanced:
             lease.failures = 0
         else:
             lease.failures += 1
             lease.retry_at_s = now_s + retry_delay_s(lease.failures)
-        return self._known_up_to(lease, reply.expected, now_s)
+        return self._known_up_to(lease, reply.expected, max(lease.had, lease.num_ready), now_s)
 
-    def _known_up_to(self, lease: HolderLease, expected: int, now_s: float) -> list[HolderInstruction]:
-        """The call in flight was answered: the reader knows the blocks before `expected`."""
+    def _known_up_to(self, lease: HolderLease, expected: int, most: int, now_s: float) -> list[HolderInstruction]:
+        """The call in flight was answered: the reader knows the blocks before `expected`, which can be `most`."""
         lease.calling = False
         if lease.confirmed:
             # The reader has everything; this answer was overtaken.
             return self._drive(lease, now_s)
-        if not 0 <= expected <= lease.num_ready:
-            reason = f"the reader expects block {expected} of {lease.num_ready} announced ones"
+        if not lease.num_skipped <= expected <= most:
+            reason = f"the reader expects block {expected}, not one of [{lease.num_skipped}, {most}]"
             return self._end(lease, LeaseOutcome.REFUSED, reason)
-        lease.seal_known = lease.sent_seal and expected == lease.num_final
+        lease.seal_known = lease.sent_seal and expected >= lease.num_final
         lease.expected = expected
         return self._drive(lease, now_s)
 
@@ -360,7 +364,7 @@ class Holder:
                 raise InvariantBroken(f"pinned {ref} of lease {body.lease_id} was freed; {self._ledger!r}")
         # Who asks has all blocks and the seal, whatever became of the answers to our announcements.
         lease.confirmed = True
-        lease.expected = lease.num_final
+        lease.expected = max(lease.expected, lease.num_final)
         lease.seal_known = True
         self._grant(lease, now_s)
         return Answer(ConfirmReply(stands=True))
@@ -477,8 +481,10 @@ class Holder:
     def _drive(self, lease: HolderLease, now_s: float) -> list[HolderInstruction]:
         """Looks at the whole lease, starts what is due of work and calls, and sets the next deadline."""
         instructions: list[HolderInstruction] = []
-        if lease.num_ready < lease.num_final and lease.preparing is None and not lease.confirmed:
-            instructions.append(self._prepare(lease))
+        if lease.preparing is None and not lease.confirmed:
+            lease.skip()
+            if lease.num_ready < lease.num_final:
+                instructions.append(self._prepare(lease))
         if lease.has_news and not lease.calling and now_s >= lease.retry_at_s:
             lease.calling = True
             instructions.append(self._progress(lease) if lease.accepted else self._offer(lease, now_s))
@@ -510,13 +516,15 @@ class Holder:
     def _news(self, lease: HolderLease) -> ProgressRequest:
         """What may be announced and the reader does not know; notes whether the seal is part of it."""
         stop = min(lease.num_ready, lease.expected + MAX_BLOCKS_PER_PROGRESS)
+        # A lease may be sealed before the end of what its reader has.
+        start = min(lease.expected, stop)
         lease.sent_seal = lease.seal is not None and stop == lease.num_final
         return ProgressRequest(
             lease_id=lease.terms.lease_id,
             holder_incarnation=self._incarnation,
-            start=lease.expected,
-            blocks=lease.blocks[lease.expected : stop],
-            checksums=tuple(lease.checksums[lease.expected : stop]),
+            start=start,
+            blocks=lease.blocks[start:stop],
+            checksums=tuple(lease.checksums[start:stop]),
             seal=lease.seal if lease.sent_seal else None,
         )
 

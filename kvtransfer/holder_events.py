@@ -62,7 +62,7 @@ class Opened:
 @dataclass(frozen=True, slots=True)
 class OfferAnswered:
     """The reader took the offer; its blocks are set aside, or will be. `expected`: the position up to which it knows
-    the blocks."""
+    the blocks, or had them before."""
 
     lease_id: LeaseId
     expected: int = 0

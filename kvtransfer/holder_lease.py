@@ -30,19 +30,22 @@ class HolderLease:
     last_s: float
     #: Offered only once the offer can carry all of it.
     whole: bool = False
-    #: The reader answered the offer.
+    #: The reader answered the offer; up to which position it knew the blocks then, or had them before.
     accepted: bool = False
+    had: int = 0
     #: `blocks[:num_final]` are never written again; only grows.
     num_final: int = 0
-    #: `blocks[:num_ready]` are prepared and may be announced; only grows, at most `num_final`.
+    #: `blocks[num_skipped:num_ready]` are prepared and may be announced; only grows, at most `num_final`.
     num_ready: int = 0
+    #: Before this position blocks were passed over, for the reader has them: none there is announced any more.
+    num_skipped: int = 0
     #: Up to where blocks are being prepared; None while none are.
     preparing: int | None = None
-    #: Of `blocks[:num_ready]`; empty without checksums.
+    #: Of `blocks[:num_ready]`, anything for those that were passed over; empty without checksums.
     checksums: list[int] = field(default_factory=list[int])
     #: None while OFFERED.
     seal: Seal | None = None
-    #: Position up to which the reader knows the blocks; at most `num_ready` until it confirmed.
+    #: Position up to which the reader knows the blocks; at most `had`, or `num_ready` until it confirmed.
     expected: int = 0
     seal_known: bool = False
     #: A confirmation was answered with yes.
@@ -74,8 +77,15 @@ class HolderLease:
 
     @property
     def ordered(self) -> bool:
-        known = self.expected <= (self.num_final if self.confirmed else self.num_ready)
-        return known and 0 <= self.num_ready <= self.num_final <= len(self.blocks)
+        known = self.num_skipped <= self.expected <= max(self.had, self.num_final if self.confirmed else self.num_ready)
+        return known and 0 <= self.num_skipped <= self.num_ready <= self.num_final <= len(self.blocks)
+
+    def skip(self) -> None:
+        """Passes over final blocks that the reader has; while none are being prepared."""
+        if self.num_ready < (stop := min(self.expected, self.num_final)):
+            if self.terms.checksums:
+                self.checksums += [0] * (stop - self.num_ready)
+            self.num_ready = self.num_skipped = stop
 
     def next_due_s(self) -> float:
         if self.has_news and not self.calling:

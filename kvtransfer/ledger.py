@@ -67,6 +67,15 @@ class KeyListener(Protocol):
         ...
 
 
+class Evictor(Protocol):
+    """Chooses which cached blocks go where there is no free one."""
+
+    def victims(self, num_blocks: int) -> Sequence[BlockId]:
+        """So many different cached blocks, which are evicted at once, or none: then not enough may be given up. Must
+        not call what changes the ledger."""
+        ...
+
+
 @dataclass(slots=True)
 class _Reservation:
     blocks: list[BlockId]
@@ -85,6 +94,8 @@ class Ledger:
         self.num_blocks = num_blocks
         #: Hears of keys that come and go.
         self.key_listener: KeyListener | None = None
+        #: None: the least recently used one goes first, and all may be given up.
+        self.evictor: Evictor | None = None
         #: owner -> the blocks it refers to; no entry is empty.
         self._owned: dict[str, dict[BlockId, None]] = {}
         #: lease granted here -> the blocks it pins.
@@ -128,7 +139,8 @@ class Ledger:
 
     @property
     def available_blocks(self) -> int:
-        """Blocks that `allocate` or `reserve` could hand out now: free and cached ones."""
+        """Blocks that `allocate` or `reserve` could hand out now, as far as `evictor` gives cached ones up: free and
+        cached ones."""
         return self._counts[BlockClass.FREE] + self._counts[BlockClass.CACHED]
 
     def block_class(self, block: BlockId) -> BlockClass:
@@ -154,7 +166,7 @@ class Ledger:
     def allocate(self, owner: str, num_blocks: int) -> list[BlockId] | None:
         """Gives `owner` that many blocks, or None and nothing where not enough are free or cached.
 
-        Free blocks go first; then cached ones are evicted, least recently used first.
+        Free blocks go first; then cached ones are evicted: those that `evictor` names, else least recently used first.
         """
         blocks = self._take(num_blocks)
         if blocks is not None:
@@ -287,6 +299,25 @@ class Ledger:
                 self.key_listener.stored(key)
         return True
 
+    def evict(self, blocks: Iterable[BlockId]) -> int:
+        """Gives up those of these blocks that are cached; how many that were."""
+        cached = [block for block in blocks if block in self._cached]
+        for block in cached:
+            self._evict(block)
+        return len(cached)
+
+    def is_cached(self, block: BlockId) -> bool:
+        """Nobody holds it, and its bytes stand until it is evicted."""
+        return block in self._cached
+
+    def cached_blocks(self) -> list[BlockId]:
+        """All cached blocks, least recently used first."""
+        return list(self._cached)
+
+    def key_of(self, block: BlockId) -> bytes | None:
+        """The key of a block's content; None where it has none."""
+        return self._keys[block]
+
     def lookup(self, key: bytes) -> BlockId | None:
         """The block with that content; its bytes stand until it is evicted, so `share` it at once."""
         return self._by_key.get(key)
@@ -416,9 +447,25 @@ class Ledger:
             raise InvariantBroken(f"{num_blocks} blocks asked for; {self!r}")
         if num_blocks > self.available_blocks:
             return None
-        for _ in range(num_blocks - len(self._free)):
-            self._evict(next(iter(self._cached)))
+        num_missing = num_blocks - len(self._free)
+        if num_missing > 0 and not self._evict_some(num_missing):
+            return None
         return [self._free.pop() for _ in range(num_blocks)]
+
+    def _evict_some(self, num_blocks: int) -> bool:
+        """Whether so many were evicted; if not, none was."""
+        if self.evictor is None:
+            for _ in range(num_blocks):
+                self._evict(next(iter(self._cached)))
+            return True
+        victims = self.evictor.victims(num_blocks)
+        if not victims:
+            return False
+        if len(set(victims)) != num_blocks or any(block not in self._cached for block in victims):
+            raise InvariantBroken(f"{victims[:16]} are not {num_blocks} different cached blocks; {self!r}")
+        for block in victims:
+            self._evict(block)
+        return True
 
     def _evict(self, block: BlockId) -> None:
         key = self._keys[block]

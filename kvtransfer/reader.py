@@ -10,6 +10,9 @@ A WAITING offer holds no blocks: it is renewed, and reserves in the order of arr
 pull what the holder announces while it still computes. CONFIRMING has every byte and asks whether the lease
 stood after the last of them; the yes that ends it confirms and adopts in one.
 
+Leading blocks that stand here already (`Offered.have`) are neither set aside nor pulled, and what is announced of them
+is skipped. Where that is all, the seal is waited for and the lease confirmed like any other.
+
 `Reader.handle` is the only thing that changes leases and their reservations in the ledger. It performs no I/O
 and reads no clock: `kvtransfer.reader_service` executes its instructions and feeds back what came of them.
 
@@ -52,6 +55,7 @@ from kvtransfer.reader_events import (
     AskConfirm,
     BlocksFreed,
     CancelRequested,
+    CaughtUp,
     ConfirmAnswered,
     ConfirmFailed,
     HolderGone,
@@ -270,8 +274,12 @@ class Reader:
             state=ReaderState.WAITING,
             expires_s=now_s + terms.ttl_s / 2,
             renew_at_s=now_s + terms.ttl_s * OFFER_RENEW_SHARE,
+            have=event.have,
+            follows=event.follows,
         )
-        refusal = self._refusal(terms, event.waits) or self._unfit(lease, terms.progress)
+        if event.waits:
+            instructions += self._reserve_waiting(now_s)
+        refusal = self._refusal(lease) or self._unfit(lease, terms.progress) or self._place(lease, event.waits)
         if refusal is not None:
             self.counters.refused[refusal.code] += 1
             return [*instructions, RefuseOffer(refusal)]
@@ -280,11 +288,6 @@ class Reader:
             lease.announce(terms.progress)
         self._leases[terms.lease_id] = lease
         self._calls.add(lease)
-        if event.waits:
-            self._waiting[terms.lease_id] = lease
-            instructions += self._reserve_waiting(now_s)
-        elif not self._reserve(lease):
-            raise InvariantBroken(f"no room for {lease}, which was found; {self!r}, {self._ledger!r}")
         if lease.state is ReaderState.WAITING:
             _OFFER_WAITS.reached()
         instructions += self._drive(lease, now_s)
@@ -310,11 +313,11 @@ class Reader:
 
     def _verdict(self, lease: ReaderLease) -> Verdict:
         waiting = lease.state is ReaderState.WAITING
-        return Verdict(HandoffReply(verdict="waiting" if waiting else "reserved", expected=len(lease.announced)))
+        return Verdict(HandoffReply(verdict="waiting" if waiting else "reserved", expected=lease.expected))
 
-    def _refusal(self, terms: LeaseTerms, waits: bool) -> TandemError | None:
-        """Why this offer is not for this reader, or not now."""
-        lease_id = terms.lease_id
+    def _refusal(self, lease: ReaderLease) -> TandemError | None:
+        """Why this offer is not for this reader."""
+        terms, lease_id = lease.terms, lease.lease_id
         if lease_id in self._leases or lease_id in self._ended:
             how = self._ended.get(lease_id, "in quarantine")
             return TransferAborted(f"lease {lease_id} has ended here: {how}")
@@ -324,17 +327,18 @@ class Reader:
                 f"lease {lease_id} is of life {terms.holder.incarnation} of {terms.holder.worker_id}; "
                 f"life {newest} has been heard of"
             )
-        return self._pairing.refusal(terms, self._ledger.num_blocks) or self._no_room(terms, waits)
+        return self._pairing.refusal(terms, self._ledger.num_blocks, have=lease.have)
 
-    def _no_room(self, terms: LeaseTerms, waits: bool) -> NoCapacity | None:
-        room = terms.num_blocks <= self._ledger.available_blocks
-        if waits:
-            fits_now = room and self._may_reserve() and not self._waiting
-            room = fits_now or len(self._waiting) < self._max_waiting
-        if room:
+    def _place(self, lease: ReaderLease, waits: bool) -> NoCapacity | None:
+        """Gives it blocks, or where it waits a place in the queue; why neither."""
+        at_once = not waits or (not self._waiting and self._may_reserve())
+        if at_once and self._reserve(lease):
+            return None
+        if waits and len(self._waiting) < self._max_waiting:
+            self._waiting[lease.lease_id] = lease
             return None
         return NoCapacity(
-            f"{terms.num_blocks} blocks wanted, {self._ledger.available_blocks} available, and "
+            f"{lease.num_wanted} blocks wanted, {self._ledger.available_blocks} available, and "
             f"{len(self._waiting)} offers wait already"
         )
 
@@ -364,7 +368,7 @@ class Reader:
 
     def _reserve(self, lease: ReaderLease) -> bool:
         """Gives its blocks to a lease; False, and nothing changes, where there are not enough."""
-        blocks = self._ledger.reserve(lease.lease_id, lease.terms.num_blocks)
+        blocks = self._ledger.reserve(lease.lease_id, lease.num_wanted)
         if blocks is None:
             return False
         lease.state = ReaderState.RESERVED
@@ -394,7 +398,7 @@ class Reader:
         if (problem := lease.misfit(body)) is not None:
             return [RefuseProgress(BadRequest(f"progress of lease {body.lease_id}: {problem}"))]
         lease.announce(body)
-        reply = ReplyProgress(ProgressReply(known=True, expected=len(lease.announced)))
+        reply = ReplyProgress(ProgressReply(known=True, expected=lease.expected))
         return [reply, *self._drive(lease, now_s)]
 
     # --- pulls and the confirmation ---------------------------------------------------------------------
@@ -437,8 +441,9 @@ class Reader:
     def _corrupt(self, lease: ReaderLease, positions: tuple[int, ...]) -> CorruptKv:
         ways = " or ".join(self._pairing.common_transports(lease.terms))
         first = lease.announced[positions[0]]
+        position = lease.have + positions[0]
         return CorruptKv(
-            f"lease {lease.lease_id}: block {positions[0]} of {lease.terms.num_blocks} ({first.block_id} of "
+            f"lease {lease.lease_id}: block {position} of {lease.terms.num_blocks} ({first.block_id} of "
             f"{lease.terms.holder.worker_id}, {lease.blocks[positions[0]]} here) did not have its checksum in "
             f"{MAX_REFETCHES + 1} pulls over {ways}; {len(positions)} such blocks"
         )
@@ -469,6 +474,9 @@ class Reader:
         seal = lease.seal
         assert seal is not None, f"unsealed lease confirmed: {lease}"
         blocks = self._ledger.adopt(lease.lease_id, lease.owner)
+        # Sealed early: nothing came for the last ones.
+        self._ledger.release(lease.owner, blocks[lease.num_pulled :])
+        del blocks[lease.num_pulled :]
         self.counters.adopted += 1
         del self._leases[lease.lease_id]
         self._leave(lease, "adopted", acknowledge=True, now_s=now_s)
@@ -494,6 +502,9 @@ class Reader:
                 instructions.append(self._pull(lease))
             elif lease.complete:
                 lease.state = ReaderState.CONFIRMING
+            elif lease.follows and lease.seal is None and lease.told_caught_up < lease.expected:
+                lease.told_caught_up = lease.expected
+                instructions.append(CaughtUp(lease.lease_id, lease.expected))
         if lease.state is ReaderState.CONFIRMING and not lease.calling and now_s >= lease.retry_at_s:
             instructions.append(self._ask_confirm(lease, now_s))
         self._set_deadline(lease.lease_id, lease.next_due_s())

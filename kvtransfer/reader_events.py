@@ -53,11 +53,18 @@ class Offered:
 
     `waits`: without room it waits for some; else it is refused, and where there is some it goes before those that
     wait: whoever asks for it has decided that it may.
+
+    `have`: so many leading blocks stand here already. Only the others are set aside, pulled and adopted. It stays what
+    it was in the first offer of a lease that was taken.
+
+    `follows`: CaughtUp is wanted, whenever all that was announced before the seal is here.
     """
 
     terms: LeaseTerms
     owner: str
     waits: bool = True
+    have: int = 0
+    follows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,10 +243,19 @@ class SendAck:
     timeout_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class CaughtUp:
+    """All blocks that were announced of an unsealed lease are here, `num_blocks` from its beginning; once for each
+    such number."""
+
+    lease_id: LeaseId
+    num_blocks: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseAdopted:
-    """Exactly once per adopted lease: `owner` holds `blocks`, in the lease's order; the sealed content fills
-    them from the first on."""
+    """Exactly once per adopted lease: `owner` holds `blocks`, which were pulled: all from the first that did not stand
+    here up to the seal, in the lease's order. None where the seal is not past what stood here."""
 
     lease_id: LeaseId
     owner: str
@@ -267,6 +283,7 @@ ReaderInstruction = (
     | AskConfirm
     | AskRenew
     | SendAck
+    | CaughtUp
     | LeaseAdopted
     | LeaseAborted
 )

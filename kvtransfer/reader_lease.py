@@ -35,10 +35,17 @@ class ReaderLease:
     expires_s: float
     #: When to ask for more of it; past while a renewal is in flight.
     renew_at_s: float
-    #: Final blocks of the holder, in the lease's order, and their checksums (none where the terms have none).
+    #: So many leading blocks stand here already. Nothing below is about them: it counts from position `have` on.
+    have: int = 0
+    #: Whether it is told when all announced blocks are here, and for how many it was told last.
+    follows: bool = False
+    told_caught_up: int = -1
+    #: Position in the lease up to which the holder said that its blocks are final.
+    num_final: int = 0
+    #: The holder's final blocks from `have` on, and their checksums (none where the terms have none).
     announced: list[BlockRef] = field(default_factory=list[BlockRef])
     checksums: list[int] = field(default_factory=list[int])
-    #: Where they go; parallel to the lease's block list, empty while WAITING.
+    #: Where they go; parallel to the rest of the lease's block list, empty while WAITING.
     blocks: list[BlockId] = field(default_factory=list[BlockId])
     #: `blocks[:num_pulled]` hold the announced bytes; up to `num_pulling` they are under way.
     num_pulled: int = 0
@@ -57,9 +64,10 @@ class ReaderLease:
 
     def __repr__(self) -> str:
         # Not the terms: their endpoint is a secret.
-        blocks = f"{self.num_pulled}/{self.num_pulling}/{len(self.announced)}/{self.terms.num_blocks}"
-        sealed = ", sealed" if self.seal is not None else ""
-        return f"<lease {self.lease_id} {self.state.value} [{blocks} pulled/pulling/known/all{sealed}]>"
+        blocks = f"{self.num_pulled}/{self.num_pulling}/{len(self.announced)}/{self.num_wanted}"
+        sealed = f", sealed at {self.num_final}" if self.seal is not None else ""
+        have = f", after {self.have} that stood here" if self.have else ""
+        return f"<lease {self.lease_id} {self.state.value} [{blocks} pulled/pulling/known/all{have}{sealed}]>"
 
     @property
     def lease_id(self) -> LeaseId:
@@ -68,6 +76,16 @@ class ReaderLease:
     @property
     def holder_key(self) -> HolderKey:
         return (self.terms.holder.worker_id, self.terms.holder.incarnation)
+
+    @property
+    def num_wanted(self) -> int:
+        """Blocks that are set aside for it."""
+        return self.terms.num_blocks - self.have
+
+    @property
+    def expected(self) -> int:
+        """Position of the first block that the holder has still to announce."""
+        return max(self.have, self.num_final)
 
     @property
     def pull_in_flight(self) -> bool:
@@ -80,7 +98,9 @@ class ReaderLease:
 
     @property
     def ordered(self) -> bool:
-        return 0 <= self.num_pulled <= self.num_pulling <= len(self.announced) <= self.terms.num_blocks
+        known = len(self.announced)
+        pulls = 0 <= self.num_pulled <= self.num_pulling <= known <= self.num_wanted <= self.terms.num_blocks
+        return pulls and known == self.expected - self.have
 
     def next_due_s(self) -> float | None:
         """None in quarantine: only the transport ends that."""
@@ -97,23 +117,23 @@ class ReaderLease:
         stop = body.start + len(body.blocks)
         if body.start < 0 or stop > self.terms.num_blocks:
             return f"blocks [{body.start}, {stop}) of {self.terms.num_blocks}"
-        known = len(self.announced)
-        if self.seal is not None and stop > known:
-            return f"blocks [{body.start}, {stop}) after it was sealed at {known}"
-        if body.seal is not None and (stop < known or stop == 0):
-            return f"sealed at block {stop}, {known} known"
+        if self.seal is not None and stop > self.num_final:
+            return f"blocks [{body.start}, {stop}) after it was sealed at {self.num_final}"
+        if body.seal is not None and (stop < self.num_final or stop == 0):
+            return f"sealed at block {stop}, {self.num_final} known"
         if self.terms.checksums and len(body.checksums) != len(body.blocks):
             return f"{len(body.checksums)} checksums of {len(body.blocks)} blocks"
         return None
 
     def announce(self, body: ProgressRequest) -> None:
-        """Takes in what fits on to what is known; what is known already is skipped, a gap changes nothing."""
-        known = len(self.announced)
-        if body.start > known:
+        """Takes in what fits on to what is known; what is known or stands here is skipped, a gap changes nothing."""
+        num_skipped = self.expected - body.start
+        if num_skipped < 0:
             return
-        self.announced += body.blocks[known - body.start :]
+        self.announced += body.blocks[num_skipped:]
         if self.terms.checksums:
-            self.checksums += body.checksums[known - body.start :]
+            self.checksums += body.checksums[num_skipped:]
+        self.num_final = max(self.num_final, body.start + len(body.blocks))
         if self.seal is None:
             self.seal = body.seal
 

@@ -32,6 +32,7 @@ from kvtransfer.reader_events import (
     AskRenew,
     BlocksFreed,
     CancelRequested,
+    CaughtUp,
     ConfirmAnswered,
     ConfirmFailed,
     HolderGone,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
 
 AdoptedCallback = Callable[[LeaseId, list[BlockId], Seal], None]
 AbortedCallback = Callable[[LeaseId, TandemError], None]
+CaughtUpCallback = Callable[[LeaseId, int], None]
 
 #: How long a stopping reader waits for its pulls to become terminal and for its acknowledgements to arrive.
 CLOSE_GRACE_S = 3.0
@@ -126,6 +128,8 @@ class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
         self._on_settled = on_settled
         #: One per lease that has not ended.
         self._callers: dict[LeaseId, _Caller] = {}
+        #: Of these, those who want to hear how far it has come.
+        self._followers: dict[LeaseId, CaughtUpCallback] = {}
         #: Pulls that are not terminal.
         self._pulls: dict[LeaseId, Pull] = {}
         work = BlockWork(pool=pool, checksum=checksum, staging=staging, clock=clock, offload=offload)
@@ -165,24 +169,44 @@ class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
         on_adopted: AdoptedCallback,
         on_aborted: AbortedCallback,
         waits: bool = True,
+        have: int = 0,
+        on_caught_up: CaughtUpCallback | None = None,
     ) -> HandoffReply:
         """The verdict on an offer, at once: blocks are set aside, or it waits for some without holding any (not
         `waits`: then it is refused, and where there are some goes before those that wait).
 
-        Exactly one of `on_adopted(lease_id, block_ids, seal)` (the ledger's `owner` holds the blocks now,
-        `terms.num_blocks` of them in the order of the tokens) and `on_aborted(lease_id, error)` is called
-        later, exactly once. A repeated offer gets the verdict as it stands, and its callbacks are dropped:
+        `have`: the caller holds the lease's first `have` blocks already, and keeps them until the lease has ended.
+        Nothing is set aside for these, nothing of them is pulled or compared; the reply's `expected` begins there.
+        With all of them here the seal is still awaited, and the lease confirmed and acknowledged; it waits its turn.
+
+        Exactly one of `on_adopted(lease_id, block_ids, seal)` and `on_aborted(lease_id, error)` is called later,
+        exactly once. Adopted are the lease's blocks from position `have` up to its seal: the ledger's `owner` holds
+        these now, in the order of the tokens, and every one was pulled; what was set aside beyond the seal is free
+        again. None are adopted where the seal is not past `have`: `seal.num_tokens` says how far the lease goes.
+
+        `on_caught_up(lease_id, num_blocks)` is called, before either, whenever all that was announced of the lease so
+        far is here and the holder has still to seal it.
+
+        A repeated offer gets the verdict as it stands, with the `have` of the first, and its callbacks are dropped:
         see `holds`.
 
         Raises IncompatiblePeer, NoCapacity, StaleIncarnation (an older life of the holder), BadRequest (can
-        never fit) or TransferAborted (this lease has ended here); then nothing was started.
+        never fit, or `have` is not in [0, `terms.num_blocks`]) or TransferAborted (this lease has ended here); then
+        nothing was started.
         """
         if not self._shell.running:
             raise WorkerUnavailable(f"lease {terms.lease_id}: this reader is stopping")
         if not self.holds(terms.lease_id) and _OFFER_REFUSED.fires():
             raise NoCapacity(f"lease {terms.lease_id} is refused on purpose")
-        for instruction in self._shell.feed(Offered(terms=terms, owner=owner, waits=waits)):
+        follows = on_caught_up is not None
+        if on_caught_up is not None:
+            # Nothing has to be pulled where all of it stands here: it may be caught up at once.
+            self._followers.setdefault(terms.lease_id, on_caught_up)
+        offered = Offered(terms=terms, owner=owner, waits=waits, have=have, follows=follows)
+        for instruction in self._shell.feed(offered):
             if isinstance(instruction, RefuseOffer):
+                if not self.holds(terms.lease_id):
+                    self._followers.pop(terms.lease_id, None)
                 raise instruction.error
             if isinstance(instruction, Verdict):
                 self._callers.setdefault(terms.lease_id, _Caller(on_adopted, on_aborted))
@@ -257,6 +281,8 @@ class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
                 self._shell.spawn(self._ask_renew(instruction), f"renew at {holder.worker_id}")
             case SendAck(holder=holder):
                 self._shell.spawn(self._send_ack(instruction), f"ack to {holder.worker_id}")
+            case CaughtUp():
+                self._caught_up(instruction)
             case LeaseAdopted() | LeaseAborted():
                 self._lease_ended(instruction)
             case Verdict() | RefuseOffer() | ReplyProgress() | RefuseProgress():
@@ -306,8 +332,13 @@ class ReaderService(LeaseService[ReaderEvent, ReaderInstruction]):
         reply = await self._call(order.holder, ACK, order.body, order.timeout_s)
         self._shell.feed(AckEnded(key, reply if isinstance(reply, TandemError) else None))
 
+    def _caught_up(self, news: CaughtUp) -> None:
+        follower = self._followers[news.lease_id]
+        self._shell.notify(lambda: follower(news.lease_id, news.num_blocks))
+
     def _lease_ended(self, ended: LeaseAdopted | LeaseAborted) -> None:
         caller = self._callers.pop(ended.lease_id)
+        self._followers.pop(ended.lease_id, None)
         if isinstance(ended, LeaseAdopted):
             self._shell.notify(lambda: caller.on_adopted(ended.lease_id, ended.blocks, ended.seal))
             return

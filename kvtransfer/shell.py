@@ -100,7 +100,12 @@ class MachineShell(Generic[Event, Instruction]):
         if self._group is None:
             work.close()
             raise InvariantBroken(f"{name}: the service is not running")
-        task = self._group.create_task(work, name=name)
+        try:
+            task = self._group.create_task(work, name=name)
+        except RuntimeError:
+            # A bug ends the group: like its other tasks this one is cancelled, only before it begins.
+            work.close()
+            return
         self._tasks[task] = None
         task.add_done_callback(self._tasks.pop)
 

@@ -41,6 +41,10 @@ class TokenCounters:
         """0 for tenants that were forgotten or never known."""
         return self._waiting.get(tenant, self._resting.get(tenant, 0.0))
 
+    def after(self, tenant: str, counter: float, tokens: int) -> float:
+        """What its counter of `counter` would be with so many tokens more."""
+        return counter + tokens / self._weights.get(tenant, 1.0)
+
     def wait(self, tenant: str) -> None:
         """Its first prompt waits."""
         first = self.next() if self._waiting else self._last
@@ -61,7 +65,7 @@ class TokenCounters:
         if tokens < 0:
             raise ValueError(f"tenant {tenant!r} cannot be charged {tokens} tokens")
         counters = self._waiting if tenant in self._waiting else self._resting
-        counters[tenant] = counters.pop(tenant, 0.0) + tokens / self._weights.get(tenant, 1.0)
+        counters[tenant] = self.after(tenant, counters.pop(tenant, 0.0), tokens)
         self._next = None
         self._forget()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Hashable
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace, nsmallest
 from typing import Generic, TypeVar
 
 from prefill.fairness import TokenCounters
@@ -52,6 +52,15 @@ class _Line(Generic[ItemT]):
                 heapreplace(heap, (entry.late_key, number, entry))
             else:
                 return entry.item
+
+    def upcoming(self, limit: int, now_s: float) -> list[_Entry[ItemT]]:
+        """At most so many, in order."""
+        places = (
+            (entry.late_key if now_s > entry.late_after_s else key, number, entry)
+            for key, number, entry in self.heap
+            if entry.item is not None
+        )
+        return [entry for _, _, entry in nsmallest(limit, places)]
 
     def note_gone(self) -> None:
         self.num_items -= 1
@@ -117,6 +126,22 @@ class WaitingQueue(Generic[ItemT]):
         lines = self._lines
         line = next(iter(lines.values())) if len(lines) == 1 else lines[self._counters.next()]
         return line.first(now_s)
+
+    def upcoming(self, limit: int, now_s: float) -> list[ItemT]:
+        """At most so many items in the order of their turns, if nobody else comes and each is charged its tokens; the
+        first is `first`. O(n) in the items that wait."""
+        lines = {tenant: iter(line.upcoming(limit, now_s)) for tenant, line in self._lines.items()}
+        counters = {tenant: self._counters.counter(tenant) for tenant in lines}
+        items: list[ItemT] = []
+        while counters and len(items) < limit:
+            tenant = min(counters, key=counters.__getitem__)
+            entry = next(lines[tenant], None)
+            if entry is None or entry.item is None:
+                del counters[tenant]
+                continue
+            items.append(entry.item)
+            counters[tenant] = self._counters.after(tenant, counters[tenant], entry.tokens)
+        return items
 
     def oldest(self) -> ItemT:
         """The one that has waited longest; there must be one."""

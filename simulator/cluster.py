@@ -16,8 +16,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
+from msgspec.structs import replace
+
+from contracts.control_messages import OPERATE, OPERATIONS, OperateRequest, OperationsRequest
 from contracts.ids import GatewayId, Incarnation, WorkerId
-from contracts.messages import AUDIT, Empty, Peer, WorkerInfo
+from contracts.layout import PROTOCOL_VERSION
+from contracts.messages import AUDIT, MEMBERS, MIGRATE, Empty, MigrateRequest, Peer, WorkerInfo
 from coordinator import CoordinatorShell
 from coordinator.live_costs import LiveCosts
 from coordinator.policy.settings import ConductorSettings
@@ -26,37 +30,46 @@ from decode import DecodeLimits
 from engine.compose import StepBudget
 from gateway.core import GatewayCore
 from gateway.limits import GatewayLimits
+from kvstore.tiers.eviction import dram_eviction
 from kvtransfer import MemoryFabric, TransportSet
 from kvtransfer.memory import FateModel, steady_link
 from prefill import PrefillLimits
 from rpc import MemoryNetwork
 from rpc.memory import loopback_latency
+from simulator.agent import SimulatedAgent
 from simulator.engine import ModelledEngine, StepCosts, StepTiming, modelled_identity
 from simulator.faults.clocks import MachineClock, ProcessClock
 from simulator.faults.network import FaultyNetwork
 from simulator.hints import HintingServer
 from simulator.loop import HOST, VirtualLoop
 from simulator.message_log import logged_messages, logged_pulls
+from simulator.store import StoreDisk, StoreDiskSpec, StoreMemory
 from simulator.trace_log import trace_logger
-from simulator.witness import WatchedEngine, WatchedGateway, WatchedPool
+from simulator.witness import WatchedEngine, WatchedGateway, WatchedMemory, WatchedPool
 from worker import WorkerLimits, WorkerShell
+from worker.store_shell import StoreShell, StoreShellLimits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
-    from contracts.messages import AuditReply, Role
+    from contracts.config import EvictionPolicyName
+    from contracts.control_messages import Operation, OperationsReply
+    from contracts.messages import AuditReply, Member, MemberRole, MigrateReply, MoveMode, Role
     from coordinator.conductor import Conductor
     from coordinator.policy import FleetView
-    from kvtransfer import MemoryTransport
+    from coordinator.rebalancer import RebalanceSettings
+    from kvtransfer import Ledger, MemoryTransport
     from rpc import Server
     from rpc.memory import Latency, MemoryProcess
+    from simulator.engine import BlockContent
     from simulator.program import Program
     from simulator.witness import Witness
 
 COORDINATOR_HOST = "coordinator"
 COORDINATOR = f"{COORDINATOR_HOST}:1"
 GATEWAY_HOST = "gateway"
+AGENT_HOST = "agent"
 #: As in a live worker.
 STOP_GRACE_S = 1.0
 #: How long a cluster may take until all its workers are registered.
@@ -73,6 +86,12 @@ class ClusterSpec:
 
     #: Roles by worker id.
     roles: dict[str, Role]
+    #: Stores beside the workers, by worker id; their workers' machine is "node", as theirs.
+    stores: tuple[str, ...] = ()
+    store_blocks: int = 256
+    #: None: their memory only.
+    store_disk: StoreDiskSpec | None = None
+    eviction: EvictionPolicyName = "lru"
     num_blocks: int = 64
     block_tokens: int = 8
     max_context_tokens: int = 1024
@@ -96,6 +115,11 @@ class ClusterSpec:
     hint_chance: float = 0.0
     #: Makes what decides in each life of the coordinator; None: the shell's own, which learns costs from the workers.
     conductor: Callable[[], Conductor] | None = None
+    #: Whether there is a node agent, which operations can have start and end workers; it is down where the test crashes
+    #: it.
+    agent: bool = False
+    #: When requests move between workers by themselves; None: they do not.
+    rebalancing: RebalanceSettings | None = None
     #: A line of the trace for every message and pull.
     log_messages: bool = False
 
@@ -108,9 +132,11 @@ class _Life:
     host: str
     incarnation: Incarnation
     program: MemoryProcess
-    engine: ModelledEngine
+    #: None: a store.
+    engine: ModelledEngine | None
+    memory: ModelledEngine | StoreMemory
     transport: MemoryTransport
-    shell: WorkerShell
+    shell: WorkerShell | StoreShell
     server: Server
     task: asyncio.Task[str]
 
@@ -146,7 +172,15 @@ class SimulatedCluster:
         )
         self._fabric = MemoryFabric(pull_fate)
         #: By host.
-        self._clocks = {host: self._make_clock(host) for host in (*spec.roles, COORDINATOR_HOST, GATEWAY_HOST)}
+        self._clocks = {
+            host: self._make_clock(host) for host in (*spec.roles, *spec.stores, COORDINATOR_HOST, GATEWAY_HOST)
+        }
+        #: Outlast the lives of their stores.
+        self.disks = {
+            store: StoreDisk(spec.store_disk, program.rng(f"disk of {store}"))
+            for store in spec.stores
+            if spec.store_disk
+        }
         self._incarnations: Counter[str] = Counter()
         #: The current life of each worker that is up.
         self._lives: dict[str, _Life] = {}
@@ -163,13 +197,22 @@ class SimulatedCluster:
         self._core: GatewayCore | None = None
         self._gateway_program: MemoryProcess
         self._gateway_lives = 0
+        #: Of the build that the next lives run.
+        self.protocol_version = PROTOCOL_VERSION
+        #: That the next lives begin with.
+        self._roles = dict(spec.roles)
+        #: The agent's program and task; None while it is down.
+        self._agent: tuple[MemoryProcess, asyncio.Task[None]] | None = None
+        self._agent_lives = 0
         #: Of those that were killed: what still runs until it hears of it.
         self._dying: dict[asyncio.Task[Any], None] = {}
 
     async def __aenter__(self) -> Self:
         await self.start_coordinator()
         await self.start_gateway()
-        await asyncio.gather(*(self.start(worker_id) for worker_id in self._spec.roles))
+        await asyncio.gather(*(self.start(worker_id) for worker_id in (*self._spec.roles, *self._spec.stores)))
+        if self._spec.agent:
+            self.start_agent()
         return self
 
     async def __aexit__(
@@ -177,6 +220,7 @@ class SimulatedCluster:
     ) -> None:
         if self._core is not None:
             await self._core.__aexit__(None, None, None)
+        self.crash_agent()
         for restart in list(self._restarts):
             restart.cancel()
         self._restarting = False
@@ -253,6 +297,9 @@ class SimulatedCluster:
             conductor=self._spec.conductor() if self._spec.conductor is not None else self._default_conductor(costs),
             on_transfers=costs.observe_transfers,
             on_gone=costs.forget_links,
+            network=program,
+            rebalancing=self._spec.rebalancing,
+            bandwidth=costs.bandwidth_bytes_s,
             log=self._log(COORDINATOR_HOST),
         )
         hinting = HintingServer(
@@ -281,6 +328,72 @@ class SimulatedCluster:
         _loop().freeze(host)
         return host
 
+    # --- operations -------------------------------------------------------------------------------
+
+    def start_agent(self) -> None:
+        """A new life of the node agent."""
+        assert self._agent is None, "the agent is up"
+        self._agent_lives += 1
+        name = f"{AGENT_HOST}@{self._agent_lives}"
+        context = contextvars.Context()
+        context.run(HOST.set, name)
+        program = self._network.process(AGENT_HOST, context)
+        server = program.server(f"{AGENT_HOST}:1")
+        agent = SimulatedAgent(self, server, program, COORDINATOR, Incarnation(self._agent_lives))
+        task = asyncio.get_running_loop().create_task(agent.run(), name=name, context=context.copy())
+        task.add_done_callback(_raise_failure)
+        self._agent = program, task
+
+    def crash_agent(self) -> None:
+        """SIGKILL, which its workers survive here; of one that is down: nothing."""
+        if self._agent is not None:
+            program, task = self._agent
+            self._agent = None
+            program.kill()
+            task.cancel()
+            self._clear_away(task)
+
+    def slots(self) -> list[tuple[str, MemberRole, Incarnation, bool]]:
+        """As `simulator.agent.Machine` says."""
+        roles: dict[str, MemberRole] = {**self._roles, **dict.fromkeys(self._spec.stores, "store")}
+        return [
+            (worker_id, role, Incarnation(self._incarnations[worker_id]), worker_id in self._lives)
+            for worker_id, role in roles.items()
+        ]
+
+    def take_role(self, worker_id: str, role: Role) -> None:
+        """The worker's next lives begin with it."""
+        self._roles[worker_id] = role
+
+    async def operate(self, operation: Operation) -> int:
+        """Asks the coordinator for it; its number."""
+        ask = OperateRequest(operation=operation)
+        return (await self._network.channel(COORDINATOR).call(OPERATE, ask, timeout_s=1.0)).operation_id
+
+    async def members(self) -> tuple[Member, ...]:
+        """As the coordinator tells them."""
+        return (await self._network.channel(COORDINATOR).call(MEMBERS, Empty(), timeout_s=1.0)).members
+
+    async def operations(self, *, cancel: int | None = None) -> OperationsReply:
+        ask = OperationsRequest(cancel=cancel)
+        return await self._network.channel(COORDINATOR).call(OPERATIONS, ask, timeout_s=1.0)
+
+    async def migrate(
+        self, source: str, destination: str, *, mode: MoveMode = "auto", max_requests: int = 1, waiting: bool = True
+    ) -> MigrateReply:
+        """Asks one worker to move requests to another, as the coordinator does. Both are up."""
+        there = self._lives[destination]
+        peer = Peer(worker_id=WorkerId(destination), incarnation=there.incarnation, address=f"{destination}:1")
+        ask = MigrateRequest(
+            target=self._lives[source].incarnation,
+            destination=peer,
+            max_requests=max_requests,
+            mode=mode,
+            waiting=waiting,
+            reason="wanted",
+        )
+        return await self._network.channel(f"{source}:1").call(MIGRATE, ask, timeout_s=1.0)
+
     # --- workers ----------------------------------------------------------------------------------
 
     async def start(self, worker_id: str) -> None:
@@ -289,41 +402,61 @@ class SimulatedCluster:
         async with asyncio.timeout(START_LIMIT_S):
             await shell.registered.wait()
 
-    async def launch(self, worker_id: str) -> WorkerShell:
+    async def launch(self, worker_id: str) -> WorkerShell | StoreShell:
         """As `start`, without waiting for the coordinator: it may be down."""
         assert worker_id not in self._lives, f"{worker_id} is up"
         self._incarnations[worker_id] += 1
         incarnation = Incarnation(self._incarnations[worker_id])
         name = f"{worker_id}@{incarnation}"
-        clock = ProcessClock(self._clocks[worker_id], offset_s=1000.0 * self._incarnations.total() + 17.0)
-        spec = self._spec
-        make_engine = ModelledEngine if self._witness is None else partial(WatchedEngine, self._witness, name)
-        engine = make_engine(
-            identity=modelled_identity(block_tokens=spec.block_tokens),
-            num_blocks=spec.num_blocks,
-            max_context_tokens=spec.max_context_tokens,
-            timing=spec.timing,
-        )
-        block_bytes = engine.identity.layout.block_bytes
-        watched = None if self._witness is None else WatchedPool(self._witness, name, engine)
-        transport = self._fabric.over(name, watched or engine, num_blocks=spec.num_blocks, block_bytes=block_bytes)
         context = contextvars.Context()
         context.run(HOST.set, name)
         program = self._network.process(worker_id, context)
         server = program.server(f"{worker_id}:1")
-        info = WorkerInfo(
+        make = self._make_store if worker_id in self._spec.stores else self._make_worker
+        clock = ProcessClock(self._clocks[worker_id], offset_s=1000.0 * self._incarnations.total() + 17.0)
+        info = self._info(worker_id, incarnation, await server.start())
+        shell, memory, transport = make(info, name, program, clock)
+        engine = memory if isinstance(memory, ModelledEngine) else None
+        shell.register_on(server)
+        task = asyncio.get_running_loop().create_task(shell.live(), name=name, context=context.copy())
+        life = self._lives[worker_id] = _Life(
+            name, incarnation, program, engine, memory, transport, shell, server, task
+        )
+        task.add_done_callback(lambda _: self._life_ended(worker_id, life), context=contextvars.copy_context())
+        return shell
+
+    def _info(self, worker_id: str, incarnation: Incarnation, address: str) -> WorkerInfo:
+        spec = self._spec
+        is_store = worker_id in spec.stores
+        return WorkerInfo(
             worker_id=WorkerId(worker_id),
             incarnation=incarnation,
-            role=spec.roles[worker_id],
-            address=await server.start(),
+            role="store" if is_store else self._roles[worker_id],
+            address=address,
             model="modelled",
-            identity=engine.identity,
-            total_blocks=spec.num_blocks,
-            max_context_tokens=spec.max_context_tokens,
-            max_batch_tokens=spec.max_batch_tokens,
-            max_sequences=spec.max_sequences,
-            handoff_blocks=spec.prefill.handoff_blocks(spec.num_blocks),
+            identity=replace(modelled_identity(block_tokens=spec.block_tokens), protocol_version=self.protocol_version),
+            total_blocks=spec.store_blocks if is_store else spec.num_blocks,
+            max_context_tokens=0 if is_store else spec.max_context_tokens,
+            max_batch_tokens=0 if is_store else spec.max_batch_tokens,
+            max_sequences=0 if is_store else spec.max_sequences,
+            handoff_blocks=0 if is_store else spec.prefill.handoff_blocks(spec.num_blocks),
+            node="node",
         )
+
+    def _make_worker(
+        self, info: WorkerInfo, name: str, program: MemoryProcess, clock: ProcessClock
+    ) -> tuple[WorkerShell, ModelledEngine, MemoryTransport]:
+        spec = self._spec
+        make_engine = ModelledEngine if self._witness is None else partial(WatchedEngine, self._witness, name)
+        engine = make_engine(
+            identity=info.identity,
+            num_blocks=spec.num_blocks,
+            max_context_tokens=spec.max_context_tokens,
+            timing=spec.timing,
+        )
+        watched = None if self._witness is None else WatchedPool(self._witness, name, engine)
+        block_bytes = info.identity.layout.block_bytes
+        transport = self._fabric.over(name, watched or engine, num_blocks=spec.num_blocks, block_bytes=block_bytes)
         shell = WorkerShell(
             info=info,
             engine=engine,
@@ -339,15 +472,42 @@ class SimulatedCluster:
                 max_waiting_offers=spec.max_waiting_offers,
                 prefix_cache=spec.prefix_cache,
             ),
+            on_role=lambda role: self.take_role(info.worker_id, role),
             log=self._log(name),
         )
         if watched is not None:
             watched.ledger = shell.ledger
-        shell.register_on(server)
-        task = asyncio.get_running_loop().create_task(shell.live(), name=name, context=context.copy())
-        life = self._lives[worker_id] = _Life(name, incarnation, program, engine, transport, shell, server, task)
-        task.add_done_callback(lambda _: self._life_ended(worker_id, life), context=contextvars.copy_context())
-        return shell
+        return shell, engine, transport
+
+    def _make_store(
+        self, info: WorkerInfo, name: str, program: MemoryProcess, clock: ProcessClock
+    ) -> tuple[StoreShell, StoreMemory, MemoryTransport]:
+        spec = self._spec
+        memory = StoreMemory(spec.store_blocks, spec.block_tokens)
+        watched = None if self._witness is None else WatchedPool(self._witness, name, memory)
+        disk_memory = None if self._witness is None else WatchedMemory(self._witness, name, memory)
+        block_bytes = info.identity.layout.block_bytes
+        transport = self._fabric.over(name, watched or memory, num_blocks=spec.store_blocks, block_bytes=block_bytes)
+        disk = None
+        if info.worker_id in self.disks:
+            disk = self.disks[info.worker_id].mount(disk_memory or memory)
+        shell = StoreShell(
+            info=info,
+            transports=TransportSet((transport,)),
+            network=program,
+            clock=clock,
+            coordinator_address=COORDINATOR,
+            eviction=dram_eviction(spec.eviction, spec.store_blocks),
+            disk=disk,
+            limits=StoreShellLimits(lease_ttl_s=spec.lease_ttl_s),
+            log=self._log(name),
+        )
+        if disk is not None:
+            disk.on_lost = shell.disk_lost
+        for each in (watched, disk_memory):
+            if each is not None:
+                each.ledger = shell.ledger
+        return shell, memory, transport
 
     def crash(self, worker_id: str) -> None:
         """SIGKILL: nothing of this life is heard any more. Its remains are cleared away in the background."""
@@ -376,6 +536,11 @@ class SimulatedCluster:
         self._log(host)("thaws")
         _loop().thaw(host)
 
+    def is_draining(self, worker_id: str) -> bool:
+        """It is up, and takes nothing new; looked at from outside."""
+        life = self._lives.get(worker_id)
+        return life is not None and isinstance(life.shell, WorkerShell) and life.shell.standing.draining
+
     def host_of(self, worker_id: str) -> str | None:
         """Of the present life; None while it is down."""
         life = self._lives.get(worker_id)
@@ -384,7 +549,9 @@ class SimulatedCluster:
     def stick(self, worker_id: str) -> None:
         """From now on no engine step of this life ends; everything else of it goes on."""
         self._log(self._lives[worker_id].host)("its engine is stuck")
-        self._lives[worker_id].engine.get_stuck()
+        engine = self._lives[worker_id].engine
+        assert engine is not None, f"{worker_id} has no engine"
+        engine.get_stuck()
 
     async def stop(self, worker_id: str) -> None:
         """SIGTERM: the worker says goodbye and ends; SIGKILL for an engine that is stuck."""
@@ -394,10 +561,23 @@ class SimulatedCluster:
         await asyncio.wait([life.task])
         await life.server.stop(STOP_GRACE_S)
         life.program.kill()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(STOP_GRACE_S):
-                await life.engine.close()
+        if life.engine is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STOP_GRACE_S):
+                    await life.engine.close()
         await life.transport.close()
+
+    def worker(self, worker_id: str) -> WorkerShell:
+        """The present life of a worker that is up; looked at from outside."""
+        shell = self._lives[worker_id].shell
+        assert isinstance(shell, WorkerShell), f"{worker_id} is a store"
+        return shell
+
+    def store(self, worker_id: str) -> StoreShell:
+        """The present life of a store that is up; looked at from outside."""
+        shell = self._lives[worker_id].shell
+        assert isinstance(shell, StoreShell), f"{worker_id} is no store"
+        return shell
 
     def up(self) -> Sequence[str]:
         return tuple(self._lives)
@@ -405,6 +585,22 @@ class SimulatedCluster:
     def problems(self) -> dict[str, Sequence[str]]:
         """What is wrong with the books of the workers that are up, by life; looked at from outside, at once."""
         return {life.host: found for life in self._lives.values() if (found := life.shell.problems())}
+
+    def ledgers(self) -> dict[str, Ledger]:
+        """Of the workers and stores that are up, by life; looked at from outside, at once."""
+        return {life.host: life.shell.ledger for life in self._lives.values()}
+
+    def named_blocks(self) -> Iterator[tuple[str, bytes, BlockContent]]:
+        """Where a block has a key, that key, and what stands there: in pools, in stores' memories, on their disks."""
+        for life in self._lives.values():
+            ledger = life.shell.ledger
+            for key in ledger.all_keys():
+                block_id = ledger.lookup(key)
+                if block_id is not None:
+                    yield f"block {block_id} of {life.host}", key, life.memory.read_block(block_id)
+        for store, disk in self.disks.items():
+            for key, (content, _) in disk.blocks.items():
+                yield f"the disk of {store}", key, content
 
     async def audits(self) -> dict[str, AuditReply]:
         """The books of every worker that is up, asked over the network."""
@@ -429,11 +625,12 @@ class SimulatedCluster:
         return default_conductor(costs, ConductorSettings(block_tokens=self._spec.block_tokens))
 
     def _prefix_holders(self) -> list[Peer]:
-        """The workers that read prompts, in their present lives."""
+        """Everybody who may hold a prefix, in their present lives; a store more often than all workers together, for
+        that is what it is there for."""
         return [
             Peer(worker_id=WorkerId(worker_id), incarnation=life.incarnation, address=f"{worker_id}:1")
             for worker_id, life in self._lives.items()
-            if self._spec.roles[worker_id] != "decode"
+            for _ in range(3 * len(self._spec.roles) if worker_id in self._spec.stores else 1)
         ]
 
     def _clear_away(self, task: asyncio.Task[Any]) -> None:

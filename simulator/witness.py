@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gateway import events as ev
     from kvtransfer.ledger import BlockClass, Ledger
     from simulator.engine import BlockContent
+    from simulator.store import StoreMemory
 
 
 class Witness(Protocol):
@@ -34,6 +35,15 @@ class Witness(Protocol):
 
     def landed(self, host: str, block_id: BlockId, block_class: BlockClass, source_class: BlockClass) -> None:
         """A pull writes a block of this life's pool; how its ledger, and that of the holder, class the two now."""
+        ...
+
+    def loaded(self, host: str, block_id: BlockId, block_class: BlockClass, *, is_named: bool) -> None:
+        """A store's disk writes a block of this life's memory; how its ledger classes it now, and whether it can be
+        found there."""
+        ...
+
+    def spilled(self, host: str, block_id: BlockId, block_class: BlockClass) -> None:
+        """A store's disk has read a block of this life's memory to keep it; how its ledger classes it now."""
         ...
 
 
@@ -70,9 +80,10 @@ class WatchedEngine(ModelledEngine):
 
 
 class WatchedPool:
-    """`kvtransfer.memory.BlockStore` of a modelled engine; each block travels with its class at its holder."""
+    """`kvtransfer.memory.BlockStore` of a modelled engine or a store; each block travels with its class at its
+    holder."""
 
-    def __init__(self, witness: Witness, host: str, engine: ModelledEngine) -> None:
+    def __init__(self, witness: Witness, host: str, engine: ModelledEngine | StoreMemory) -> None:
         self._witness = witness
         self._host = host
         self._engine = engine
@@ -86,6 +97,26 @@ class WatchedPool:
         slots, source_class = content
         self._witness.landed(self._host, block_id, self.ledger.block_class(block_id), source_class)
         self._engine.write_block(block_id, slots)
+
+
+class WatchedMemory:
+    """`simulator.store.BlockMemory` as a store's disk sees it."""
+
+    def __init__(self, witness: Witness, host: str, memory: StoreMemory) -> None:
+        self._witness = witness
+        self._host = host
+        self._memory = memory
+        #: Set before the first read.
+        self.ledger: Ledger
+
+    def read_block(self, block_id: BlockId) -> BlockContent:
+        self._witness.spilled(self._host, block_id, self.ledger.block_class(block_id))
+        return self._memory.read_block(block_id)
+
+    def write_block(self, block_id: BlockId, content: BlockContent) -> None:
+        is_named = self.ledger.key_of(block_id) is not None
+        self._witness.loaded(self._host, block_id, self.ledger.block_class(block_id), is_named=is_named)
+        self._memory.write_block(block_id, content)
 
 
 def _now_s() -> float:

@@ -17,11 +17,10 @@ from kvstore.block_log import BlockLog
 from worker.outage_lines import OutageLines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from contracts.clock import Clock
     from contracts.messages import WorkerInfo
-    from kvtransfer import Ledger
     from rpc import Network
 
 #: News wait for each other this long at most.
@@ -43,23 +42,28 @@ class BlockPublisher:
         self,
         *,
         info: WorkerInfo,
-        ledger: Ledger,
+        held: Callable[[], Iterable[bytes]],
         network: Network,
         coordinator_address: str,
         clock: Clock,
         registered: asyncio.Event,
+        holds_already: bool = False,
         log: Callable[[str], None],
     ) -> None:
-        """Listens to `ledger`, which has no key yet. Nothing is told before `registered` is set."""
+        """`held`: all keys that stand; the owner has it hear of them as they come and go. `holds_already`: there may be
+        some from before. Nothing is told before `registered` is set."""
         self._network = network
         self._address = coordinator_address
         self._clock = clock
         self._registered = registered
         begun, over = "block events are not heard by the coordinator", "block events are heard again"
         self._outage = OutageLines(begun, over, clock, log)
-        self._events = BlockLog(info.worker_id, info.incarnation, lambda: hints(tuple(ledger.all_keys())))
-        ledger.key_listener = self
+        self._events = BlockLog(
+            info.worker_id, info.incarnation, lambda: hints(tuple(held())), holds_already=holds_already
+        )
         self._news = asyncio.Event()
+        if holds_already:
+            self._news.set()
         #: Set to end a wait after a failure.
         self._anew = asyncio.Event()
         #: Messages that were answered, since the start.

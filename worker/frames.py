@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from contracts.clock import Clock
     from contracts.ids import GatewayId, Incarnation, WorkerId
-    from contracts.requests import GenerateRequest, TokenDelta
+    from contracts.requests import Claim, GenerateRequest, TokenDelta
 
 #: An empty frame goes out after this much silence, so that a gateway can tell idle from hung.
 SIGN_OF_LIFE_S = 1.0
@@ -36,6 +36,7 @@ class _Mailbox:
 
     def __init__(self, now_s: float) -> None:
         self.deltas: list[TokenDelta] = []
+        self.claims: list[Claim] = []
         self.ready = asyncio.Event()
         #: Grows when a newer stream of the same gateway takes over, or the reader was too slow.
         self.stream_number = 0
@@ -87,12 +88,27 @@ class FrameOutbox:
         """Queues a delta; it leaves with the next `flush`."""
         self._mailbox(request.gateway_id).deltas.append(delta)
 
+    def tell(self, gateway_id: GatewayId, delta: TokenDelta) -> None:
+        """As `emit`, of a request that is not here."""
+        self._mailbox(gateway_id).deltas.append(delta)
+
+    def claim(self, gateway_id: GatewayId, claim: Claim) -> None:
+        """Queues a claim, behind the deltas that are queued; it leaves with the next `flush`. Nothing happens where
+        that gateway has no stream here: a claim is repeated."""
+        if self.is_read_by(gateway_id):
+            self._mailbox(gateway_id).claims.append(claim)
+
+    def is_read_by(self, gateway_id: GatewayId) -> bool:
+        """Whether this gateway has its stream here."""
+        mailbox = self._mailboxes.get(gateway_id)
+        return mailbox is not None and mailbox.unattended_since_s is None
+
     def flush(self) -> None:
         """Ends a step: wakes the streams that have something to send."""
         for gateway_id, mailbox in list(self._mailboxes.items()):
             if len(mailbox.deltas) > self._max_pending_deltas:
                 self._give_up(gateway_id, mailbox, f"fell {len(mailbox.deltas)} deltas behind")
-            elif mailbox.deltas and not _FLUSHED_LATER.fires():
+            elif (mailbox.deltas or mailbox.claims) and not _FLUSHED_LATER.fires():
                 mailbox.ready.set()
 
     def expire(self, now_s: float) -> None:
@@ -105,7 +121,7 @@ class FrameOutbox:
     def _give_up(self, gateway_id: GatewayId, mailbox: _Mailbox, reason: str) -> None:
         _GIVEN_UP.reached()
         del self._mailboxes[gateway_id]
-        mailbox.deltas = []
+        mailbox.deltas, mailbox.claims = [], []
         mailbox.stream_number += 1
         mailbox.ready.set()
         self._on_given_up(gateway_id, reason)
@@ -137,12 +153,14 @@ class FrameOutbox:
 
     def _frame(self, sequence_number: int, mailbox: _Mailbox) -> Frame:
         deltas, mailbox.deltas = tuple(mailbox.deltas), []
+        claims, mailbox.claims = tuple(mailbox.claims), []
         mailbox.ready.clear()
         return Frame(
             worker_id=self._worker_id,
             incarnation=self._incarnation,
             sequence_number=sequence_number,
             deltas=deltas,
+            claims=claims,
         )
 
     def _mailbox(self, gateway_id: GatewayId) -> _Mailbox:

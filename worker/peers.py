@@ -1,7 +1,10 @@
 """Gets to know the workers that KV will come from: asks how their pools are reached, and measures every way there.
 
-A worker that writes answers, or that fetches prefixes, probes each life of each worker that reads prompts, once, as
-soon as the coordinator knows it. What is too slow for its class is refused before a request meets it.
+A worker that writes answers probes each life of each worker that reads prompts, once, as soon as the coordinator knows
+it; one that fetches prefixes probes whatever may hold some: stores, and workers of all roles. What is too slow for its
+class is refused before a request meets it. A store probes the workers that it is offered blocks by.
+
+The same list of members says which store a worker uses.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from contracts.failpoints import Failpoint
 from contracts.messages import DESCRIBE, MEMBERS, DescribeRequest, Empty, Peer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from contracts.clock import Clock
     from contracts.ids import WorkerId
@@ -39,6 +42,16 @@ _MET_LATE = Failpoint("worker.peer_met_late", "a peer is measured late, maybe af
 _LONGEST_LATENESS_S = 2.0
 
 
+def nearest_store(own: WorkerInfo, members: Sequence[Member]) -> Peer | None:
+    """The store that a worker uses: its own machine's, else the first by id, of those whose KV fits. Pure."""
+    infos = [member.info for member in members if member.info.role == "store"]
+    fitting = [info for info in infos if own.identity.mismatch(info.identity) is None]
+    if not fitting:
+        return None
+    store = min(fitting, key=lambda info: (not own.node or info.node != own.node, info.worker_id))
+    return Peer(worker_id=store.worker_id, incarnation=store.incarnation, address=store.address)
+
+
 class PeerWatch:
     """Use: `await run()` beside the rest of the worker, until cancelled."""
 
@@ -52,9 +65,13 @@ class PeerWatch:
         prober: Prober,
         clock: Clock,
         fetches: bool,
+        probes: bool = True,
+        on_store: Callable[[Peer | None], None] = lambda store: None,
         log: Callable[[str], None],
     ) -> None:
-        """`fetches`: whether prefixes may come from other workers that read prompts."""
+        """`fetches`: whether prefixes may come from other workers and from stores; `probes`: whether anything is
+        measured before it is needed. `on_store` is told which store this
+        worker uses, again and again; the last one told counts while the coordinator does not answer."""
         self._info = info
         self._network = network
         self._coordinator_address = coordinator_address
@@ -62,18 +79,29 @@ class PeerWatch:
         self._prober = prober
         self._clock = clock
         self._fetches = fetches
+        self._probes = probes
+        self._on_store = on_store
         self._log = log
         #: Failed tries of lives that are not measured yet.
         self._tries: dict[Peer, int] = {}
         #: When the refused are measured again.
         self._repeat_at_s: dict[WorkerId, float] = {}
+        #: Since the start, or since the role changed.
+        self._eager_since_s = 0.0
+        #: All that were told last.
+        self.stores: frozenset[WorkerId] = frozenset()
+
+    def role_changed(self, info: WorkerInfo) -> None:
+        """This worker takes KV from others than before, and gets to know them as it did at its start."""
+        self._info = info
+        self._eager_since_s = self._clock.now_s()
 
     async def run(self) -> None:
-        started_s = self._clock.now_s()
+        self._eager_since_s = self._clock.now_s()
         while True:
             for member in await self._members():
                 await self._meet(member)
-            eager = self._clock.now_s() - started_s < EAGER_FOR_S
+            eager = self._clock.now_s() - self._eager_since_s < EAGER_FOR_S
             await self._clock.sleep(EAGER_INTERVAL_S if eager else CALM_INTERVAL_S)
 
     async def _members(self) -> list[Member]:
@@ -87,15 +115,28 @@ class PeerWatch:
         present = {member.info.worker_id: member.info.incarnation for member in members}
         self._tries = {each: n for each, n in self._tries.items() if present.get(each.worker_id) == each.incarnation}
         self._repeat_at_s = {each: at_s for each, at_s in self._repeat_at_s.items() if each in present}
-        return [member for member in members if self._concerns(member.info)]
+        self.stores = frozenset(member.info.worker_id for member in members if member.info.role == "store")
+        self._on_store(nearest_store(self._info, members))
+        return [member for member in members if self._probes and self._concerns(member.info)]
 
     def _concerns(self, other: WorkerInfo) -> bool:
-        takes_kv = self._info.role != "prefill" or self._fetches
-        if not takes_kv or other.role == "decode" or other.worker_id == self._info.worker_id:
+        if other.worker_id == self._info.worker_id or not self._takes_from(other):
             return False
         if not self._transports.is_probed(other.worker_id, other.incarnation):
             return True
         return self._clock.now_s() >= self._repeat_at_s.get(other.worker_id, math.inf)
+
+    def _takes_from(self, other: WorkerInfo) -> bool:
+        """Whether this worker's role has it take KV from the other's."""
+        match self._info.role:
+            case "store":
+                return other.role != "store"
+            case "decode":
+                return other.role in ("prefill", "mixed")
+            case "prefill":
+                return self._fetches
+            case "mixed":
+                return self._fetches or other.role in ("prefill", "mixed")
 
     async def _meet(self, member: Member) -> None:
         other = member.info

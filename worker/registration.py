@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from contracts.errors import StaleIncarnation, TandemError
@@ -51,9 +52,12 @@ class Registration:
         """`on_gone` hears of each life that the coordinator has given up, once; `latency` is told when it has changed.
         `on_registered_anew` is called whenever this life was taken up but for the first time."""
         self._info = info
+        #: What the coordinator was told of this life; None: nothing that still holds.
+        self._told_info: WorkerInfo | None = None
+        #: Something is to be told before its time.
+        self._news = asyncio.Event()
         self._network = network
         self._address = coordinator_address
-        self._clock = clock
         self._load = load
         self._transfers = transfers
         self._latency = latency
@@ -75,17 +79,21 @@ class Registration:
         Raises LifeOver when the coordinator has given this life up: the others were told that its leases are void, so
         it must not go on as if they stood.
         """
-        known = False
         interval_s = FIRST_INTERVAL_S
         while True:
+            self._news.clear()
             try:
-                if known:
+                if self._told_info is self._info:
                     await _BEAT_LATE.delay(_LONGEST_LATENESS_S)
-                    known = await self._beat()
+                    if not await self._beat():
+                        self._told_info = None
                 else:
-                    channel = self._network.channel(self._address)
-                    taken_up = await channel.call(REGISTER, self._info, timeout_s=TIMEOUT_S)
-                    known, interval_s = True, taken_up.heartbeat_interval_s
+                    info = self._info
+                    taken_up = await self._network.channel(self._address).call(REGISTER, info, timeout_s=TIMEOUT_S)
+                    if self._told_info is not None:
+                        # Its load is not known there under this role, and is waited for.
+                        self._news.set()
+                    self._told_info, interval_s = info, taken_up.heartbeat_interval_s
                     self._told_latency = None
                     if self.registered.is_set():
                         self._on_registered_anew()
@@ -97,7 +105,22 @@ class Registration:
             except TandemError as error:
                 _NOT_HEARD.reached()
                 self._outage.failed(error)
-            await self._clock.sleep(interval_s)
+            await self._pause(interval_s)
+
+    def tell_soon(self) -> None:
+        """What the load says is not to wait for its turn."""
+        self._news.set()
+
+    def changed(self, info: WorkerInfo) -> None:
+        """Registers this life anew, with what has changed of it."""
+        self._info = info
+        self._news.set()
+
+    async def _pause(self, interval_s: float) -> None:
+        """Until the next beat is due, or there is something to tell."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(interval_s):
+                await self._news.wait()
 
     async def leave(self, reason: str) -> None:
         """Says goodbye, if the coordinator listens."""

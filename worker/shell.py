@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
+from contracts.control_messages import DRAIN, SET_ROLE
 from contracts.errors import Internal, InvariantBroken, NotReady, StaleIncarnation, TransferAborted
 from contracts.failpoints import RarePath
 from contracts.messages import (
@@ -28,27 +29,36 @@ from contracts.messages import (
     Peer,
     WorkerLoad,
 )
+from contracts.store_messages import CACHE_CLEAR, CACHE_STAT, CacheClearReply
 from decode import DecodeBatch, DecodeLimits
+from decode.swap import Swaps
 from engine.compose import StepBudget
 from engine.room import Room
 from kvstore.fetch_answers import FetchAnswers
 from kvstore.fetches import PrefixFetches
+from kvstore.look_ahead import LookAhead
 from kvstore.prefix_cache import PrefixCache
 from kvtransfer import HolderService, Ledger, Prober, ReaderService
 from prefill import PrefillLimits, PrefillQueue
 from prefill.admission import may_fetch
 from worker.block_publisher import BlockPublisher
+from worker.device_tier import DeviceTier
 from worker.frames import FrameOutbox
+from worker.moves import Moves
 from worker.peers import PeerWatch
 from worker.registration import Registration
+from worker.standing import OpenWork, Standing
 from worker.step_loop import StepLoop
+from worker.store_offers import StoreOffers
 from worker.transfers import transfer_report
+from worker.waiting_blocks import waiting_blocks
 from worker.watchdog import LOOK_INTERVAL_S, LifeOver, Watchdog, WatchdogLimits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
     from contracts.clock import Clock
+    from contracts.control_messages import DrainRequest, SetRoleRequest
     from contracts.ids import GatewayId, Incarnation, WorkerId
     from contracts.messages import (
         CancelRequest,
@@ -60,10 +70,12 @@ if TYPE_CHECKING:
         LeaseTerms,
         PrefillRequest,
         RequestKey,
+        Role,
         WorkerInfo,
         WorkerLife,
     )
     from contracts.requests import Frame, GenerateRequest
+    from contracts.store_messages import CacheClearRequest, CacheStatReply, CacheStatRequest
     from engine.plan import Engine
     from kvtransfer import Pool, TransportSet
     from kvtransfer.staging import Staging
@@ -116,9 +128,11 @@ class WorkerShell:
         pool: Pool | None = None,
         checksum: bool = False,
         staging: Staging | None = None,
+        on_role: Callable[[Role], None] = lambda role: None,
         log: Callable[[str], None],
     ) -> None:
-        """`checksum` needs `pool`, whose bytes it covers; `staging` is for pools in device memory."""
+        """`checksum` needs `pool`, whose bytes it covers; `staging` is for pools in device memory. `on_role` hears of
+        another role than that of `info`."""
         self._info = info
         as_peer = Peer(worker_id=info.worker_id, incarnation=info.incarnation, address=info.address)
         self._network = network
@@ -189,7 +203,7 @@ class WorkerShell:
         self.registered = self._registration.registered
         self.publisher = BlockPublisher(
             info=info,
-            ledger=self.ledger,
+            held=self.ledger.all_keys,
             network=network,
             coordinator_address=coordinator_address,
             clock=clock,
@@ -204,9 +218,14 @@ class WorkerShell:
             prober=self._prober,
             clock=clock,
             fetches=limits.prefix_cache,
+            probes=limits.probe,
+            on_store=lambda store: self.store_offers.use(store),
             log=log,
         )
-        self._probe = limits.probe
+        self.standing = Standing(
+            info, open_work=self._open_work, on_change=self._registration.tell_soon, on_role=self._serve_as
+        )
+        self._on_role = on_role
         self.outbox = FrameOutbox(
             worker_id=info.worker_id,
             incarnation=info.incarnation,
@@ -221,6 +240,22 @@ class WorkerShell:
             available_blocks=lambda: self.ledger.available_blocks,
         )
         self.prefixes = PrefixCache(self.ledger, info.identity, enabled=limits.prefix_cache)
+        self.device_tier = DeviceTier(
+            ledger=self.ledger,
+            prefixes=self.prefixes,
+            reader=self.reader,
+            layout=info.identity.layout,
+            listener=self.publisher,
+        )
+        self.store_offers = StoreOffers(
+            prefixes=self.prefixes,
+            holder=self.holder,
+            network=network,
+            clock=clock,
+            may_take=lambda num_blocks: may_fetch(num_blocks, room.view()),
+            on_blocks_freed=self._blocks_may_be_free,
+            log=log,
+        )
         self.fetches = PrefixFetches(
             ledger=self.ledger,
             prefixes=self.prefixes,
@@ -233,6 +268,7 @@ class WorkerShell:
             may_take=lambda num_blocks: may_fetch(num_blocks, room.view()),
             on_ended=self._blocks_may_be_free,
             on_bug=self._found,
+            on_copied=self.store_offers.served,
             log=log,
         )
         self.fetch_answers = FetchAnswers(
@@ -241,18 +277,43 @@ class WorkerShell:
             identity=info.identity,
             on_blocks_freed=self._blocks_may_be_free,
         )
+        self.moves = Moves(
+            own=as_peer,
+            network=network,
+            clock=clock,
+            engine=engine,
+            outbox=self.outbox,
+            standing=self.standing,
+            refusal=transports.refusal,
+            latency=lambda: self.loop.latency.fit(),
+            reading_s=self._reading_s,
+            on_change=self._blocks_may_be_free,
+            log=log,
+        )
         sequence_ids = itertools.count()
         self.decode = DecodeBatch(
             engine=engine,
             ledger=self.ledger,
+            prefixes=self.prefixes,
             reader=self.reader,
             room=room,
-            own_worker_id=info.worker_id,
+            holder=self.holder,
+            own=as_peer,
             limits=limits.decode,
             emit=self.outbox.emit,
+            move_calls=self.moves,
+            swaps=Swaps(
+                keep=self.store_offers.keep,
+                store=lambda: self.store_offers.store,
+                start_fetch=self.fetches.start,
+                expected_fetch_s=self.fetches.expected_s,
+                reading_s=self._reading_s,
+                block_tokens=info.identity.layout.block_tokens,
+            ),
             clock=clock,
             on_change=self._blocks_may_be_free,
             sequence_ids=sequence_ids,
+            keep=self.store_offers.keep,
         )
         self.prefill = PrefillQueue(
             engine=engine,
@@ -271,6 +332,17 @@ class WorkerShell:
             sequence_ids=sequence_ids,
             ahead_tokens=limits.budget.max_tokens,
             reading_s=self._reading_s,
+            expected_fetch_s=self.fetches.expected_s,
+            on_order=lambda: self.look_ahead.changed(),
+            on_read=lambda request, chain: self.store_offers.keep(chain, len(chain), request),
+        )
+        self.moves.join(self.decode, self.prefill)
+        self.look_ahead = LookAhead(
+            worker=as_peer,
+            wanted=self.prefill.wanted,
+            is_store=lambda worker_id: worker_id in self._peers.stores,
+            network=network,
+            clock=clock,
         )
         self.loop = StepLoop(
             engine=engine,
@@ -289,7 +361,12 @@ class WorkerShell:
         server.register(CANCEL, self._fatal_if_broken(self._on_cancel))
         server.register(HANDOFF, self._fatal_if_broken(self._on_handoff))
         server.register(FETCH, self._fatal_if_broken(self._on_fetch))
+        self.moves.register_on(server, self._fatal_if_broken)
+        server.register(DRAIN, self._on_drain)
+        server.register(SET_ROLE, self._fatal_if_broken(self._on_set_role))
         server.register(AUDIT, self._on_audit)
+        server.register(CACHE_STAT, self._on_cache_stat)
+        server.register(CACHE_CLEAR, self._fatal_if_broken(self._on_cache_clear))
         server.register(DESCRIBE, self._on_describe)
         server.register_stream(FRAMES, self._on_frames)
         self.holder.register(server)
@@ -307,10 +384,12 @@ class WorkerShell:
                     tasks.create_task(self._sweep(), name="sweep")
                     tasks.create_task(self._keep_registered(), name="heartbeat")
                     tasks.create_task(self.publisher.run(), name="block-events")
+                    tasks.create_task(self.store_offers.run(), name="write-back")
+                    tasks.create_task(self.look_ahead.run(), name="look-ahead")
+                    tasks.create_task(self.moves.run(), name="moves")
                     tasks.create_task(self._end_on_a_bug(), name="bugs")
                     tasks.create_task(self._watch_over(), name="watchdog")
-                    if self._probe:
-                        tasks.create_task(self._peers.run(), name="peers")
+                    tasks.create_task(self._peers.run(), name="peers")
             finally:
                 await self._leave()
                 await self.fetches.close()
@@ -344,6 +423,8 @@ class WorkerShell:
 
     async def _on_prefill(self, ask: PrefillRequest, context: CallContext) -> Empty:
         self._require(ask.target, "Prefill")
+        if not self.prefill.knows(ask.request):
+            self.standing.check_open("new prompt")
         await self._note_peer(ask.decode)
         if ask.prefix is not None and ask.prefix.source is not None:
             await self._note_peer(ask.prefix.source)
@@ -357,6 +438,7 @@ class WorkerShell:
 
     async def _on_handoff(self, ask: HandoffRequest, context: CallContext) -> HandoffReply:
         self._require(ask.target, "Handoff")
+        self.moves.check_handoff(ask)
         await self._note_peer(ask.terms.holder)
         if (refusal := self._transports.refusal(ask.terms.holder)) is not None:
             raise TransferAborted(refusal)
@@ -364,6 +446,9 @@ class WorkerShell:
 
     async def _on_fetch(self, ask: FetchRequest, context: CallContext) -> FetchReply:
         self._require(ask.target, "Fetch")
+        if self.standing.draining and not self._open_work().requests:
+            # Prefixes would be fetched for as long as there are any: a drain is to end.
+            self.standing.check_open("fetch")
         await self._note_peer(ask.reader)
         return await self.fetch_answers.answer(ask)
 
@@ -371,11 +456,24 @@ class WorkerShell:
         self._require(ask.target, "Frames")
         return self.outbox.stream(ask.gateway_id)
 
+    async def _on_drain(self, ask: DrainRequest, context: CallContext) -> Empty:
+        self._require(ask.target, "Drain")
+        was_draining = self.standing.draining
+        self.standing.drain(ask, self._clock.now_s())
+        if self.standing.draining != was_draining:
+            self._log(f"{self._info.worker_id} {'drains' if ask.draining else 'drains no more'}: {ask.reason}")
+        return Empty()
+
+    async def _on_set_role(self, ask: SetRoleRequest, context: CallContext) -> Empty:
+        self._require(ask.target, "SetRole")
+        self.standing.set_role(ask)
+        return Empty()
+
     async def _on_audit(self, ask: Empty, context: CallContext) -> AuditReply:
         return AuditReply(
             load=self.load(),
             total_blocks=self._engine.num_blocks,
-            open_requests=self.prefill.open_count + self.decode.open_count,
+            open_requests=self._open_work().requests,
             holder_leases=self.holder.num_leases,
             reader_leases=self.reader.num_leases,
             problems=self.problems(),
@@ -388,6 +486,14 @@ class WorkerShell:
             num_blocks=self._engine.num_blocks,
             endpoints=self._transports.endpoints(),
         )
+
+    async def _on_cache_stat(self, ask: CacheStatRequest, context: CallContext) -> CacheStatReply:
+        self._require(ask.target, "CacheStat")
+        return self.device_tier.stat()
+
+    async def _on_cache_clear(self, ask: CacheClearRequest, context: CallContext) -> CacheClearReply:
+        self._require(ask.target, "CacheClear")
+        return CacheClearReply(dropped={"device": self.device_tier.clear()} if "device" in ask.tiers else {})
 
     def _require(self, target: Incarnation, what: str) -> None:
         if target != self._info.incarnation:
@@ -428,6 +534,20 @@ class WorkerShell:
         if old not in (None, peer.address) and old not in self._peer_addresses.values():
             await self._network.drop(old)
 
+    def _open_work(self) -> OpenWork:
+        return OpenWork(
+            requests=self.prefill.open_count + self.decode.open_count + self.moves.num_coming,
+            leases=self.holder.num_leases + self.reader.num_leases,
+        )
+
+    def _serve_as(self, info: WorkerInfo) -> None:
+        """The role has changed; nothing is open."""
+        self._log(f"{info.worker_id} is a {info.role} worker from now on")
+        self.prefill.set_also_writes(self.standing.also_writes)
+        self._peers.role_changed(info)
+        self._registration.changed(info)
+        self._on_role(cast("Role", info.role))
+
     # --- between the sides ------------------------------------------------------------------------
 
     async def _send_offer(
@@ -454,6 +574,7 @@ class WorkerShell:
         for key in keys:
             self.prefill.cancel(key, reason)
             self.decode.cancel(key, reason)
+            self.moves.cancel_here(key, reason)
         self.loop.wake()
 
     # --- upkeep -----------------------------------------------------------------------------------
@@ -462,6 +583,7 @@ class WorkerShell:
         while True:
             await self._clock.sleep(SWEEP_INTERVAL_S)
             now_s = self._clock.now_s()
+            self.standing.look(now_s)
             self.prefill.expire(now_s)
             self.decode.expire(now_s)
             self.outbox.expire(now_s)
@@ -509,6 +631,13 @@ class WorkerShell:
         await self._registration.leave(self._end_reason)
 
     def load(self) -> WorkerLoad:
+        work = self._open_work()
+        wanted = waiting_blocks(
+            self.room.view(),
+            preempted=self.decode.preempted_blocks,
+            offered_blocks=self.decode.offered_blocks,
+            unread_blocks=self.prefill.waiting_blocks,
+        )
         return WorkerLoad(
             **self.ledger.load(),
             waiting_requests=self.prefill.waiting_count + self.decode.waiting_count,
@@ -522,6 +651,16 @@ class WorkerShell:
             unread_tokens=self.decode.unread_tokens,
             answers=self.prefill.answer_tallies.report(self.decode.answer_tallies),
             step_age_s=self._watchdog.step_age_s(self._clock.now_s()),
+            draining=self.standing.draining,
+            open_requests=work.requests,
+            open_leases=work.leases,
+            head_demand_blocks=wanted.head,
+            queued_demand_blocks=wanted.all,
+            priorities=self.decode.priorities,
+            preempted_answers=self.decode.preempted_count,
+            waiting_prompts=self.prefill.waiting_count,
+            moving_out=self.moves.num_leaving,
+            moving_in=self.moves.num_coming,
         )
 
     def problems(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ What needs numpy is not imported here (`workload.prompts`, `workload.figures`): 
 from __future__ import annotations
 
 from workload.arrivals import Arrivals, Constant, Diurnal, Gamma, Poisson, Ramp, Step
-from workload.lengths import PUBLISHED_LENGTHS, Fixed, Histogram, Lengths, LogNormal, PublishedLengths
+from workload.lengths import PUBLISHED_LENGTHS, Fixed, Histogram, Lengths, LogNormal, PowerLaw, PublishedLengths
 from workload.prefixes import SharedPrefixes
 from workload.request import WorkloadRequest
 from workload.reuse import PrefixReuse, prefix_reuse
@@ -33,6 +33,7 @@ __all__ = [
     "Lengths",
     "LogNormal",
     "Poisson",
+    "PowerLaw",
     "PrefixReuse",
     "PublishedLengths",
     "Ramp",

@@ -110,6 +110,62 @@ class LogNormal:
 
 
 @dataclass(frozen=True, slots=True)
+class PowerLaw:
+    """Many short lengths and a few long ones: the density falls as `tokens ** -(shape + 1)` between two bounds (a
+    bounded Pareto distribution); rounded."""
+
+    #: > 0; the smaller, the more of all tokens are in the few long ones.
+    shape: float
+    min_tokens: float
+    max_tokens: int = MAX_TOKENS
+
+    def __post_init__(self) -> None:
+        require_positive(shape=self.shape, min_tokens=self.min_tokens)
+        if self.min_tokens >= self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} must be below max_tokens {self.max_tokens}")
+
+    @classmethod
+    def from_mean_median(cls, mean_tokens: float, median_tokens: float, max_tokens: int = MAX_TOKENS) -> PowerLaw:
+        """With this mean and this median. Raises ValueError where none fits: the median lies below the mean, and not
+        so far below that even `shape` 0 (half of all below the geometric mean of the bounds) has a smaller mean."""
+        require_positive(mean_tokens=mean_tokens, median_tokens=median_tokens, max_tokens=max_tokens)
+
+        def excess(shape: float) -> float:
+            return mean_tokens - _with_median(cls, shape, median_tokens, max_tokens).mean_tokens
+
+        if not median_tokens < mean_tokens < max_tokens or excess(_LEAST_SHAPE) > 0 or excess(_MOST_SHAPE) < 0:
+            raise ValueError(f"no power law up to {max_tokens} has mean {mean_tokens} and median {median_tokens}")
+        return _with_median(cls, growing_root(excess, _LEAST_SHAPE, _MOST_SHAPE), median_tokens, max_tokens)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Before rounding."""
+        shape, low, high = self.shape, self.min_tokens, float(self.max_tokens)
+        kept = -math.expm1(shape * math.log(low / high))
+        if abs(shape - 1.0) < 1e-9:
+            return low * math.log(high / low) / kept
+        return low * shape / (1.0 - shape) * math.expm1((1.0 - shape) * math.log(high / low)) / kept
+
+    def quantile(self, share: float) -> float:
+        """Before rounding; `share` in [0, 1]."""
+        kept = -math.expm1(self.shape * math.log(self.min_tokens / self.max_tokens))
+        return self.min_tokens * math.exp(-math.log1p(-share * kept) / self.shape)
+
+    def sample(self, rng: random.Random) -> int:
+        return max(1, min(self.max_tokens, round(self.quantile(rng.random()))))
+
+
+#: Between these `PowerLaw.from_mean_median` looks.
+_LEAST_SHAPE, _MOST_SHAPE = 1e-3, 20.0
+
+
+def _with_median(kind: type[PowerLaw], shape: float, median_tokens: float, max_tokens: int) -> PowerLaw:
+    """The lower bound that gives this median."""
+    beyond = 0.5 * math.exp(shape * math.log(median_tokens / max_tokens))
+    return kind(shape, median_tokens * math.exp(math.log(0.5 / (1.0 - beyond)) / shape), max_tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class Histogram:
     """The given lengths, each as often as its weight says; nothing between them."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from coordinator.directory.holder_sets import HolderSets
-from coordinator.directory.table import HintTable
+from kvstore.hint_table import HintTable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from coordinator.directory.hints import Hints
-    from coordinator.directory.table import Slots
+    from kvstore.hint_table import Slots
 
     Counts = NDArray[np.int32]
     #: Of blocks that follow each other and have the same holders: where each begins, and its set's number; 0 where

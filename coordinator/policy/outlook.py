@@ -73,6 +73,14 @@ class Pace:
         return self.answer_tokens * self.token_s
 
 
+@dataclass(slots=True, eq=False)
+class Copies:
+    """Of the budgets of copies."""
+
+    #: The clock that is furthest: `Outlook.replica_free_s` of some worker, maybe of one that has left.
+    latest_s: float = 0.0
+
+
 class ReadGroup(NamedTuple):
     """Workers for which reading a prompt costs the same, and that can fetch the same KV."""
 
@@ -113,7 +121,7 @@ class Outlook:
     knows_reading: bool
     knows_writing: bool
     any_mixed: bool
-    #: Readers by kind and `kv_class`: the different pairs, and by row which of them.
+    #: Readers by kind and `kv_class`: the different pairs, and by row which of them (of others that means nothing).
     read_groups: tuple[ReadGroup, ...]
     read_group: Counts
     #: Prompt tokens of a full step, by row.
@@ -130,6 +138,9 @@ class Outlook:
     prefill_free_s: Seconds
     #: When the worker's planned fetches from it are over.
     source_free_s: Seconds
+    #: The virtual clock of its budget of copies, see `coordinator.policy.sources`.
+    replica_free_s: Seconds
+    copies: Copies
     #: As reported: answers that are written and their context; KV that is free or waits for prompts still being read;
     #: KV that is that or these answers'.
     num_decodes: Expected

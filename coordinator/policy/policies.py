@@ -4,12 +4,14 @@ rows out; it books nothing.
 - `random`, `round_robin`: for comparison.
 - `least_loaded`: fewest prompt tokens not yet computed; fewest context tokens held. What is placed counts at once, else
   a burst would land on one worker.
+- `freeness`: the answer goes where each answer has most memory left, virtual usage counted, as in Llumnix
+  (`coordinator.policy.virtual_usage`); a prompt that another worker reads goes where the fewest tokens wait.
 - `prefix_only`: the shortest predicted TTFT, each worker with the prefixes that it holds itself.
-- `ttft_min`: the same, and prefixes are fetched from other workers where that is worth it (see
-  `coordinator.policy.reading`).
+- `ttft_min`: the same, and prefixes are fetched from other workers and from stores where that is worth it (see
+  `coordinator.policy.sources`).
 
 Ties go to the smaller worker id, so that one view always gives one answer. Where nothing is known of what steps cost,
-a prompt's wait is counted in tokens instead, and nothing is fetched.
+a prompt's wait is counted in tokens instead (`coordinator.policy.unpriced`).
 
 **Mixed workers beside others** (conditional disaggregation): a mixed worker keeps the prompts that it reads, which
 saves the handoff; but its answers are slowed by all prompts that it reads. There the policies compare when the answers
@@ -23,12 +25,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from contracts.messages import Predicted
-from coordinator.decision import Chosen, Plan
-from coordinator.policy.pairing import fewest_wishes_dropped, least, pair
+from coordinator.decision import Chosen
+from coordinator.policy.pairing import fewest_wishes_dropped, is_any, least, most, pair
+from coordinator.policy.predicting import Ahead, chosen, handoff_wait_s
 from coordinator.policy.question import candidates, refused
-from coordinator.policy.reading import Link, Prompt
-from coordinator.policy.writing import choose_writer, writing_at
+from coordinator.policy.reading import Prompt
+from coordinator.policy.sources import rules_of
+from coordinator.policy.unpriced import TokenCounts
+from coordinator.policy.writing import choose_writer, holding_most, writing_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,11 +40,11 @@ if TYPE_CHECKING:
     from contracts.config import DispatchPolicyName
     from coordinator.decision import Refused
     from coordinator.policy.fleet_view import Flags, FleetView, Seconds
-    from coordinator.policy.outlook import Outlook, Writing
+    from coordinator.policy.outlook import Outlook
     from coordinator.policy.pairing import Pair, Pick, PickWriter
     from coordinator.policy.question import Candidates, HeldBlocks, Question
-    from coordinator.policy.reading import Reading
     from coordinator.policy.settings import ConductorSettings
+    from coordinator.policy.sources import FetchRules, Link
 
     Policy = Callable[[Question, FleetView, Outlook, Link, ConductorSettings], Chosen | Refused]
 
@@ -85,6 +89,19 @@ def least_loaded(
     )
 
 
+def freeness(
+    question: Question, view: FleetView, outlook: Outlook, link: Link, settings: ConductorSettings
+) -> Chosen | Refused:
+    each: Seconds = view.unclaimed_tokens / np.maximum(view.num_answers, 1)
+
+    def pick(rows: Flags) -> int:
+        # Whoever only reads has no answers.
+        mixed = rows & view.is_mixed
+        return most(each, mixed) if is_any(mixed) else least(view.prefill_load_tokens, rows)
+
+    return _by_pick(question, view, outlook, link, settings, pick, lambda rows: most(each, rows))
+
+
 def prefix_only(
     question: Question, view: FleetView, outlook: Outlook, link: Link, settings: ConductorSettings
 ) -> Chosen | Refused:
@@ -94,13 +111,14 @@ def prefix_only(
 def ttft_min(
     question: Question, view: FleetView, outlook: Outlook, link: Link, settings: ConductorSettings
 ) -> Chosen | Refused:
-    return _by_ttft(question, view, outlook, link, settings, settings.fetch_ratio)
+    return _by_ttft(question, view, outlook, link, settings, rules_of(settings))
 
 
 POLICIES: dict[DispatchPolicyName, Policy] = {
     "random": random,
     "round_robin": round_robin,
     "least_loaded": least_loaded,
+    "freeness": freeness,
     "prefix_only": prefix_only,
     "ttft_min": ttft_min,
 }
@@ -125,11 +143,11 @@ def _by_pick(
 
     best = pair(view, found, found.open_readers, pick, writer)
     if best is None:
-        return refused(question, found, settings.limits)
+        return refused(question, view, found, settings.limits)
     ahead = None
     if outlook.knows_reading:
-        ahead = _Ahead(question, view, outlook, Prompt(question, view, outlook, link, None))
-    return _chosen(question, view, outlook, link, best, ahead)
+        ahead = Ahead(question, view, outlook, Prompt(question, view, outlook, link, None))
+    return chosen(question, view, outlook, link, best, ahead)
 
 
 # --- by prediction ------------------------------------------------------------------------------------
@@ -141,26 +159,27 @@ def _by_ttft(
     outlook: Outlook,
     link: Link,
     settings: ConductorSettings,
-    fetch_ratio: float | None,
+    rules: FetchRules | None,
 ) -> Chosen | Refused:
+    """`rules` None: nothing is fetched."""
     found = candidates(question, view, settings.limits)
     if not outlook.knows_reading:
-        return _by_tokens(question, view, outlook, link, settings, found)
-    prompt = Prompt(question, view, outlook, link, fetch_ratio)
-    ahead = _Ahead(question, view, outlook, prompt)
+        return _by_tokens(question, view, outlook, link, settings, rules, found)
+    prompt = Prompt(question, view, outlook, link, rules)
+    ahead = Ahead(question, view, outlook, prompt)
     order = prompt.reach_s()
     if outlook.any_mixed and outlook.knows_writing and found.open_readers.any():
         order = order + _rest_s(question, view, outlook, link, found, prompt, order)
 
     def writer(reader: int, writers: Flags) -> int:
         if not outlook.knows_writing:
-            return least(view.decode_load_tokens, fewest_wishes_dropped(question, view, found, writers))
+            return _least_loaded_writer(question, view, found, writers)
         return choose_writer(question, view, found, ahead.writing(reader), writers, settings.decode)
 
     best = _pair_within_bound(question, view, link, settings, found, lambda rows: least(order, rows), writer)
     if best is None:
-        return refused(question, found, settings.limits)
-    return _chosen(question, view, outlook, link, best, ahead)
+        return refused(question, view, found, settings.limits)
+    return chosen(question, view, outlook, link, best, ahead)
 
 
 def _by_tokens(
@@ -169,18 +188,34 @@ def _by_tokens(
     outlook: Outlook,
     link: Link,
     settings: ConductorSettings,
+    rules: FetchRules | None,
     found: Candidates,
 ) -> Chosen | Refused:
     """The fewest tokens to compute before the prompt is read: others' and its own."""
-    order = view.prefill_load_tokens
-    if question.held is not None:
-        order = order - question.held * link.block_tokens
+    counts = TokenCounts(question, view, outlook, link, rules)
+    order = view.prefill_load_tokens + counts.to_read()
 
     def writer(reader: int, writers: Flags) -> int:
-        return least(view.decode_load_tokens, fewest_wishes_dropped(question, view, found, writers))
+        return _least_loaded_writer(question, view, found, writers)
 
     best = _pair_within_bound(question, view, link, settings, found, lambda rows: least(order, rows), writer)
-    return Chosen(*best[:2], question.held_by(best.reader)) if best else refused(question, found, settings.limits)
+    if best is None:
+        return refused(question, view, found, settings.limits)
+    source = counts.source(best.reader)
+    return Chosen(
+        best.reader,
+        best.writer,
+        question.held_by(best.reader),
+        -1 if source is None else source.row,
+        0 if source is None else source.blocks,
+        decode_blocks=question.held_by(best.writer),
+    )
+
+
+def _least_loaded_writer(question: Question, view: FleetView, found: Candidates, writers: Flags) -> int:
+    """Of these; where nothing is known of what their steps take."""
+    writers = fewest_wishes_dropped(question, view, found, writers)
+    return holding_most(question, view.decode_load_tokens, least(view.decode_load_tokens, writers), writers)
 
 
 def _pair_within_bound(
@@ -223,14 +258,14 @@ def _rest_s(
     handoff_s = np.zeros(len(tpot_s))
     for number, group in enumerate(outlook.read_groups):
         writers = found.fits & view.writers_of_class[group.kv_class]
-        readers = (outlook.read_group == number) & ~view.is_mixed
+        readers = (outlook.read_group == number) & view.can_read & ~view.is_mixed
         if writers.any():
             by_reader[readers] = tpot_s[writers].min()
         if readers.any():
             # What each holds matters little here.
             reading = prompt.at(int(readers.argmax()))
             token_bytes = prompt.kv_token_bytes(number)
-            handoff_s[readers] = _handoff_wait_s(question, link, token_bytes, reading.read_s, reading.last_tokens)
+            handoff_s[readers] = handoff_wait_s(question, link, token_bytes, reading.read_s, reading.last_tokens, 0)
     best_s = float(by_reader[found.open_readers].min())
     if not np.isfinite(best_s):
         return np.zeros(len(tpot_s))
@@ -241,83 +276,3 @@ def _rest_s(
     if question.tpot_limit_s is not None:
         rest_s = rest_s + _MISSES_TARGET_S * (by_reader > question.tpot_limit_s)
     return rest_s
-
-
-# --- what is predicted --------------------------------------------------------------------------------
-
-
-class _Ahead:
-    """What is expected with each reader, looked at once."""
-
-    def __init__(self, question: Question, view: FleetView, outlook: Outlook, prompt: Prompt) -> None:
-        self._question = question
-        self._view = view
-        self._outlook = outlook
-        self.prompt = prompt
-        self._readings: dict[int, Reading] = {}
-        self._writings: dict[int, Writing] = {}
-
-    def reading(self, reader: int) -> Reading:
-        reading = self._readings.get(reader)
-        if reading is None:
-            reading = self._readings[reader] = self.prompt.at(reader)
-        return reading
-
-    def writing(self, reader: int) -> Writing:
-        """When the answer of a prompt read there begins."""
-        writing = self._writings.get(reader)
-        if writing is None:
-            begin_s = self.begin_s(reader)
-            is_held_up = self.reading(reader).held_up_s > 0
-            writing = self._writings[reader] = writing_at(
-                self._question, self._view, self._outlook, begin_s, is_held_up=is_held_up
-            )
-        return writing
-
-    def begin_s(self, reader: int) -> float:
-        """When it does. Who is held up beyond what is looked ahead to counts as if he were not: his answer is one of
-        many then that nobody can tell apart, and all that matters is that each writer gets its part of them."""
-        reading = self.reading(reader)
-        begin_s = self._question.now_s + reading.reach_s
-        return begin_s - reading.held_up_s if begin_s >= self._outlook.slots.end_s else begin_s
-
-
-def _handoff_wait_s(question: Question, link: Link, kv_token_bytes: int, read_s: float, last_tokens: int) -> float:
-    """From the first token to the second: KV is pulled while later chunks compute, so either the last chunk's alone is
-    late, or the link is slower than the computation."""
-    whole_s = link.transfer.transfer_s(question.item.prompt_tokens * kv_token_bytes, 1)
-    last_s = link.transfer.transfer_s(last_tokens * kv_token_bytes, 1)
-    return max(last_s, whole_s - read_s)
-
-
-def _chosen(
-    question: Question, view: FleetView, outlook: Outlook, link: Link, best: Pair, ahead: _Ahead | None
-) -> Chosen:
-    held_blocks = question.held_by(best.reader)
-    if ahead is None:
-        return Chosen(best.reader, best.writer, held_blocks)
-    reading = ahead.reading(best.reader)
-    queue_s, _, fetch_wait_s, read_s, work_s, last_tokens, way = reading
-    is_handed_over = best.reader != best.writer
-    plan = Plan(question.rank, work_s, ahead.begin_s(best.reader))
-    if way.source_blocks:
-        source = ahead.prompt.source(int(view.kv_class[best.reader]))
-        if source is not None:
-            plan = plan._replace(source_row=source.row, fetched_s=question.now_s + way.fetch_s)
-    predicted = None
-    if outlook.knows_writing:
-        tpot_s = ahead.writing(best.reader).tpot_s.item(best.writer)
-        if is_handed_over:
-            token_bytes = ahead.prompt.kv_token_bytes(outlook.read_group.item(best.reader))
-            wait_s = _handoff_wait_s(question, link, token_bytes, read_s, last_tokens)
-            tpot_s += wait_s / max(question.answer_tokens - 1.0, 1.0)
-        waited_s = question.item.waited_s
-        predicted = Predicted(
-            waited_s=waited_s,
-            queue_s=queue_s,
-            transfer_s=fetch_wait_s,
-            prefill_s=read_s,
-            ttft_s=waited_s + reading.reach_s,
-            tpot_s=tpot_s,
-        )
-    return Chosen(best.reader, best.writer, held_blocks, plan.source_row, way.source_blocks, predicted, plan)

@@ -32,6 +32,8 @@ class Question(NamedTuple):
     #: rising. None: nobody holds any. At least one token of the prompt is never held.
     held: HeldBlocks | None
     held_lengths: tuple[int, ...]
+    #: Whether a decode worker or a store holds any.
+    is_kept: bool
     #: Of urgency, see `Outlook`.
     rank: int
     #: What its TPOT may be predicted to be; None: anything.
@@ -66,10 +68,10 @@ def candidates(question: Question, view: FleetView, limits: DispatchLimits) -> C
     return Candidates(fits, readers, open_readers, view.rows_of(item.avoid) if item.avoid else None)
 
 
-def refused(question: Question, found: Candidates, limits: DispatchLimits) -> Refused:
+def refused(question: Question, view: FleetView, found: Candidates, limits: DispatchLimits) -> Refused:
     """Why no pair of these workers could take the request."""
-    is_any_up = found.fits.size > 0 if question.usable is None else bool(question.usable.any())
-    if is_any_up and not found.fits.any():
+    workers = view.computes if question.usable is None else view.computes & question.usable
+    if workers.any() and not found.fits.any():
         return Refused("too_long", ContextLengthExceeded.code, 0.0)
     if not found.readers.any():
         return Refused("no_prefill", NotReady.code, limits.not_ready_retry_after_s)

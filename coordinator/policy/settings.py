@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from contracts.config import AdmissionForm, DispatchPolicyName  # noqa: TC001 (read at run time by the decision log)
+from coordinator.policy.virtual_usage import high_headroom
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +36,10 @@ class ConductorSettings:
     policy: DispatchPolicyName = "ttft_min"
     #: See `coordinator.policy.writing`.
     decode: Literal["spread", "pack"] = "spread"
-    #: A prefix is fetched only from a worker that holds more than so many times as much of it.
+    #: What another worker that reads prompts holds is copied only where that is more than so many times as much.
     fetch_ratio: float = 1.5
+    #: Of a prefill worker's KV memory: what it copies of that within a minute at most.
+    replica_share: float = 1.0
     #: Mixed workers beside others get only prompts with at most so many uncached tokens; 0: any.
     local_prefill_tokens: int = 0
     #: In which order workers read prompts: whether a request waits for those of classes with longer targets.
@@ -45,6 +48,8 @@ class ConductorSettings:
     #: so much earlier.
     unhurried_s: float = 60.0
     priority_s: float = 10.0
+    #: With `freeness`: kept free where answers of a priority run; see `coordinator.policy.virtual_usage`.
+    headroom_tokens: dict[int, int] = field(default_factory=high_headroom)
     admission: AdmissionRule = field(default_factory=AdmissionRule)
     limits: DispatchLimits = field(default_factory=DispatchLimits)
     #: A placement is contained in reports that come so much later.

@@ -59,7 +59,13 @@ def _reason(item: DispatchItem, chosen: Chosen, view: FleetView) -> str:
     if chosen.local_blocks:
         parts.append(f"{chosen.local_blocks} blocks are there")
     if chosen.source_row >= 0:
-        parts.append(f"{chosen.source_blocks} blocks from {view.infos[chosen.source_row].worker_id}")
+        source = view.infos[chosen.source_row]
+        kind = "a store" if source.role == "store" else f"a {source.role} worker"
+        parts.append(f"{chosen.source_blocks} blocks from {source.worker_id}, {kind}")
+    if chosen.is_withheld:
+        parts.append("nothing is copied from other prefill workers: its share of copies is used up")
+    if chosen.decode_blocks:
+        parts.append(f"{chosen.decode_blocks} blocks are at {view.infos[chosen.decode_row].worker_id} already")
     if item.avoid:
         rows = dict.fromkeys((chosen.prefill_row, chosen.decode_row))
         again = [view.infos[row].worker_id for row in rows if view.infos[row].worker_id in item.avoid]
@@ -117,7 +123,9 @@ def _of_target(limit_s: float, target_s: float) -> str:
 
 def _nobody(role: str, view: FleetView, usable: Flags | None) -> str:
     present = ", ".join(
-        f"{info.worker_id} ({info.role})" for row, info in enumerate(view.infos) if usable is None or usable[row]
+        f"{info.worker_id} ({info.role})"
+        for row, info in enumerate(view.infos)
+        if view.computes[row] and (usable is None or usable[row])
     )
     return f"no {role} worker can take the request (workers up: {present or 'none'})"
 

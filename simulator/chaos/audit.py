@@ -8,6 +8,7 @@ in quarantine, and new requests answered.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import TYPE_CHECKING
 
 from contracts.errors import NoCapacity, TandemError
@@ -19,11 +20,15 @@ if TYPE_CHECKING:
     from contracts.messages import AuditReply
     from coordinator.policy import FleetView
     from simulator.chaos.scenario import Scenario
+    from simulator.chaos.witness import Witness
     from simulator.clients import Answer
     from simulator.cluster import SimulatedCluster
+    from simulator.engine import BlockContent
 
-#: How often the books of all workers are looked at.
+#: How often the books of all workers and stores are looked at.
 LOOK_INTERVAL_S = 0.1
+#: How often copies of blocks are compared: a wrong one is seldom there for less than a second.
+LOOKS_PER_COMPARISON = 10
 #: What a request may take beyond its deadline: the gateway's timer, and what is on its way then.
 DEADLINE_SLACK_S = 0.5
 #: From the end of the last fault to a clean cluster, beyond two terms of a lease: a death is known after 3 s, a
@@ -45,28 +50,35 @@ CODES: dict[Weather, frozenset[str]] = {
 class Auditor:
     """Collects what is wrong in one trial; an empty `problems` is a trial that held."""
 
-    def __init__(self, scenario: Scenario, cluster: SimulatedCluster) -> None:
+    def __init__(self, scenario: Scenario, cluster: SimulatedCluster, witness: Witness) -> None:
+        """`witness`: the cluster's; it is told when to look."""
         self._scenario = scenario
         self._cluster = cluster
+        self._witness = witness
         self._started_s = _now_s()
         self.problems: list[str] = []
         #: Sentences found by looks, to say each once.
         self._said: set[str] = set()
 
     async def watch(self) -> None:
-        """Looks at the books until cancelled."""
-        while True:
+        """Looks at the books until cancelled, and where there are stores at what stands under which key."""
+        for number in itertools.count():
             self.look()
+            if self._scenario.cluster.stores and number % LOOKS_PER_COMPARISON == 0:
+                self.compare_copies()
             await asyncio.sleep(LOOK_INTERVAL_S)
 
     def look(self) -> None:
-        """At the books of every worker that is up, between two turns of the loop."""
+        """At the books of every worker and store that is up, between two turns of the loop."""
+        self._witness.look(self._cluster.ledgers())
         for host, problems in self._cluster.problems().items():
             for problem in problems:
-                sentence = f"{host}: {problem}"
-                if sentence not in self._said:
-                    self._said.add(sentence)
-                    self.problems.append(f"at {_now_s():.3f} s: {sentence}")
+                self._say_once(f"{host}: {problem}")
+
+    def _say_once(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            self.problems.append(f"at {_now_s():.3f} s: {sentence}")
 
     def judge(self, answers: Sequence[Answer]) -> None:
         """What the clients got; all of them have ended or have had the time."""
@@ -111,6 +123,17 @@ class Auditor:
         """What a cluster may take until it is as if nothing had been."""
         return 2 * self._scenario.cluster.lease_ttl_s + RECOVERY_S
 
+    def compare_copies(self) -> None:
+        """Blocks with one key are equal, wherever they stand, and written to the end: whoever finds one goes on from
+        it."""
+        first: dict[bytes, tuple[str, BlockContent]] = {}
+        for where, key, content in self._cluster.named_blocks():
+            other, right = first.setdefault(key, (where, content))
+            if None in content:
+                self._say_once(f"{where} has a key, and is not written to the end")
+            elif content is not right and content != right:
+                self._say_once(f"{where} and {other} have one key, and differ")
+
     async def until_recovered(self) -> None:
         """Waits until the cluster is as if nothing had been, for `STEADY_S`; says what is not when it does not get
         there."""
@@ -127,7 +150,8 @@ class Auditor:
 
     async def _remains(self) -> list[str]:
         """What still keeps the cluster from being clean."""
-        down = sorted(set(self._scenario.cluster.roles) - set(self._cluster.up()))
+        members = {*self._scenario.cluster.roles, *self._scenario.cluster.stores}
+        down = sorted(members - set(self._cluster.up()))
         remains = [f"{worker_id} is down" for worker_id in down]
         if not self._cluster.gateway_is_up:
             return [*remains, "the gateway is down"]
@@ -139,11 +163,14 @@ class Auditor:
             audits = await self._cluster.audits()
         except TandemError as error:
             return [*remains, f"an audit failed: {error.message}"]
-        missing = sorted(set(self._scenario.cluster.roles) - known)
+        missing = sorted(members - known)
         remains.extend(f"the coordinator does not know {worker_id}" for worker_id in missing)
         for worker_id, audit in audits.items():
             remains.extend(f"{worker_id}: {each}" for each in _unclean(audit))
         remains.extend(_still_placed(self._cluster.fleet()))
+        for store in [each for each in self._scenario.cluster.stores if each in self._cluster.up()]:
+            if num_windows := self._cluster.store(store).machine.num_windows:
+                remains.append(f"{store} reads ahead for {num_windows} workers where nothing waits")
         return remains
 
 

@@ -37,15 +37,25 @@ if TYPE_CHECKING:
     from simulator.faults.rules import Scope
 
 
+#: Chance of a power cut in a trial with stores.
+POWER_CUT_CHANCE = 0.7
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Victims:
     """Who can be struck."""
 
     worker_ids: tuple[str, ...]
+    #: Like workers, but for engines.
+    stores: tuple[str, ...] = ()
     #: Those that read KV of others.
     readers: tuple[str, ...]
-    #: Workers, gateway and coordinator.
+    #: Workers, stores, gateway and coordinator.
     hosts: tuple[str, ...]
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return (*self.worker_ids, *self.stores)
 
 
 Make = Callable[["random.Random", float, Victims], Fault]
@@ -61,22 +71,34 @@ def draw_faults(rng: random.Random, victims: Victims, *, over_s: float, most: in
     return tuple(sorted(drawn, key=lambda fault: fault.at_s))
 
 
-def draw_loss(rng: random.Random, at_s: float, worker_ids: tuple[str, ...]) -> Fault:
-    """One worker is lost in one of four ways, or silent for a while."""
+def draw_power_cut(rng: random.Random, victims: Victims, *, over_s: float) -> tuple[Fault, ...]:
+    """Stores and workers lose what is in memory, in the middle of the work: only disks have it then. None where there
+    are no stores, and in some trials."""
+    if not victims.stores or rng.random() >= POWER_CUT_CHANCE:
+        return ()
+    at_s = rng.uniform(0.3, 0.7) * over_s
+    return tuple(
+        CrashWorker(at_s=at_s, for_s=rng.choice([0.05, 0.05, 0.5]), worker_id=worker_id)
+        for worker_id in victims.members
+    )
+
+
+def draw_loss(rng: random.Random, at_s: float, worker_ids: tuple[str, ...], stores: tuple[str, ...] = ()) -> Fault:
+    """One worker or store is lost in one of four ways, or silent for a while."""
     make = rng.choice([_crash, _freeze, _hang, _stick])
-    return make(rng, at_s, Victims(worker_ids=worker_ids, readers=(), hosts=worker_ids))
+    return make(rng, at_s, Victims(worker_ids=worker_ids, stores=stores, readers=(), hosts=(*worker_ids, *stores)))
 
 
 def _crash(rng: random.Random, at_s: float, victims: Victims) -> Fault:
-    return CrashWorker(at_s=at_s, for_s=rng.choice([0.05, 1.0, 4.0]), worker_id=rng.choice(victims.worker_ids))
+    return CrashWorker(at_s=at_s, for_s=rng.choice([0.05, 1.0, 4.0]), worker_id=rng.choice(victims.members))
 
 
 def _freeze(rng: random.Random, at_s: float, victims: Victims) -> Fault:
-    return FreezeWorker(at_s=at_s, for_s=rng.uniform(0.1, 8.0), worker_id=rng.choice(victims.worker_ids))
+    return FreezeWorker(at_s=at_s, for_s=rng.uniform(0.1, 8.0), worker_id=rng.choice(victims.members))
 
 
 def _hang(rng: random.Random, at_s: float, victims: Victims) -> Fault:
-    return HangWorker(at_s=at_s, for_s=rng.uniform(0.3, 1.0), worker_id=rng.choice(victims.worker_ids))
+    return HangWorker(at_s=at_s, for_s=rng.uniform(0.3, 1.0), worker_id=rng.choice(victims.members))
 
 
 def _stick(rng: random.Random, at_s: float, victims: Victims) -> Fault:
@@ -140,7 +162,7 @@ def _deafen(rng: random.Random, at_s: float, victims: Victims) -> Fault:
     return DeafPulls(
         at_s=at_s,
         for_s=rng.uniform(2.0, 8.0),
-        scope=rng.choice([Link(ANY, rng.choice(victims.readers)), _scope(rng, victims.worker_ids)]),
+        scope=rng.choice([Link(ANY, rng.choice(victims.readers)), _scope(rng, victims.members)]),
         chance=rng.choice([0.1, 0.5, 1.0, 1.0]),
         # The longest end just before a cluster must be clean again.
         within_s=rng.choice([0.2, 2.0, 25.0, 25.0, 25.0]),

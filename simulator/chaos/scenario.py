@@ -17,7 +17,9 @@ from contracts.requests import SamplingParams
 from decode import DecodeLimits
 from gateway.limits import GatewayLimits
 from prefill import PrefillLimits
-from simulator.chaos.drawing import Victims, draw_faults, draw_loss
+from simulator.chaos.drawing import Victims, draw_faults, draw_loss, draw_power_cut
+from simulator.chaos.operations import draw_moves, draw_operations, draw_rebalancing
+from simulator.chaos.stores import draw_chats, draw_rush, draw_stores
 from simulator.clients import Ask
 from simulator.cluster import COORDINATOR_HOST, GATEWAY_HOST, ClusterSpec
 from simulator.engine import StepTiming
@@ -65,7 +67,7 @@ class Weather(Enum):
 
     #: Nothing: requests may be refused for lack of room, before they began.
     CALM = "calm"
-    #: One worker is lost, in a cluster with room and another one of its role: every request finishes.
+    #: One worker is lost, in a cluster with room and another one of its role, or its store: every request finishes.
     SURVIVABLE = "survivable"
     #: Anything, at once.
     ROUGH = "rough"
@@ -93,9 +95,18 @@ class Scenario:
         roles = " ".join(f"{worker_id}:{role}" for worker_id, role in self.cluster.roles.items())
         return (
             f"{self.weather.value}; {roles}; {self.cluster.num_blocks} blocks of {self.cluster.block_tokens}, "
-            f"leases of {self.cluster.lease_ttl_s:g} s; {len(self.asks)} requests, {len(self.faults)} faults, "
-            f"{len(self.failpoints)} failpoints"
+            f"leases of {self.cluster.lease_ttl_s:g} s{self._describe_store()}; {len(self.asks)} requests, "
+            f"{len(self.faults)} faults, {len(self.failpoints)} failpoints"
         )
+
+    def _describe_store(self) -> str:
+        cluster = self.cluster
+        if not cluster.stores:
+            return ""
+        disk = cluster.store_disk
+        beneath = "no disk" if disk is None else f"a disk of {disk.num_blocks}"
+        is_bad = disk is not None and disk.damaged_chance > 0
+        return f"; a store of {cluster.store_blocks} blocks, {beneath}{' that fails' if is_bad else ''}"
 
 
 def draw(seed: int) -> Scenario:
@@ -104,19 +115,37 @@ def draw(seed: int) -> Scenario:
     cluster = _draw_cluster(rng)
     snapshot_ttl_s = random.Random(f"{seed}/snapshot").choice([0.5, 60.0, 60.0])
     cluster = replace(cluster, gateway=replace(cluster.gateway, snapshot_ttl_s=snapshot_ttl_s))
+    cluster = draw_stores(random.Random(f"{seed}/stores"), cluster)
+    cluster = replace(cluster, rebalancing=draw_rebalancing(random.Random(f"{seed}/rebalancing")))
     asks = _begin_alike(random.Random(f"{seed}/beginnings"), _draw_asks(random.Random(f"{seed}/asks"), cluster))
+    asks = draw_chats(random.Random(f"{seed}/chats"), asks, cluster)
     # Where nothing may fail, it may not by a short deadline either.
     patient = tuple(replace(ask, deadline_s=PATIENT_DEADLINE_S) for ask in asks)
+    moves_rng = random.Random(f"{seed}/moves")
     if seed % CALM_IN == 0:
         calm = _leave_long_answers(random.Random(f"{seed}/long answers"), patient, cluster)
-        return Scenario(seed=seed, weather=Weather.CALM, cluster=cluster, asks=calm, faults=(), failpoints={})
+        # That its request moves is noticed by no client.
+        moves = draw_moves(moves_rng, cluster.roles, over_s=max(ask.at_s for ask in asks) + 2.0)
+        return Scenario(seed=seed, weather=Weather.CALM, cluster=cluster, asks=calm, faults=moves, failpoints={})
     if seed % SURVIVABLE_IN == SURVIVABLE_IN // 2:
         return _draw_survivable(seed, cluster, patient)
     over_s = max(ask.at_s for ask in asks) + 2.0
-    worker_ids = tuple(cluster.roles)
     readers = tuple(worker_id for worker_id, role in cluster.roles.items() if role != "prefill")
-    victims = Victims(worker_ids=worker_ids, readers=readers, hosts=(*worker_ids, COORDINATOR_HOST, GATEWAY_HOST))
+    victims = Victims(
+        worker_ids=tuple(cluster.roles),
+        stores=cluster.stores,
+        readers=(*readers, *cluster.stores),
+        hosts=(*cluster.roles, *cluster.stores, COORDINATOR_HOST, GATEWAY_HOST),
+    )
     faults = draw_faults(random.Random(f"{seed}/faults"), victims, over_s=over_s, most=MAX_FAULTS)
+    power_cut = draw_power_cut(random.Random(f"{seed}/power cut"), victims, over_s=over_s)
+    operations = draw_operations(random.Random(f"{seed}/operations"), cluster.roles, over_s=over_s)
+    cluster = replace(cluster, agent=bool(operations))
+    moves = draw_moves(moves_rng, cluster.roles, over_s=over_s)
+    faults = tuple(sorted((*faults, *power_cut, *operations, *moves), key=lambda fault: fault.at_s))
+    if power_cut:
+        rush_rng = random.Random(f"{seed}/rush")
+        asks = draw_rush(rush_rng, asks, cluster, cut_s=power_cut[0].at_s, until_s=LONGEST_WORKLOAD_S)
     return Scenario(
         seed=seed,
         weather=Weather.ROUGH,
@@ -138,7 +167,7 @@ def _draw_survivable(seed: int, cluster: ClusterSpec, asks: tuple[Ask, ...]) -> 
         gateway=GatewayLimits(),
     )
     over_s = max(ask.at_s for ask in asks)
-    fault = draw_loss(rng, rng.uniform(0.0, over_s), tuple(roomy.roles))
+    fault = draw_loss(rng, rng.uniform(0.0, over_s), tuple(roomy.roles), roomy.stores)
     return Scenario(seed=seed, weather=Weather.SURVIVABLE, cluster=roomy, asks=asks, faults=(fault,), failpoints={})
 
 

@@ -102,7 +102,7 @@ class _Trial:
         program.trace.add(f"{'scenario':14s} {self._scenario.describe()}")
         witness = Witness(STRAY_LIMIT_S if self._scenario.weather is Weather.CALM else math.inf)
         async with SimulatedCluster(program, self._scenario.cluster, witness) as cluster:
-            auditor = Auditor(self._scenario, cluster)
+            auditor = Auditor(self._scenario, cluster, witness)
             watch = asyncio.create_task(auditor.watch(), name="auditor")
             try:
                 await self._play(cluster, auditor)
@@ -122,12 +122,14 @@ class _Trial:
         await asyncio.gather(*strikes)
         self._firing.rest()
         await auditor.until_recovered()
+        auditor.compare_copies()
         last = await self._ask_all(cluster, _last_asks(self.program.rng("last asks"), self._scenario.cluster))
         auditor.judge(self.answers)
         auditor.problems.extend(
             f"asked after recovery: {answer.error!r}" for answer in last if answer.error is not None
         )
         await auditor.until_recovered()
+        auditor.compare_copies()
 
     async def _strike(self, cluster: SimulatedCluster, fault: Fault) -> None:
         await asyncio.sleep(fault.at_s)

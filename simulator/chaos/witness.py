@@ -1,4 +1,5 @@
-"""Sees what no client sees: every token that a worker computes, wanted or not, and every block that a pull writes.
+"""Sees what no client sees: every token that a worker computes, wanted or not, and every block that a pull or a disk
+writes.
 
 The gateway drops what comes of a try that it has given up, and blocks that are written by mistake may be nobody's
 just then: a client would notice such a bug once in a thousand trials. Here it counts wherever it happens.
@@ -13,10 +14,13 @@ from kvtransfer.ledger import BlockClass
 from simulator.engine import expected_tokens
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from contracts.ids import Attempt, BlockId, RequestId
     from contracts.messages import Peer
     from contracts.requests import TokenDelta
     from engine.plan import SampleSpec, SequenceStep
+    from kvtransfer.ledger import Ledger
 
 #: Memory that was given to a pull.
 _GIVEN = (BlockClass.RESERVED, BlockClass.QUARANTINED)
@@ -39,7 +43,7 @@ class Witness:
         #: The right answer of each sequence, by its life and number there.
         self._right: dict[tuple[str, int], list[int]] = {}
         #: Blocks whose bytes were nobody's any more when they were pulled: nothing may be computed from them.
-        self._void: set[tuple[str, BlockId]] = set()
+        self._void: dict[tuple[str, BlockId], None] = {}
         #: Output tokens that came, by the life that computed them and the try.
         self._heard: dict[tuple[str, RequestId, Attempt], set[int]] = {}
 
@@ -47,7 +51,7 @@ class Witness:
         first, last = step.start // block_tokens, (step.start + len(step.token_ids) - 1) // block_tokens
         for place, block_id in enumerate(step.block_ids[: last + 1]):
             if place > first or step.start == place * block_tokens:
-                self._void.discard((host, block_id))
+                self._void.pop((host, block_id), None)
             elif (host, block_id) in self._void:
                 self._say(f"{host} reads block {block_id}, which was pulled when its holder had let it go")
         if step.sample is not None and token_id is not None:
@@ -72,9 +76,30 @@ class Witness:
         if block_class not in _GIVEN:
             self._say(f"{host}: a pull writes block {block_id}, which is {block_class.name}")
         if source_class in _HELD:
-            self._void.discard((host, block_id))
+            self._void.pop((host, block_id), None)
         else:
-            self._void.add((host, block_id))
+            self._void[host, block_id] = None
+
+    def loaded(self, host: str, block_id: BlockId, block_class: BlockClass, *, is_named: bool) -> None:
+        if block_class not in _HELD:
+            self._say(f"{host}: the disk writes block {block_id}, which is {block_class.name}")
+        if is_named:
+            self._say(f"{host}: the disk writes block {block_id}, which has a key already")
+        self._void.pop((host, block_id), None)
+
+    def spilled(self, host: str, block_id: BlockId, block_class: BlockClass) -> None:
+        if block_class not in _HELD:
+            self._say(f"{host}: the disk keeps block {block_id}, which is {block_class.name}")
+
+    def look(self, ledgers: Mapping[str, Ledger]) -> None:
+        """At what has a key: whoever asks for it would be given it. By life."""
+        for host, block_id in [*self._void]:
+            ledger = ledgers.get(host)
+            if ledger is None:
+                self._void.pop((host, block_id), None)
+            elif ledger.key_of(block_id) is not None:
+                self._say(f"{host} has named block {block_id}, which was pulled when its holder had let it go")
+                self._void.pop((host, block_id), None)
 
     def _check_token(self, host: str, sequence_id: int, sample: SampleSpec, token_id: int) -> None:
         key = (host, sequence_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from decode.admission import may_resume
@@ -18,10 +19,12 @@ from simulator.heap.incoming import demand_of
 from simulator.heap.lockstep import Lockstep
 from simulator.heap.request import AnswerStage
 from simulator.heap.results import Outcome
+from simulator.heap.usage import uses_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
+    from contracts.messages import PriorityUse
     from engine.compose import Grant
     from simulator.heap.context import Context
     from simulator.heap.request import Request
@@ -53,6 +56,8 @@ class Answers:
         self._writers: dict[int, Candidate] = {}
         self._writers_changed = False
         self._doomed: list[Request] = []
+        #: To be left out from the next step on, for another worker goes on with them.
+        self._yielding: list[Request] = []
         self.preemptions_total = 0
 
     @property
@@ -82,6 +87,12 @@ class Answers:
     def take_over(self, request: Request) -> None:
         """A prompt read by this same worker: its blocks stay where they are."""
         self._start(request)
+
+    def take_in(self, request: Request) -> None:
+        """An answer of another worker, with its KV in blocks that are its own now."""
+        request.sequence_id = self._worker.next_sequence_id()
+        self._start(request)
+        self._worker.wake()
 
     def _start(self, request: Request) -> None:
         """It has blocks, and one token to compute."""
@@ -121,6 +132,80 @@ class Answers:
             case AnswerStage.RUNNING | AnswerStage.PREEMPTED:
                 self._drop(request)
                 worker.wake()
+            case AnswerStage.MOVING:
+                self._context.moves.gone(request)
+
+    # --- requests that move -----------------------------------------------------------------------
+
+    def priorities(self) -> tuple[PriorityUse, ...]:
+        """Who runs here, and with how many blocks, by priority; the worker's blocks must be up to date."""
+        return uses_of(self.running(), self._worker.steps_ahead(), self.lockstep)
+
+    def running(self) -> Iterator[Request]:
+        """All that have blocks here and are not preempted."""
+        return chain(self.lockstep.members.values(), self._loose.values(), self._reread.values())
+
+    def preempted(self) -> list[Request]:
+        """In the order in which they get blocks again."""
+        return [self._preempted[sequence_id] for sequence_id in sorted(self._preempted)]
+
+    def preempted_blocks(self) -> int:
+        """What they would take."""
+        return sum(self._blocks_again(request) for request in self._preempted.values())
+
+    def blocks_of_next(self) -> int:
+        """What the first of them would; there must be one."""
+        return self._blocks_again(self._preempted[min(self._preempted)])
+
+    def _blocks_again(self, request: Request) -> int:
+        return -(-request.num_tokens // self._block_tokens)
+
+    def tokens_of(self, request: Request) -> int:
+        """Prompt and answer so far, of an answer that is here."""
+        if request.sequence_id in self.lockstep.members:
+            return request.offset + self.lockstep.step + self._worker.steps_ahead()
+        return request.num_tokens
+
+    def may_move(self, request: Request) -> bool:
+        """It runs, and all of its KV is computed but that of its last token."""
+        return request.answer_stage is AnswerStage.RUNNING and request.sequence_id not in self._reread
+
+    def stop(self, request: Request) -> None:
+        """Leaves it out from the next step on, with all its blocks; then its move goes on. It may have ended, or lost
+        its blocks, meanwhile."""
+        move = request.move
+        if move is None or request.answer_stage is not AnswerStage.RUNNING:
+            return
+        if request.sequence_id in self.lockstep.members and self._worker.is_stepping:
+            self._yielding.append(request)
+            self._worker.wake()
+            return
+        self._take_out(request)
+        request.answer_stage = AnswerStage.MOVING
+        self._context.moves.stopped(move)
+
+    def resume(self, request: Request) -> None:
+        """It was stopped for a move, and stays."""
+        self._start(request)
+        self._worker.wake()
+
+    def take_preempted(self, request: Request) -> None:
+        """Out of the line, for a move."""
+        del self._preempted[request.sequence_id]
+        request.answer_stage = AnswerStage.MOVING
+        self._worker.room.starving = bool(self._preempted)
+        self._worker.incoming.serve()
+        self._worker.wake()
+
+    def put_preempted(self, request: Request, *, is_back: bool = False) -> None:
+        """Into the line, at its end or where it was; it has no blocks here."""
+        if not is_back:
+            request.sequence_id = self._worker.next_sequence_id()
+        request.answer_stage = AnswerStage.PREEMPTED
+        request.num_computed = 0
+        self._preempted[request.sequence_id] = request
+        self._worker.room.starving = True
+        self._worker.wake()
 
     # --- between steps ----------------------------------------------------------------------------
 
@@ -190,8 +275,15 @@ class Answers:
         self._worker.room.starving = True
 
     def _leave(self, request: Request) -> None:
-        """Takes a running sequence out of all lists, and its blocks from it; it has no step under way. A member of
-        the group holds the blocks of its last step."""
+        """Takes a running sequence out of all lists, and its blocks from it; it has no step under way."""
+        if request.move is not None:
+            self._context.moves.gone(request)
+        self._take_out(request)
+        self._worker.free_blocks(request.held_blocks)
+        request.held_blocks = 0
+
+    def _take_out(self, request: Request) -> None:
+        """Of all lists. A member of the group holds the blocks of its last step."""
         sequence_id = request.sequence_id
         if sequence_id in self.lockstep.members:
             request.held_blocks = self.lockstep.blocks_of(request, -1)
@@ -204,8 +296,6 @@ class Answers:
         if self._writers.pop(sequence_id, None) is not None:
             self._writers_changed = True
         self._worker.room.forget(request.row)
-        self._worker.free_blocks(request.held_blocks)
-        request.held_blocks = 0
 
     def _drop(self, request: Request) -> None:
         """Ends it on this side."""
@@ -349,6 +439,10 @@ class Answers:
             doomed, self._doomed = self._doomed, []
             for request in doomed:
                 self._drop(request)
+        if self._yielding:
+            yielding, self._yielding = self._yielding, []
+            for request in yielding:
+                self.stop(request)
 
     def _finish(self, request: Request) -> None:
         request.finished_s = self._heap.now_s + self._message_s

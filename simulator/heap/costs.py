@@ -27,6 +27,10 @@ class StudyCosts:
         return self._transfer
 
     @property
+    def pairs(self) -> None:
+        """All ways are alike."""
+
+    @property
     def kv_token_bytes(self) -> int:
         return self._kv_token_bytes
 

@@ -1,4 +1,4 @@
-"""Prefixes that a worker in a study copies from other workers before it reads a prompt.
+"""Prefixes that a worker in a study copies from other workers, or from the store, before it reads a prompt.
 
 The order of things as in `kvstore.fetches`: the prompt waits for its prefix while others are read, the holder gives
 what it really has when it is asked, the bytes share both ends' interfaces with all other KV, and a fetch that takes
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvstore.fetches import FETCH_LIMIT_S, MAX_FETCHES
+from kvstore.fetch_ends import limit_s
+from kvstore.fetches import MAX_FETCHES
 from prefill.admission import blocks_to_fetch
 from simulator.heap.request import PromptStage
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from simulator.heap.context import Context
     from simulator.heap.prefix_cache import PrefixCache
     from simulator.heap.request import Request
+    from simulator.heap.store import Holder
     from simulator.heap.worker import Worker
 
 
@@ -30,6 +32,7 @@ class Fetches:
         self._message_s = context.spec.message_s
         self._block_tokens = context.layout.block_tokens
         self._hash_block_tokens = context.hash_block_tokens
+        self._kv_token_bytes = context.spec.kv_token_bytes
         self._worker = worker
         self._on_ready = on_ready
         #: Prompts that wait for their prefix.
@@ -51,7 +54,8 @@ class Fetches:
         request.fetch_since_s = self._heap.now_s
         self.num_open += 1
         self._heap.after(self._message_s, self._asked, request)
-        self._heap.after(FETCH_LIMIT_S, self._ended, request)
+        num_tokens = (stop - own.leading(hash_ids, stop)) * self._hash_block_tokens
+        self._heap.after(limit_s(num_tokens * self._kv_token_bytes), self._ended, request)
         return True
 
     def give_up(self, request: Request) -> None:
@@ -103,6 +107,6 @@ class Fetches:
         self._on_ready(request)
 
 
-def _cache_of(worker: Worker) -> PrefixCache:
-    assert worker.prefix_cache is not None, "else nothing is fetched from or to it"
-    return worker.prefix_cache
+def _cache_of(holder: Holder) -> PrefixCache:
+    assert holder.prefix_cache is not None, "else nothing is fetched from or to it"
+    return holder.prefix_cache

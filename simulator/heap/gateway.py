@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from coordinator.decision import Refused
     from simulator.heap.context import Context
+    from simulator.heap.worker import Worker
     from workload.request import WorkloadRequest
 
 
@@ -54,6 +55,14 @@ class Gateway:
 
     def start(self) -> None:
         self._await_next()
+
+    def names(self, worker: Worker) -> bool:
+        """A request that is not over will be read or written there, as far as is known."""
+        return any(
+            request.decode is worker or (request.prefill is worker and math.isnan(request.first_token_s))
+            for request in self._deadlines
+            if not request.over
+        )
 
     # --- arrivals and placements ------------------------------------------------------------------
 

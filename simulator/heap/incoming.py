@@ -44,6 +44,12 @@ class Incoming:
         """Offers without blocks."""
         return self._num_offers
 
+    @property
+    def waiting_blocks(self) -> int:
+        """What these would take."""
+        waiting = (request for request in self._offers if request.answer_stage is AnswerStage.OFFERED)
+        return sum(request.num_blocks for request in waiting)
+
     def offered(self, request: Request) -> None:
         """An offer arrives, for the first time or again after a refusal."""
         if request.over:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from contracts.latency import StepWork
 from contracts.messages import AnswerTally, WorkerLoad
 
@@ -47,12 +49,13 @@ def load_of(worker: Worker) -> WorkerLoad:
     if worker.writes:
         num_running, num_preempted = answers.num_running, answers.num_preempted
         num_waiting += incoming.num_open + num_preempted
-    if worker.available_blocks == worker.num_blocks and not num_waiting:
+    is_idle = worker.available_blocks == worker.num_blocks and not num_waiting
+    if is_idle and not (worker.is_draining or worker.moving_out or worker.moving_in):
         return worker.tallies.without_work(worker.num_blocks)
     worker.sync()
     if worker.writes:
         context_tokens = answers.context_tokens(worker.steps_ahead()) + incoming.num_tokens
-    return WorkerLoad(
+    load = WorkerLoad(
         waiting_requests=num_waiting,
         waiting_offers=incoming.num_waiting,
         pending_prompt_tokens=prompts.pending_tokens,
@@ -67,6 +70,33 @@ def load_of(worker: Worker) -> WorkerLoad:
         offered_blocks=prompts.untaken_blocks,
         reserved_blocks=incoming.reserved_blocks,
         step_age_s=worker.step_age_s(),
+    )
+    return _with_moves(load, worker) if worker.tells_moves else load
+
+
+def _with_moves(load: WorkerLoad, worker: Worker) -> WorkerLoad:
+    """And what moves are decided by."""
+    prompts, answers = worker.prompts, worker.answers
+    head = worker.head_demand_blocks()
+    return msgspec.structs.replace(
+        load,
+        draining=worker.is_draining,
+        open_requests=prompts.num_open
+        + worker.incoming.num_open
+        + answers.num_running
+        + answers.num_preempted
+        + worker.moving_out
+        + worker.moving_in,
+        waiting_prompts=prompts.num_unread,
+        head_demand_blocks=head,
+        queued_demand_blocks=max(
+            head, prompts.waiting_blocks + worker.incoming.waiting_blocks + answers.preempted_blocks()
+        ),
+        priorities=answers.priorities() if worker.writes else (),
+        preempted_answers=answers.num_preempted,
+        moving_out=worker.moving_out,
+        moving_in=worker.moving_in,
+        reserved_blocks=load.reserved_blocks + worker.arriving_blocks,
     )
 
 

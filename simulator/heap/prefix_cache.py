@@ -78,6 +78,11 @@ class PrefixCache:
             if changes.pop(hash_id, True) is True:
                 changes[hash_id] = True
 
+    def forget(self) -> None:
+        """All of it, and nobody is told: its holder's life is over."""
+        self._blocks.clear()
+        self._changes.clear()
+
     def take_changes(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Hints of the blocks that came and of those that went since the last call."""
         changes, self._changes = self._changes, {}

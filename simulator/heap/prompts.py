@@ -31,7 +31,6 @@ class Prompts:
         self._block_tokens = context.layout.block_tokens
         self._worker = worker
         self._limits = group.prefill
-        self._also_writes = group.role == "mixed"
         self._overlap = context.spec.overlap
         self._budget_blocks = group.prefill.handoff_blocks(group.num_blocks)
         self._hash_block_tokens = context.hash_block_tokens
@@ -64,6 +63,22 @@ class Prompts:
     def num_waiting(self) -> int:
         """Without blocks, or without their prefix."""
         return len(self._waiting) + self._fetches.num_open
+
+    @property
+    def num_unread(self) -> int:
+        """That nobody has begun to read, and that could be read elsewhere."""
+        return len(self._waiting)
+
+    @property
+    def waiting_blocks(self) -> int:
+        """What all those would take."""
+        return -(-self._waiting_tokens // self._block_tokens)
+
+    def next_demand(self) -> Demand | None:
+        """Of the prompt whose turn it is; None where nobody waits, or where there is enough to be read."""
+        if not self._waiting or self._reads_enough():
+            return None
+        return self._waiting.first(self._heap.now_s).prompt_demand
 
     @property
     def num_open(self) -> int:
@@ -102,7 +117,9 @@ class Prompts:
             return
         request.num_blocks = -(-request.prompt_tokens // self._block_tokens)
         request.hands_over = self._hands_over(request)
-        request.received_s = now_s
+        if not request.num_moves:
+            # Who changes lines keeps its place in time.
+            request.received_s = now_s
         request.sequence_id = self._worker.next_sequence_id()
         growth_blocks = 0
         if not request.hands_over:
@@ -139,7 +156,7 @@ class Prompts:
         )
         if waiting.first(self._heap.now_s) is request:
             # Behind others it changes nothing.
-            self._note_head()
+            self.note_head()
             self._worker.wake()
 
     def _cached(self, request: Request) -> int:
@@ -176,7 +193,7 @@ class Prompts:
     def _hands_over(self, request: Request) -> bool:
         if request.decode is self._worker or request.output_tokens == 1:
             return False
-        return not (self._also_writes and request.num_blocks > self._budget_blocks)
+        return not (self._worker.writes and request.num_blocks > self._budget_blocks)
 
     def give_up(self, request: Request) -> None:
         """The request is over: forgets it, after the steps that write its blocks."""
@@ -186,11 +203,7 @@ class Prompts:
                 self._waiting_tokens -= request.prompt_tokens
                 self._count(request, request.prompt_tokens)
             case PromptStage.WAITING:
-                request.prompt_stage = PromptStage.ABSENT
-                self._left_queue(request)
-                self._count(request, request.prompt_tokens)
-                self._note_head()
-                self._worker.wake()
+                self.take_away(request)
             case PromptStage.READING if not request.num_steps_in_flight:
                 self._drop(request)
             case PromptStage.SEALED:
@@ -198,6 +211,18 @@ class Prompts:
             case _:
                 # Not here, or in a step, whose end sees that it is over.
                 pass
+
+    def waiting(self) -> list[Request]:
+        """Those without blocks, in the order of their turns."""
+        return self._waiting.upcoming(len(self._waiting), self._heap.now_s)
+
+    def take_away(self, request: Request) -> None:
+        """It waits elsewhere from now on; nobody has begun to read it."""
+        request.prompt_stage = PromptStage.ABSENT
+        self._left_queue(request)
+        self._count(request, request.prompt_tokens)
+        self.note_head()
+        self._worker.wake()
 
     def _left_queue(self, request: Request) -> None:
         self._waiting.discard(request)
@@ -221,7 +246,7 @@ class Prompts:
             self._take_blocks(request)
             waiting.charge(request.tenant, request.prompt_tokens - request.cached_tokens)
             admitted = True
-        self._note_head()
+        self.note_head()
         if not admitted and noted is not None and worker.room.prompt != noted:
             # The head turned out to be late: an offer that waited behind it may be next.
             worker.incoming.serve()
@@ -273,12 +298,12 @@ class Prompts:
             untaken_count=self._untaken_count,
             budget_blocks=self._budget_blocks,
             max_count=self._limits.max_handoffs,
-            is_shared=self._also_writes,
+            is_shared=self._worker.writes,
         )
 
-    def _note_head(self) -> None:
+    def note_head(self) -> None:
         """Tells the decode side which prompt waits for blocks; a worker that only reads has none."""
-        if not self._also_writes:
+        if not self._worker.writes:
             return
         room = self._worker.room
         room.prompt = None
@@ -352,6 +377,8 @@ class Prompts:
         request.last_token_s = now_s
         request.first_token_s = now_s + self._message_s
         self._context.on_first_token(request)
+        if request.hash_ids:
+            self._context.on_read(request, self._worker)
         if request.output_tokens == 1:
             request.finished_s = request.first_token_s
             self._worker.tallies.add(request)
@@ -401,10 +428,7 @@ class Prompts:
             worker.room.take_back(request.num_blocks)
         else:
             worker.room.forget(request.row)
-        worker.free_blocks(request.num_blocks)
-        self._note_head()
-        worker.incoming.serve()
-        worker.wake()
+        worker.freed(request.num_blocks)
 
 
 def _pairs(num_cached: int, num_tokens: int) -> int:

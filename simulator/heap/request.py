@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from contracts.messages import Predicted, PrefixPlan
     from engine.compose import Candidate
     from engine.room import Demand
+    from simulator.heap.moves import Move
+    from simulator.heap.store import Holder
     from simulator.heap.wires import Flow
     from simulator.heap.worker import Worker
 
@@ -47,6 +49,8 @@ class AnswerStage(IntEnum):
     RUNNING = 3
     #: Lost its blocks; will be read again.
     PREEMPTED = 4
+    #: Written no more by the worker that it leaves, not yet by the one that it goes to.
+    MOVING = 5
 
 
 class Request:
@@ -82,8 +86,10 @@ class Request:
         "in_step",
         "last_token_s",
         "membership",
+        "move",
         "num_blocks",
         "num_computed",
+        "num_moves",
         "num_refusals",
         "num_steps_in_flight",
         "num_written",
@@ -151,6 +157,10 @@ class Request:
         self.finished_s = math.nan
         self.transfer_s = 0.0
         self.preemptions = 0
+        #: On its way to another worker.
+        self.move: Move | None = None
+        #: Times that it went on, or waited on, at another worker.
+        self.num_moves = 0
 
         # The prefill side.
         self.prompt_stage = PromptStage.ABSENT
@@ -160,7 +170,7 @@ class Request:
         #: What its placement says of its prefix; that is fetched from another worker, up to that hash block; and what
         #: came of it.
         self.prefix_plan: PrefixPlan | None = None
-        self.fetch_from: Worker | None = None
+        self.fetch_from: Holder | None = None
         self.fetch_hash_blocks = 0
         self.fetch_since_s = math.nan
         self.fetch_s = 0.0

@@ -5,16 +5,19 @@ All arrays of `RequestColumns` have one element for each request, in order of ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
+
+from simulator.heap.histogram import Histogram
+from simulator.heap.move_tallies import MoveTallies
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from contracts.control_messages import Operation
     from contracts.messages import Role
-    from simulator.heap.histogram import Histogram
     from simulator.heap.spec import StudySpec
 
 
@@ -117,11 +120,21 @@ class StudyResult:
     itl_s: Histogram
     workers: tuple[WorkerUsage, ...]
     time_line: TimeLine
-    #: KV of prompts that went to their decode workers, and of prefixes between prefill workers.
+    #: KV of prompts that went to their decode workers, of prefixes that prefill workers fetched, and of what the store
+    #: took.
     transfer_bytes: int
     fetched_bytes: int
+    stored_bytes: int
     #: Virtual seconds from the start to the end of the last request.
     duration_s: float
     #: Popped from the heap; and engine steps, those taken in closed form included.
     num_events: int
     num_steps: int
+    #: KV of answers that went on at other workers, what became of all moves, and how long answers stood still for them.
+    moved_bytes: int = 0
+    moves: MoveTallies = field(default_factory=MoveTallies)
+    move_pause_s: Histogram = field(default_factory=Histogram)
+    #: Seconds that workers were there for, starts and drains included, over all.
+    worker_s: float = 0.0
+    #: When the autoscaler began which operation.
+    operations: tuple[tuple[float, Operation], ...] = ()

@@ -13,6 +13,8 @@ from prefill import PrefillLimits
 if TYPE_CHECKING:
     from contracts.latency import LatencyModel, TransferModel
     from contracts.messages import Role
+    from coordinator.policy.move_terms import MoveRules
+    from coordinator.scaling_settings import AutoscaleSettings
     from workload.slo import SloClass
 
 #: One way of a control message, where nothing else is said.
@@ -36,6 +38,8 @@ class WorkerGroup:
     num_blocks: int
     #: Devices of each worker: goodput is counted per device.
     num_devices: int = 1
+    #: So many of them are up from the start; None: all.
+    initial: int | None = None
     #: Host memory of each worker that reads prompts, for prefixes of earlier ones, in tokens; 0: none. It counts only
     #: where the workload says which prompts begin alike.
     prefix_cache_tokens: int = 0
@@ -71,6 +75,17 @@ class StudySpec:
     max_output_tokens: int | None = None
     #: Rows of requests that are not refused for their targets, whatever the admission policy says.
     forced: frozenset[int] = frozenset()
+    #: Room of a KV store that all workers share, in tokens; 0: there is none. Like prefix caches it counts only where
+    #: the workload says which prompts begin alike.
+    store_tokens: int = 0
+    #: How requests move between workers; None: they stay where they are. The coordinator looks so often.
+    moves: MoveRules | None = None
+    look_interval_s: float = 0.2
+    #: How workers come, go and change their roles with the load; its pools are named as the groups. None: they stay as
+    #: they are.
+    autoscale: AutoscaleSettings | None = None
+    #: A worker takes on the other role beside its own while it goes on; else it is drained before that, too.
+    mixes_at_once: bool = True
     #: Of the dispatch policy `random`.
     seed: int = 0
     heartbeat_interval_s: float = 0.5

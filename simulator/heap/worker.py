@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from engine.compose import Candidate, Grant, StepBudget
     from simulator.heap.context import Context
     from simulator.heap.request import Request
-    from simulator.heap.spec import WorkerGroup
+    from simulator.heap.spec import StudySpec, WorkerGroup
 
 #: The sequences of a step with chunks, and how many tokens of each.
 Chunks = list[tuple["Request", int]]
@@ -53,7 +53,7 @@ _STRETCH, _STEP = State.STRETCH, State.STEP
 
 
 class Worker:
-    def __init__(self, context: Context, group: WorkerGroup, worker_id: str, row: int) -> None:
+    def __init__(self, context: Context, group: WorkerGroup, worker_id: str, row: int, *, is_up: bool = True) -> None:
         self._heap = context.heap
         self.gap_s = context.spec.between_steps_s
         self.latency = group.latency
@@ -63,18 +63,26 @@ class Worker:
         self._tpot_chunks = group.tpot_chunks
         self.worker_id = worker_id
         self.row = row
-        self.role: Role = group.role
-        self.reads = group.role != "decode"
-        self.writes = group.role != "prefill"
         self.num_blocks = group.num_blocks
         self.max_batch_tokens = group.budget.max_tokens
         self.max_sequences = group.budget.max_sequences
-        self.handoff_blocks = 0 if group.role == "decode" else group.prefill.handoff_blocks(group.num_blocks)
         self.interface = Interface()
+        self.role: Role = group.role
+        self._handoff_blocks = group.prefill.handoff_blocks(group.num_blocks)
         self.prefix_cache = self._make_cache(context, group)
         #: A report of what changed in its prefix cache is on its way.
         self.tells_blocks = False
         self.available_blocks = group.num_blocks
+        #: Requests on their way from here and to here, and the blocks set aside for the latter.
+        self.moving_out = 0
+        self.moving_in = 0
+        self.arriving_blocks = 0
+        #: It runs, and has a role.
+        self.is_up = is_up
+        #: It gets nothing new, and gives away what it has.
+        self.is_draining = False
+        #: Its reports have what moves are decided by.
+        self.tells_moves = tells_moves(context.spec)
         self.room = Room(
             layout=context.layout,
             num_blocks=group.num_blocks,
@@ -107,6 +115,36 @@ class Worker:
         self._block_seconds = 0.0
         self._counted_s = 0.0
 
+    @property
+    def reads(self) -> bool:
+        return self.role != "decode"
+
+    @property
+    def writes(self) -> bool:
+        return self.role != "prefill"
+
+    @property
+    def handoff_blocks(self) -> int:
+        """Blocks that may hold KV for other workers."""
+        return self._handoff_blocks if self.reads else 0
+
+    def set_role(self, role: Role) -> None:
+        """It must be empty. Who wrote only has no prefix cache in any role."""
+        if not self.is_empty:
+            raise InvariantBroken(f"{self} changes its role before it is empty")
+        self.role = role
+
+    def mix(self) -> None:
+        """It reads and writes from now on, and goes on with what it has."""
+        self.sync()
+        self.role = "mixed"
+        self.prompts.note_head()
+
+    def begin_anew(self, role: Role) -> None:
+        self.set_role(role)
+        if self.prefix_cache is not None:
+            self.prefix_cache.forget()
+
     def _make_cache(self, context: Context, group: WorkerGroup) -> PrefixCache | None:
         """Of the host's memory; None where there is none, or nothing to find in it."""
         if group.role == "decode" or not context.hash_block_tokens:
@@ -137,6 +175,13 @@ class Worker:
         self.available_blocks += num_blocks
         assert self.available_blocks <= self.num_blocks, self
 
+    def freed(self, num_blocks: int) -> None:
+        """Frees blocks, for whoever waits for some; they must be up to date."""
+        self.free_blocks(num_blocks)
+        self.prompts.note_head()
+        self.incoming.serve()
+        self.wake()
+
     def sync(self) -> None:
         """Brings the blocks up to date, before anything looks at them: those of a group grow during a stretch. Their
         integral takes the growth between two looks as even."""
@@ -166,6 +211,19 @@ class Worker:
         is_member = self.answers.lockstep.members.get(request.sequence_id) is request
         if is_member and self._state is State.STRETCH and self._steps_ended():
             self.answers.note_second_token(request, self._stretch.end_s(1))
+
+    def head_demand_blocks(self) -> int:
+        """What the first of those that wait for blocks would take; 0 where nobody waits."""
+        if self.answers.num_preempted:
+            return self.answers.blocks_of_next()
+        room = self.room
+        waiting = [one for one in (room.offer, self.prompts.next_demand()) if one is not None]
+        return min(waiting, key=lambda one: one.arrival_s).num_blocks if waiting else 0
+
+    @property
+    def is_stepping(self) -> bool:
+        """A step is under way."""
+        return self._state in (State.STRETCH, State.STEP)
 
     def steps_ahead(self) -> int:
         """How many steps the group of its answers is ahead of what is written down of it."""
@@ -365,8 +423,9 @@ class Worker:
             return self._busy_s + self._stretch.busy_s(self._heap.now_s, 0)
         return self._busy_s
 
-    def check_empty(self) -> None:
-        """Nothing is held, promised or waited for; raises InvariantBroken."""
+    @property
+    def is_empty(self) -> bool:
+        """Nothing is held, promised or waited for."""
         view = self.room.view()
         books = (view.num_admitted, view.promised_blocks, view.lent_blocks, view.offer, view.prompt, view.starving)
         is_open = (
@@ -375,9 +434,17 @@ class Worker:
             or self.incoming.num_open
             or self.answers.num_running
             or self.answers.num_preempted
+            or self.moving_in
+            or self.moving_out
+            or self.arriving_blocks
         )
-        if self.used_blocks or is_open or any(books) or self.interface.flows or self._state is not State.IDLE:
-            raise InvariantBroken(f"a study ended, but not all of its work: {self}, room {view}")
+        is_used = self.used_blocks or is_open or any(books) or self.interface.flows
+        return not is_used and self._state is State.IDLE
+
+    def check_empty(self) -> None:
+        """Raises InvariantBroken where it is not."""
+        if not self.is_empty:
+            raise InvariantBroken(f"a study ended, but not all of its work: {self}, room {self.room.view()}")
 
     def usage(self, end_s: float) -> WorkerUsage:
         """At the end of the study; what was given up may hold blocks a little longer."""
@@ -395,6 +462,11 @@ class Worker:
             mean_blocks=self._block_seconds / counted_s if counted_s else 0.0,
             preemptions=self.answers.preemptions_total,
         )
+
+
+def tells_moves(spec: StudySpec) -> bool:
+    """Somebody looks at it."""
+    return bool(spec.moves or spec.autoscale) or spec.conductor.policy == "freeness"
 
 
 def _check_duration(duration_s: float, worker: Worker) -> None:

@@ -98,6 +98,7 @@ def better_split(
         best_rps=planned.best.goodput_rps,
         present=_in_words(present),
         present_rps=0.0 if found is None else found.goodput_rps,
+        best_workers={pool.role: pool.num_workers for pool in planned.best.plan.pools},
     )
 
 

@@ -81,16 +81,20 @@ def rebuild(stretch: Stretch) -> Rebuilt:
         kv_token_bytes=stretch.link.kv_token_bytes,
         block_tokens=next(iter(stretch.workers.values())).block_tokens,
         max_context_tokens=max(worker.max_context_tokens for worker in stretch.workers.values()),
+        store_tokens=sum(_num_tokens(worker) for worker in stretch.workers.values() if worker.role == "store"),
         conductor=header.settings,
         slos=slos,
         default_slo=header.default_slo,
         max_output_tokens=max((each.last.max_tokens for each in asked), default=1),
         heartbeat_interval_s=surroundings.heartbeat_interval_s,
-        between_steps_s=max(_costs_of(worker, stretch).between_steps_s for worker in stretch.workers.values()),
+        between_steps_s=max(
+            _costs_of(worker, stretch).between_steps_s for worker in stretch.workers.values() if worker.role != "store"
+        ),
         gateway_s=max(0.0, waited_s - MESSAGE_S),
     )
     prefixes = (
-        f"shared prefixes to {hash_block_tokens:,} tokens, prefix caches as large as the whole KV pools"
+        f"shared prefixes to {hash_block_tokens:,} tokens, prefix caches as large as the whole KV pools (none at those "
+        "that only write answers), all stores as one"
         if has_hints
         else "no shared prefixes: the log has no hints"
     )
@@ -171,10 +175,11 @@ def _hash_ids(decision: Decision, hint_blocks: int) -> tuple[int, ...]:
 
 def _groups(stretch: Stretch, *, has_hints: bool) -> tuple[WorkerGroup, ...]:
     """Workers that are alike."""
-    if not stretch.workers:
+    workers = [worker for worker in stretch.workers.values() if worker.role != "store"]
+    if not workers:
         raise ConfigError("the log has no workers there: nothing can be replayed")
     alike: Counter[WorkerUp] = Counter()
-    for worker in stretch.workers.values():
+    for worker in workers:
         kind = _costs_of(worker, stretch).number
         alike[msgspec.structs.replace(worker, at_s=0.0, worker_id="", incarnation=0, device="", costs=kind)] += 1
     header = stretch.header
@@ -185,6 +190,8 @@ def _groups(stretch: Stretch, *, has_hints: bool) -> tuple[WorkerGroup, ...]:
     )
     groups: list[WorkerGroup] = []
     for number, (worker, count) in enumerate(alike.items()):
+        if worker.role == "store":
+            continue
         costs = _costs_of(worker, stretch)
         groups.append(
             WorkerGroup(
@@ -193,7 +200,7 @@ def _groups(stretch: Stretch, *, has_hints: bool) -> tuple[WorkerGroup, ...]:
                 count=count,
                 latency=_latency(costs, stretch),
                 num_blocks=worker.total_blocks,
-                prefix_cache_tokens=worker.total_blocks * worker.block_tokens if has_hints else 0,
+                prefix_cache_tokens=_num_tokens(worker) if has_hints else 0,
                 budget=StepBudget(
                     max_tokens=worker.max_batch_tokens or costs.max_batch_tokens or _DEFAULT_BATCH_TOKENS,
                     max_sequences=worker.max_sequences
@@ -204,6 +211,10 @@ def _groups(stretch: Stretch, *, has_hints: bool) -> tuple[WorkerGroup, ...]:
             )
         )
     return tuple(groups)
+
+
+def _num_tokens(worker: WorkerUp) -> int:
+    return worker.total_blocks * worker.block_tokens
 
 
 def _prefill_limits(worker: WorkerUp, rules: QueueRules) -> PrefillLimits:
@@ -234,7 +245,8 @@ def _latency(costs: CostKind, stretch: Stretch) -> FittedLatency:
     """With what a worker of one role never measures (a step of the other kind) taken from others. Raises
     ConfigError."""
     own = _written(costs)
-    every = [own, *(_written(_costs_of(worker, stretch)) for worker in stretch.workers.values())]
+    others = (worker for worker in stretch.workers.values() if worker.role != "store")
+    every = [own, *(_written(_costs_of(worker, stretch)) for worker in others)]
     reads = next((each for each in every if each.prefill.at(1) > 0), None)
     writes = next((each for each in every if each.decode.at(1) > 0), None)
     if reads is None or writes is None:

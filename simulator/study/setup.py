@@ -153,6 +153,7 @@ def _conductor(policy: PolicyFlags, loaded: LoadedConfig) -> ConductorSettings:
         policy=policy.dispatch or dispatch.policy,
         decode=dispatch.decode,
         fetch_ratio=dispatch.fetch_ratio,
+        replica_share=dispatch.replica_share,
         local_prefill_tokens=dispatch.local_prefill_tokens,
         admission=AdmissionRule(
             form=policy.admission or (admission.form if says_form else "none"),
@@ -178,7 +179,7 @@ def _queue(config: ClusterConfig) -> QueueRules:
 def _pools(pools: Sequence[PoolConfig], workers: str | None) -> list[tuple[PoolConfig, int]]:
     """The cluster file's pools, with the counts of `--workers` where it is given; roles it lacks come with defaults."""
     if workers is None:
-        return [(pool, pool.workers) for pool in pools]
+        return [(pool, pool.initial_workers) for pool in pools]
     chosen: list[tuple[PoolConfig, int]] = []
     for role, count in parse_workers(workers).items():
         alike = [pool for pool in pools if pool.role == role]

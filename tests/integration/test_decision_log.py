@@ -11,6 +11,7 @@ from simulator.commands import rejects
 from simulator.rejects.flags import RejectsFlags
 from simulator.rejects.reader import read_logs
 from tests.support.cluster import running_cluster
+from tests.support.long_tests import only_long
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +29,7 @@ default_slo_class: instant
 """
 
 
+@only_long
 @pytest.mark.timeout(300)
 async def test_every_decision_of_a_real_cluster_is_in_its_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

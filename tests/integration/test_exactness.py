@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.support.cluster import running_cluster
+from tests.support.long_tests import LONG, only_long
 from tests.support.oracle import NUM_NEW, Oracle, make_oracle, write_tokenizer
 
 
@@ -31,11 +32,14 @@ class Case:
 CASES = [
     Case("llama", "local.yaml", 16, 64),
     Case("llama-llama3-rope", "2p2d.yaml", 8, 37),
-    Case("mistral-window", "local.yaml", 32, 512),
-    Case("qwen2", "local.yaml", 8, 100),
     Case("qwen3", "local.yaml", 256, 37),
     Case("llama-tied", "colocated.yaml", 256, 64),
     Case("mistral-window", "colocated.yaml", 8, 37),
+]
+#: More families, sizes and pools.
+MORE = [
+    Case("qwen2", "local.yaml", 8, 100),
+    Case("mistral-window", "local.yaml", 32, 512),
     Case("qwen2", "colocated.yaml", 32, 512),
     Case("qwen3", "colocated.yaml", 16, 100),
 ]
@@ -44,7 +48,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def oracles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Oracle]:
     folder = tmp_path_factory.mktemp("tiny")
-    made = {name: make_oracle(name, folder) for name in {case.model for case in CASES}}
+    made = {name: make_oracle(name, folder) for name in {case.model for case in (*CASES, *(MORE if LONG else ()))}}
     for oracle in made.values():
         write_tokenizer(oracle.model_dir)
     return made
@@ -66,7 +70,7 @@ async def complete(client: httpx.AsyncClient, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=only_long) for case in MORE)], ids=str)
 async def test_greedy_tokens_equal_the_reference(case: Case, oracles: dict[str, Oracle]) -> None:
     oracle = oracles[case.model]
     overrides = {

@@ -25,13 +25,14 @@ from cluster.model_source import resolve_model
 from cluster.node_agent import NodeAgent
 from cluster.plan import Site
 from cluster.supervision import State, SupervisionLimits
-from contracts.config import ClusterConfig, PoolConfig
+from contracts.config import ClusterConfig, PoolConfig, StoreConfig
 from contracts.errors import TandemError
 from contracts.messages import AUDIT, MEMBERS, Empty
 from rpc import GrpcNetwork, LiveClock
 from tests.support.cluster import ClusterProcess, started_cluster
 from tests.support.commands import Command, tandem
 from tests.support.layout import ROOT
+from tests.support.long_tests import only_long
 from tests.support.processes import wait_gone
 from tests.support.stuck_worker import STUCK_FILE
 
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.slow
 
 TOKEN = "liveness-test-token"
 ENVIRON = {"TANDEM_CLUSTER_TOKEN": TOKEN}
-CONFIG = ("--config", "configs/local.yaml", "--set", "transport=shm")
+CONFIG = ("--config", "configs/local.yaml", "--set", "transport=shm", "--set", "store.dram=null")
 PROMPT = "Once upon a time there was a dog. " * 8
 #: What a fault may take on a machine under load until everything is as before; worker starts dominate it.
 RECOVERY_S = 90.0
@@ -209,6 +210,7 @@ def coordinator() -> Iterator[str]:
         yield process.wait_for("coordinator at ")
 
 
+@only_long
 async def test_a_killed_agent_takes_its_workers_along_and_the_next_one_brings_them_back(
     coordinator: str, tmp_path: Path
 ) -> None:
@@ -277,6 +279,7 @@ async def test_who_wakes_after_it_was_given_up_is_fenced_and_comes_back_as_anoth
         assert agent.workers()[0].incarnation == (await pieces.members())["prefill-0"].info.incarnation
 
 
+@only_long
 async def test_a_worker_with_a_stuck_engine_ends_itself_and_comes_back(coordinator: str, tmp_path: Path) -> None:
     stuck_file = tmp_path / "stuck"
     stuck_worker = "tests.support.stuck_worker"
@@ -334,6 +337,7 @@ async def agent_in_here(
     """An agent in this process with one worker of each role, both ready, and what it says."""
     config = ClusterConfig(
         transport="shm",
+        store=StoreConfig(dram=None),
         pools=(
             PoolConfig(name="prefill", role="prefill", kv_blocks=1024),
             PoolConfig(name="decode", role="decode", kv_blocks=1024),

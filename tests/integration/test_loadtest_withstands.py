@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.commands import Tandem, tandem
 from tests.support.loadtest_runs import pairs, read_csv, read_json, server_log
+from tests.support.long_tests import only_long
 from tests.support.scripted_server import serving_process
 
 if TYPE_CHECKING:
@@ -262,6 +263,7 @@ def test_ctrl_c_in_mid_run_prints_and_writes_what_was_measured(tmp_path: Path) -
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@only_long
 def test_ctrl_c_in_a_goodput_search_reports_the_rates_so_far(tmp_path: Path) -> None:
     with (
         serving_process("--ttft-ms", "10", "--itl-ms", "2") as base_url,

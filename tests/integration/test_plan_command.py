@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.support.commands import PATIENCE_S, PROGRAM
+from tests.support.long_tests import only_long
 from tests.support.profiles import PROFILE, save_to
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def test_equal_commands_write_equal_files(run_tandem: Tandem, profile: Path, tmp
     assert texts[0] == texts[1]
 
 
+@only_long
 def test_a_rate_gets_the_fewest_devices_and_too_high_a_one_says_so(
     run_tandem: Tandem, profile: Path, tmp_path: Path
 ) -> None:

@@ -128,7 +128,7 @@ class PressedCluster(SimulatedCluster):
 
     @property
     def shells(self) -> list[WorkerShell]:
-        return [life.shell for life in self._lives.values()]
+        return [self.worker(worker_id) for worker_id in self.up()]
 
     async def ask(self, ask: Ask) -> Answer:
         await asyncio.sleep(ask.at_s)

@@ -10,6 +10,7 @@ from contracts.latency_models import CostCurve, FittedLatency
 from contracts.transfer_models import LinkTransfer
 from coordinator.split_question import NO_TARGETS, NoSplit, PresentPool, SplitAnswer, SplitQuestion
 from simulator.planning.present import better_split
+from tests.support.long_tests import only_long
 from workload.slo import SloClass
 
 
@@ -53,6 +54,7 @@ def test_long_prompts_want_readers_and_long_answers_writers() -> None:
     assert long_answers.gain > 0.2
 
 
+@only_long
 def test_the_best_split_gains_nothing_over_itself() -> None:
     asked = question(2, 1, prompt_tokens=2000, answer_tokens=4)
     found = answer(asked)

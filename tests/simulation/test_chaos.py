@@ -16,6 +16,7 @@ from simulator import run
 from simulator.chaos import draw, try_seed
 from simulator.chaos.campaign import explain, run_campaign
 from tests.support.layout import ROOT
+from tests.support.long_tests import only_long
 from tests.unit.simulator import small_program
 
 NUM_SEEDS = 200
@@ -53,6 +54,7 @@ def test_a_trial_is_the_same_in_another_process(environment: dict[str, str]) -> 
     assert f"digest {try_seed(SEED).digest}," in finished.stdout
 
 
+@only_long
 def test_a_trial_is_the_same_as_the_hundredth_run_of_its_process() -> None:
     first = try_seed(SEED).digest
     kept: list[object] = []

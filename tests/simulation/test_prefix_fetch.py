@@ -83,7 +83,7 @@ class Bench(SimulatedCluster):
             self.on_step(step)
 
     def shell(self, worker_id: str) -> WorkerShell:
-        return self._lives[worker_id].shell
+        return self.worker(worker_id)
 
     def peer(self, worker_id: str) -> Peer:
         _, _, incarnation = self._lives[worker_id].host.partition("@")

@@ -106,9 +106,13 @@ class ClusterProcess:
         return self._process.pid
 
     @property
+    def state_file(self) -> Path:
+        return self._folder / "state.json"
+
+    @property
     def state(self) -> ClusterState:
         """As of now: pids and incarnations change when workers restart."""
-        return read_state(self._folder / "state.json")
+        return read_state(self.state_file)
 
     @property
     def base_url(self) -> str:
@@ -206,11 +210,12 @@ def _is_ours(process: psutil.Process) -> bool:
 
 
 def serve_arguments(model: str | Path, config: str | Path | None, overrides: Mapping[str, str]) -> list[str]:
-    """`overrides`: keys of the configuration tree, such as "pools.decode.workers"."""
+    """`overrides`: keys of the configuration tree, such as "pools.decode.workers". There is no store unless one is
+    asked for: most tests count processes, blocks and bytes of the others."""
     arguments = ["--model", str(model)]
     if config is not None:
         arguments += ["--config", str(config)]
-    for key, value in overrides.items():
+    for key, value in {"store.dram": "null", **overrides}.items():
         arguments += ["--set", f"{key}={value}"]
     return arguments
 

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from contracts.latency import LatencyModel
-    from contracts.messages import LatencyFit, Role
+    from contracts.messages import LatencyFit, MemberRole
+    from coordinator.policy.pair_links import PairLinks
     from workload.slo import SloClass
 
-ROLES: dict[str, Role] = {"p": "prefill", "d": "decode", "m": "mixed"}
+ROLES: dict[str, MemberRole] = {"p": "prefill", "d": "decode", "m": "mixed", "s": "store"}
 BLOCK_TOKENS = 16
 LAYOUT = BlockLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_tokens=BLOCK_TOKENS, dtype="float32")
 
@@ -40,7 +41,12 @@ def identity(fingerprint: str = "m") -> KvIdentity:
 
 
 def info_of(
-    name: str, *, role: Role | None = None, fingerprint: str = "m", blocks: int = 1000, max_context_tokens: int = 8192
+    name: str,
+    *,
+    role: MemberRole | None = None,
+    fingerprint: str = "m",
+    blocks: int = 1000,
+    max_context_tokens: int = 8192,
 ) -> WorkerInfo:
     """The role by the first letter of the name where none is given."""
     return WorkerInfo(
@@ -63,6 +69,7 @@ class Costs:
     named: dict[str, WorkerCosts | None] = field(default_factory=dict[str, "WorkerCosts | None"])
     transfer: LinkTransfer = field(default_factory=lambda: LinkTransfer(latency_s=0.0, bandwidth_bytes_s=2.0**40))
     kv_token_bytes: int = 1024
+    pairs: PairLinks | None = None
 
     def of(self, info: WorkerInfo) -> WorkerCosts | None:
         return self.named.get(info.worker_id, self.common)

@@ -126,7 +126,7 @@ class DirectClient:
         return answer
 
     async def cancel(self, answer: DirectAnswer, worker: Peer) -> None:
-        key = RequestKey(answer.request.request_id, answer.request.attempt)
+        key = RequestKey(answer.request.request_id, answer.request.attempt, answer.request.owner_epoch)
         ask = CancelRequest(requests=(key,), reason="test")
         await self._network.channel(worker.address).call(CANCEL, ask, timeout_s=CALL_TIMEOUT_S)
 

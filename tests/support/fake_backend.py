@@ -20,14 +20,17 @@ from contracts.messages import (
     CANCEL,
     DISPATCH,
     FRAMES,
+    GRANT,
     MEMBERS,
     PREFILL,
     CancelRequest,
+    ClaimVerdict,
     DispatchItem,
     DispatchReply,
     DispatchRequest,
     Empty,
     FramesRequest,
+    GrantRequest,
     Member,
     MembersReply,
     Peer,
@@ -41,7 +44,7 @@ from contracts.messages import (
     WorkerInfo,
     WorkerLoad,
 )
-from contracts.requests import Frame, PhaseTimes, TokenDelta, TokenLogprobs, TopLogprob
+from contracts.requests import Claim, Frame, PhaseTimes, TokenDelta, TokenLogprobs, TopLogprob
 from engine.sequence import failure
 
 if TYPE_CHECKING:
@@ -77,6 +80,8 @@ class Script:
     reply: Callable[[GenerateRequest], Sequence[int]] = count_up
     #: Coordinator: refuses every request with (code, message, retry_after_s).
     rejection: tuple[str, str, float] | None = None
+    #: How many requests get it; None: all.
+    rejections_left: int | None = None
     #: The word that goes with it.
     reject_reason: str = ""
     #: Coordinator: was just started, no worker has registered yet.
@@ -92,6 +97,8 @@ class Script:
     prefill_error: TandemError | None = None
     #: By id: prefill workers that refuse every request.
     prefill_errors: dict[str, TandemError] = field(default_factory=dict[str, "TandemError"])
+    #: Workers: answer no Grant.
+    grant_error: TandemError | None = None
     #: By request id: how often its step fails before it is left alone.
     failing_steps: dict[RequestId, int] = field(default_factory=dict[RequestId, int])
     #: Tokens in one frame of the decode worker.
@@ -114,6 +121,10 @@ class Gates:
     def open(self, stage: Stage) -> None:
         self._closed.pop(stage).set()
 
+    def forget(self, stage: Stage) -> None:
+        """Knows no more of those who have been there."""
+        self._reached.pop(stage, None)
+
     async def reached(self, stage: Stage) -> None:
         """Returns once a request waits at (or has passed) the stage."""
         await self._reached[stage].wait()
@@ -125,7 +136,7 @@ class Gates:
 
 
 class FakeWorker:
-    """One life of a worker. `accepted` and `cancelled` keep what it was sent, in order."""
+    """One life of a worker. `accepted`, `cancelled` and `verdicts` keep what it was sent, in order."""
 
     def __init__(
         self,
@@ -143,6 +154,8 @@ class FakeWorker:
         self.peer = Peer(worker_id=self.worker_id, incarnation=self.incarnation, address="")
         self.accepted: list[PrefillRequest] = []
         self.cancelled: list[RequestKey] = []
+        #: By call.
+        self.verdicts: list[tuple[ClaimVerdict, ...]] = []
         self.script = script
         #: A request id that no gateway knows.
         self.stray_id = RequestId("stray")
@@ -152,7 +165,7 @@ class FakeWorker:
         self._gates = gates
         self._news = asyncio.Condition()
         #: The one stream of each gateway; a newer one replaces it.
-        self._outboxes: dict[GatewayId, asyncio.Queue[tuple[TokenDelta, ...]]] = {}
+        self._outboxes: dict[GatewayId, asyncio.Queue[tuple[tuple[TokenDelta, ...], tuple[Claim, ...]]]] = {}
         self._answers: dict[RequestKey, asyncio.Task[None]] = {}
         #: Set by the cluster: finds the worker that goes on with an answer.
         self.find: Callable[[WorkerId], FakeWorker]
@@ -161,6 +174,7 @@ class FakeWorker:
         server = self.process.server("127.0.0.1:0")
         server.register(PREFILL, self._prefill)
         server.register(CANCEL, self._cancel)
+        server.register(GRANT, self._grant)
         server.register_stream(FRAMES, self._frames)
         address = await server.start()
         self.peer = Peer(worker_id=self.worker_id, incarnation=self.incarnation, address=address)
@@ -188,17 +202,40 @@ class FakeWorker:
     def send(self, *deltas: TokenDelta) -> None:
         """One frame to every gateway that listens."""
         for outbox in self._outboxes.values():
-            outbox.put_nowait(deltas)
+            outbox.put_nowait((deltas, ()))
+
+    def claim(self, *claims: Claim) -> None:
+        """One frame with them to every gateway that listens."""
+        for outbox in self._outboxes.values():
+            outbox.put_nowait(((), claims))
 
     def tell(self, gateway_id: GatewayId, delta: TokenDelta) -> None:
         """A frame to one gateway, if it listens."""
         if gateway_id in self._outboxes:
-            self._outboxes[gateway_id].put_nowait((delta,))
+            self._outboxes[gateway_id].put_nowait(((delta,), ()))
 
     async def wait_cancelled(self, request_id: RequestId | None = None) -> None:
         """Returns once a Cancel (for this request) has arrived."""
         async with self._news:
             await self._news.wait_for(lambda: any(request_id in (None, key.request_id) for key in self.cancelled))
+
+    def write_on(self, request: GenerateRequest, start: int) -> None:
+        """The rest of an answer, one token in a frame, under the request's owner epoch."""
+        reply, finish = self._reply(request)
+        for index in range(start, len(reply)):
+            last = index + 1 == len(reply)
+            self.tell(request.gateway_id, self._delta(request, reply, index, index + 1, finish if last else None))
+
+    async def wait_verdicts(self, count: int) -> list[ClaimVerdict]:
+        """The verdicts, once there are so many."""
+        async with self._news:
+            await self._news.wait_for(lambda: sum(map(len, self.verdicts)) >= count)
+        return [verdict for call in self.verdicts for verdict in call]
+
+    async def wait_streams(self, count: int = 1) -> None:
+        """Returns once so many streams of frames have been opened."""
+        async with self._news:
+            await self._news.wait_for(lambda: self.num_streams >= count)
 
     def info(self) -> WorkerInfo:
         return WorkerInfo(
@@ -218,7 +255,7 @@ class FakeWorker:
         if error is not None:
             raise error
         self.accepted.append(body)
-        key = RequestKey(body.request.request_id, body.request.attempt)
+        key = RequestKey(body.request.request_id, body.request.attempt, body.request.owner_epoch)
         decode = self.find(body.decode.worker_id)
         task = asyncio.create_task(self._answer(body.request, decode))
         self._answers[key] = task
@@ -235,31 +272,43 @@ class FakeWorker:
             self._news.notify_all()
         return Empty()
 
+    async def _grant(self, body: GrantRequest, context: CallContext) -> Empty:
+        if body.target != self.incarnation:
+            raise StaleIncarnation(f"{self.worker_id} is in its life {self.incarnation}")
+        if self.script.grant_error is not None:
+            raise self.script.grant_error
+        async with self._news:
+            self.verdicts.append(body.verdicts)
+            self._news.notify_all()
+        return Empty()
+
     async def _frames(self, body: FramesRequest, context: CallContext) -> AsyncIterator[Frame]:
         if body.target != self.incarnation:
             raise StaleIncarnation(f"{self.worker_id} is in its life {self.incarnation}")
         outbox = self._outboxes[body.gateway_id] = asyncio.Queue()
         sequence_number = 0
         deltas: tuple[TokenDelta, ...] = ()
-        self.num_streams += 1
+        claims: tuple[Claim, ...] = ()
+        async with self._news:
+            self.num_streams += 1
+            self._news.notify_all()
         while True:
             yield Frame(
                 worker_id=self.worker_id,
                 incarnation=self.incarnation,
                 sequence_number=sequence_number,
                 deltas=deltas,
+                claims=claims,
             )
             sequence_number += 1 + self._skipped_frames
             try:
                 async with asyncio.timeout(1.0):
-                    deltas = await outbox.get()
+                    deltas, claims = await outbox.get()
             except TimeoutError:
-                deltas = ()
+                deltas, claims = (), ()
 
     async def _answer(self, request: GenerateRequest, decode: FakeWorker) -> None:
-        reply = list(self.script.reply(request))
-        finish: FinishReason = "stop" if len(reply) < request.sampling.max_tokens else "length"
-        reply = reply[: request.sampling.max_tokens]
+        reply, finish = self._reply(request)
         first = start = len(request.token_ids) - request.num_prompt_tokens
         if self.script.failing_steps.get(request.request_id, 0) > 0:
             self.script.failing_steps[request.request_id] -= 1
@@ -273,6 +322,10 @@ class FakeWorker:
             worker.tell(request.gateway_id, self._delta(request, reply, start, stop, finish if last else None))
             start = stop
             await asyncio.sleep(0)
+
+    def _reply(self, request: GenerateRequest) -> tuple[list[int], FinishReason]:
+        reply, max_tokens = list(self.script.reply(request)), request.sampling.max_tokens
+        return reply[:max_tokens], "stop" if len(reply) < max_tokens else "length"
 
     def _delta(
         self,
@@ -355,7 +408,9 @@ class FakeCluster:
         request_id = item.request_id
         if self.script.is_ignorant:
             return Rejection(request_id=request_id, code="not_ready", message="nobody is up", retry_after_s=1.0)
-        if self.script.rejection is not None:
+        if self.script.rejection is not None and self.script.rejections_left != 0:
+            if self.script.rejections_left is not None:
+                self.script.rejections_left -= 1
             code, message, retry_after_s = self.script.rejection
             reason = self.script.reject_reason
             return Rejection(

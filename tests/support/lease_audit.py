@@ -81,13 +81,14 @@ def note_end(node: ReaderNode, lease_id: LeaseId, how: str) -> None:
 
 
 def check_adoption(world: World, node: ReaderNode, lease_id: LeaseId, blocks: Iterable[BlockId]) -> None:
-    """What is adopted are the sealed bytes, and their holder said that the lease stood."""
+    """What is adopted are the sealed bytes that were not there before, and their holder said that the lease stood."""
+    script = world.scenario.scripts[int(lease_id.split("/")[0])]
     found = [node.contents[block] for block in blocks]
-    wanted: list[Symbol] = [(lease_id, position) for position in range(len(found))]
+    wanted: list[Symbol] = [(lease_id, position) for position in range(script.have, script.num_sealed)]
     if found != wanted:
         raise Violation(f"lease {lease_id} adopted with {found}")
     # The life that granted it must have said so, alive or not by now.
-    holder = world.nodes[world.scenario.scripts[int(lease_id.split("/")[0])].holder]
+    holder = world.nodes[script.holder]
     granted = int(lease_id.split("/")[1])
     if holder.me.incarnation == granted and lease_id not in cast("HolderNode", holder).confirmed:
         raise Violation(f"lease {lease_id} adopted and never confirmed")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from contracts.messages import ConfirmReply
 from kvtransfer.block_work import Landing
@@ -85,7 +88,37 @@ class TakesRepeatsForNews(Reader):
         lease = self._leases.get(body.lease_id)
         if lease is not None and body.blocks and len(lease.announced) + len(body.blocks) <= lease.terms.num_blocks:
             lease.announced += body.blocks
+            lease.num_final += len(body.blocks)
         return super()._progress(body, now_s)
+
+
+class SkipsNothing(Reader):
+    """Takes the first blocks that an offer announces for the first that it lacks."""
+
+    def _offer(self, event: Offered, now_s: float) -> list[ReaderInstruction]:
+        terms, body = event.terms, event.terms.progress
+        if body is not None:
+            lacking = body.blocks[: terms.num_blocks - event.have]
+            body = msgspec.structs.replace(body, start=event.have, blocks=lacking)
+            event = replace(event, terms=msgspec.structs.replace(terms, progress=body))
+        return super()._offer(event, now_s)
+
+
+class AdoptsWhatItNeverPulled(Reader):
+    """Counts the blocks that it had as pulled ones."""
+
+    def _drive(self, lease: ReaderLease, now_s: float) -> list[ReaderInstruction]:
+        if lease.state is ReaderState.RESERVED:
+            lease.num_pulled = lease.num_pulling = min(lease.have, len(lease.announced))
+        return super()._drive(lease, now_s)
+
+
+class AdoptsPastTheSeal(Reader):
+    """Takes all that was set aside for pulled."""
+
+    def _confirm_answered(self, lease: ReaderLease, reply: ConfirmReply, now_s: float) -> list[ReaderInstruction]:
+        lease.num_pulled = lease.num_wanted
+        return super()._confirm_answered(lease, reply, now_s)
 
 
 # --- ledgers --------------------------------------------------------------------------------------------

@@ -55,6 +55,14 @@ class Script:
     advances: tuple[int, ...] = ()
     #: The blocks are final before the lease: its offer carries everything.
     sealed: bool = False
+    #: So many leading blocks stand at the reader when the offer comes first; when it comes again, none do.
+    have: int = 0
+    #: The lease is sealed there; None: at its last block.
+    seal_at: int | None = None
+
+    @property
+    def num_sealed(self) -> int:
+        return self.num_blocks if self.seal_at is None else self.seal_at
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,8 @@ def holder_key(machine: Holder, ledger: Ledger, now_s: float) -> object:
         (
             lease_id, _until(lease.expires_s, now_s), _until(lease.last_s, now_s), lease.accepted, lease.num_final,
             lease.num_ready, lease.preparing, lease.seal is None, lease.expected, lease.seal_known, lease.confirmed,
-            lease.calling, lease.sent_seal, min(lease.failures, 6), _until(lease.retry_at_s, now_s),
+            max(lease.had, lease.num_ready), lease.num_skipped, lease.calling, lease.sent_seal,
+            min(lease.failures, 6), _until(lease.retry_at_s, now_s),
         )
         for lease_id, lease in inside["_leases"].items()
     )  # fmt: skip
@@ -146,8 +147,8 @@ def reader_key(machine: Reader, ledger: Ledger, now_s: float) -> object:
         (
             lease_id, lease.terms.holder.incarnation, lease.state.value, _until(lease.expires_s, now_s),
             _until(lease.renew_at_s, now_s), len(lease.announced), lease.num_pulled, lease.num_pulling, lease.window,
-            lease.landing, lease.refetches, lease.seal is None, lease.calling, min(lease.failures, 6),
-            _until(lease.retry_at_s, now_s),
+            lease.have, lease.num_final, lease.landing, lease.refetches, lease.seal is None, lease.calling,
+            min(lease.failures, 6), _until(lease.retry_at_s, now_s),
         )
         for lease_id, lease in inside["_leases"].items()
     )  # fmt: skip
@@ -178,3 +179,8 @@ def reader_terms(machine: Reader) -> list[tuple[LeaseTerms, float]]:
     leases: dict[LeaseId, ReaderLease] = _inside(machine)["_leases"]
     live = [lease for lease in leases.values() if lease.state is not ReaderState.QUARANTINED]
     return [(lease.terms, lease.expires_s) for lease in live]
+
+
+def holds(machine: Reader, lease_id: LeaseId) -> bool:
+    """Whether the reader has a lease, or its blocks in quarantine."""
+    return lease_id in _inside(machine)["_leases"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from contracts.errors import (
@@ -37,7 +38,7 @@ from tests.support.lease_nodes import (
     changed,
     checksum,
 )
-from tests.support.lease_snapshots import clone, holder_key, holder_lease, reader_key
+from tests.support.lease_snapshots import clone, holder_key, holder_lease, holds, reader_key
 
 if TYPE_CHECKING:
     from contracts.messages import ConfirmReply, ProgressReply, RenewReply
@@ -389,6 +390,9 @@ class World:
         if isinstance(node, ReaderNode):
             if call.target not in (None, node.me.incarnation):
                 return StaleIncarnation("another life of the reader")
+            if isinstance(question, r.Offered) and not holds(node.machine, question.terms.lease_id):
+                script = self.scenario.scripts[int(question.terms.lease_id.split("/")[0])]
+                question = replace(question, have=script.have)
             answers = self.feed_reader(call.callee, cast("r.ReaderEvent", question))
             for answer in answers:
                 match answer:
@@ -485,7 +489,7 @@ class World:
             return f"open and seal {lease_id}"
         if not node.ledger.blocks_of(lease_id):
             return f"{lease_id} has ended"
-        final = script.advances[item.step - 1] if item.step <= len(script.advances) else script.num_blocks
+        final = script.advances[item.step - 1] if item.step <= len(script.advances) else script.num_sealed
         for position, block in enumerate(node.ledger.blocks_of(lease_id)[:final]):
             node.contents[block] = (lease_id, position)
         if item.step <= len(script.advances):

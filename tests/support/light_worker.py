@@ -55,13 +55,14 @@ class LightWorker:
         self.registered = self._registration.registered
         self._publisher = BlockPublisher(
             info=info,
-            ledger=self.ledger,
+            held=self.ledger.all_keys,
             network=network,
             coordinator_address=coordinator_address,
             clock=clock,
             registered=self.registered,
             log=log,
         )
+        self.ledger.key_listener = self._publisher
 
     def hold(self, hints: Iterable[bytes]) -> None:
         """Blocks with keys that begin so come into its cache; the ones used least lately leave when it is full."""

@@ -9,38 +9,52 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import decode.batch
 import kvtransfer.holder_service
 import kvtransfer.reader_service
+import prefill.queue
 import worker.shell
+import worker.store_offers
+import worker.store_shell
 from contracts.errors import TandemError
 from contracts.ids import LeaseId
 from contracts.messages import ConfirmReply
 from decode import DecodeBatch
+from decode.prefixes import AnswerPrefixes
 from engine.sequence import request_key
+from kvstore.prefix_cache import PrefixCache
+from kvstore.tiers.machine import StoreMachine
+from kvstore.write_back import Wanted, WriteBack
 from kvtransfer.holder import Holder
 from kvtransfer.holder_events import Answer
 from kvtransfer.reader import Reader
 from kvtransfer.reader_events import StopPull
 from prefill import PrefillQueue
-from simulator.chaos import Verdict, try_seed
+from prefill.turns import PromptTurns
+from simulator.chaos import Verdict, draw, try_seed
 from worker.registration import Registration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Mapping
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from types import ModuleType
 
     from contracts.ids import BlockId
     from contracts.messages import ConfirmRequest, PrefillRequest
+    from decode.incoming import Incoming
     from engine.plan import Sampled
+    from kvstore.tiers.events import ReadDisk
+    from kvstore.write_back import WriteBackEvent, WriteBackInstruction
     from kvtransfer.holder_events import Refuse
     from kvtransfer.reader_events import AbortReason, ReaderInstruction
     from kvtransfer.reader_lease import ReaderLease
+    from prefill.prefixes import Found
     from prefill.prompts import Prompt
 
 
@@ -80,7 +94,7 @@ class ForgetsToFreeOnCancel(DecodeBatch):
     """
 
     def apply(self, sequence_id: int, num_tokens: int, sampled: Sampled | None, now_s: float) -> None:
-        answer = self._running[sequence_id]
+        answer = self._answer(sequence_id)
         if answer.doomed:
             answer.sequence.block_ids = []
         super().apply(sequence_id, num_tokens, sampled, now_s)
@@ -132,10 +146,10 @@ class AnnouncesBlockBeingWritten(PrefillQueue):
         super().apply(sequence_id, num_tokens, sampled, now_s)
         prompt = self._running.get(sequence_id)
         if prompt is not None and prompt.lease_id is not None:
-            self._holder.advance(prompt.lease_id, self._layout.blocks_for(prompt.sequence.num_computed))
+            self._leases.advance(prompt, self._layout.blocks_for(prompt.sequence.num_computed))
 
 
-class NamesWhatIsScheduled(PrefillQueue):
+class NamesWhatIsScheduled(PromptTurns):
     """Gives a prompt's blocks their keys when they are allocated: whoever finds them reads on behind tokens that are
     not there yet, or never will be.
 
@@ -143,8 +157,8 @@ class NamesWhatIsScheduled(PrefillQueue):
     cancelled. Shows as wrong tokens of another prompt with the same beginning.
     """
 
-    def _take_blocks(self, prompt: Prompt, cached: list[BlockId], now_s: float) -> None:
-        super()._take_blocks(prompt, cached, now_s)
+    def take_blocks(self, prompt: Prompt, found: Found, now_s: float) -> None:
+        super().take_blocks(prompt, found, now_s)
         sequence = prompt.sequence
         num_computed, sequence.num_computed = sequence.num_computed, len(sequence.token_ids)
         self._prefixes.name_final(prompt)
@@ -173,6 +187,71 @@ class WaitsWhileHolding(Reader):
         return super()._abort(lease, reason, error, now_s)
 
 
+class NamesBeforeItIsRead(StoreMachine):
+    """Gives blocks their keys when their read from disk is ordered, so that the next fetch need not read them again.
+
+    Shows as a disk that writes what is named already; now and then as wrong tokens of a prompt that was served in
+    between, or where the read failed.
+    """
+
+    def _load(
+        self, keys: Sequence[bytes], places: Sequence[int], first_block: int, *, is_ahead: bool
+    ) -> ReadDisk | None:
+        load = super()._load(keys, places, first_block, is_ahead=is_ahead)
+        if load is not None:
+            for place, key, block in zip(places, load.keys, load.blocks, strict=False):
+                self.dram.name(block, key, first_block + place)
+        return load
+
+
+class SkipsOneBlockTooMany(AnswerPrefixes):
+    """Says of a handoff that it has one block more than it has: the length of what it found, counted from one.
+
+    LMCache and vLLM had several such (hit lengths rounded differently on both sides). Shows as wrong tokens: a block
+    of the prompt is neither shared nor pulled.
+    """
+
+    def hold(self, offer: Incoming, found: list[BlockId]) -> None:
+        super().hold(offer, found)
+        if len(found) < min(len(offer.chain), offer.num_blocks):
+            extra = self._ledger.allocate(offer.holder, 1) or []
+            offer.shared = [*found, *extra]
+            offer.num_new_blocks -= len(extra)
+
+
+class KeepsByBlockId(WriteBack):
+    """Notes where the blocks of what ended stand, and lets go of them: when their turn comes they may be others'.
+
+    Shows as an offer of free blocks, and as blocks of one key that differ between worker and store.
+    """
+
+    def __init__(self, prefixes: PrefixCache, *rest: Any) -> None:
+        self._noted = _NotedPlaces(prefixes)
+        super().__init__(self._noted, *rest)
+
+    def handle(self, event: WriteBackEvent, now_s: float) -> list[WriteBackInstruction]:
+        if isinstance(event, Wanted):
+            self._noted.note(event.keys)
+        return super().handle(event, now_s)
+
+
+class _NotedPlaces(PrefixCache):
+    """A prefix cache that is not looked at again."""
+
+    def __init__(self, prefixes: PrefixCache) -> None:
+        self._prefixes = prefixes
+        self._places: dict[bytes, BlockId] = {}
+
+    def note(self, keys: Sequence[bytes]) -> None:
+        self._places.update(zip(keys, self._prefixes.match(keys), strict=False))
+
+    def match(self, keys: Iterable[bytes]) -> list[BlockId]:
+        return [self._places[key] for key in itertools.takewhile(self._places.__contains__, keys)]
+
+    def num_held(self, blocks: Iterable[BlockId]) -> int:
+        return self._prefixes.num_held(blocks)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlantedBug:
     #: Where production code finds what it is made of, under which name, and what it finds there instead.
@@ -181,13 +260,17 @@ class PlantedBug:
     instead: Any
     #: What a problem that it causes says, as a regular expression.
     symptom: str
+    #: Only trials with a store are played: it is in what those alone run, or shows there first.
+    of_stores: bool = False
 
 
 _WRONG_TOKEN = r"token \d+ is \d+, not \d+"
+_DIFFER = r"have one key, and differ|has a key, and is not written to the end"
 _LEAK = r"\d+ of \d+ blocks are in use"
 
 BUGS: Mapping[str, PlantedBug] = {
     "skip-generation-check": PlantedBug(
+        of_stores=True,
         module=kvtransfer.holder_service,
         attribute="Holder",
         instead=SkipsGenerationCheck,
@@ -221,13 +304,30 @@ BUGS: Mapping[str, PlantedBug] = {
         module=worker.shell, attribute="PrefillQueue", instead=AnnouncesBlockBeingWritten, symptom=_WRONG_TOKEN
     ),
     "name-what-is-scheduled": PlantedBug(
-        module=worker.shell, attribute="PrefillQueue", instead=NamesWhatIsScheduled, symptom=_WRONG_TOKEN
+        module=prefill.queue, attribute="PromptTurns", instead=NamesWhatIsScheduled, symptom=_WRONG_TOKEN
     ),
     "wait-while-holding": PlantedBug(
         module=kvtransfer.reader_service,
         attribute="Reader",
         instead=WaitsWhileHolding,
         symptom=r"stood still for \d+\.\d+ s",
+    ),
+    "name-before-it-is-read": PlantedBug(
+        of_stores=True,
+        module=worker.store_shell,
+        attribute="StoreMachine",
+        instead=NamesBeforeItIsRead,
+        symptom=r"the disk writes block \d+, which has a key already",
+    ),
+    "skip-one-too-many": PlantedBug(
+        module=decode.batch, attribute="AnswerPrefixes", instead=SkipsOneBlockTooMany, symptom=_WRONG_TOKEN
+    ),
+    "keep-by-block-id": PlantedBug(
+        of_stores=True,
+        module=worker.store_offers,
+        attribute="WriteBack",
+        instead=KeepsByBlockId,
+        symptom=rf"pin for lease|{_DIFFER}",
     ),
 }
 
@@ -250,9 +350,11 @@ def shows(name: str, verdict: Verdict) -> bool:
 
 
 def find(name: str, seeds: Iterable[int], *, on_verdict: Callable[[Verdict], None] | None = None) -> Verdict | None:
-    """The verdict of the first seed that shows the bug; None where none does."""
+    """The verdict of the first seed that shows the bug; None where none does. Seeds that cannot are passed over."""
     with planted(name):
         for seed in seeds:
+            if BUGS[name].of_stores and not draw(seed).cluster.stores:
+                continue
             verdict = try_seed(seed)
             if on_verdict is not None:
                 on_verdict(verdict)

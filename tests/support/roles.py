@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     EndedCallback = Callable[[LeaseId, LeaseOutcome, str], None]
     OnAdopted = Callable[[LeaseId, list[BlockId], Seal], None]
     OnAborted = Callable[[LeaseId, TandemError], None]
+    OnCaughtUp = Callable[[LeaseId, int], None]
 
 BLOCK_TOKENS = 4
 EOS = 2
@@ -96,6 +97,7 @@ class RecordingHolder:
         send_offer: Callable[[LeaseTerms, float], Awaitable[HandoffReply]],
         on_ended: EndedCallback,
         num_final_blocks: int = 0,
+        seal: Seal | None = None,
         max_age_s: float | None = None,
     ) -> LeaseId:
         self.opened += 1
@@ -128,16 +130,35 @@ class RecordingReader:
     callbacks: dict[LeaseId, tuple[OnAdopted, OnAborted]] = field(
         default_factory=dict[LeaseId, "tuple[OnAdopted, OnAborted]"]
     )
+    #: Leading blocks of each that were said to stand here.
+    have: dict[LeaseId, int] = field(default_factory=dict[LeaseId, int])
+    #: Whether each may wait for blocks.
+    waits: dict[LeaseId, bool] = field(default_factory=dict[LeaseId, bool])
+    #: Who wants to hear that all that was announced is here.
+    followers: dict[LeaseId, OnCaughtUp] = field(default_factory=dict[LeaseId, "OnCaughtUp"])
     cancelled: list[LeaseId] = field(default_factory=list[LeaseId])
     freed: int = 0
     #: Raised by the next offers.
     refusal: TandemError | None = None
 
-    def offer(self, terms: LeaseTerms, *, owner: str, on_adopted: OnAdopted, on_aborted: OnAborted) -> HandoffReply:
+    def offer(
+        self,
+        terms: LeaseTerms,
+        *,
+        owner: str,
+        on_adopted: OnAdopted,
+        on_aborted: OnAborted,
+        have: int = 0,
+        waits: bool = True,
+        on_caught_up: OnCaughtUp | None = None,
+    ) -> HandoffReply:
         if self.refusal is not None:
             raise self.refusal
         self.callbacks[terms.lease_id] = (on_adopted, on_aborted)
-        return HandoffReply(verdict="reserved")
+        self.have[terms.lease_id], self.waits[terms.lease_id] = have, waits
+        if on_caught_up is not None:
+            self.followers[terms.lease_id] = on_caught_up
+        return HandoffReply(verdict="reserved", expected=have)
 
     def adopted(self, lease_id: LeaseId, blocks: list[BlockId], seal: Seal) -> None:
         self.callbacks[lease_id][0](lease_id, blocks, seal)

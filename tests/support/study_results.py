@@ -71,6 +71,7 @@ def make_result(
             decode_load=np.full(10, np.nan, np.float32),
         ),
         transfer_bytes=transfer_bytes,
+        stored_bytes=0,
         fetched_bytes=sum(row.fetched_tokens for row in rows) * 1000,
         duration_s=duration_s,
         num_events=123,

@@ -39,6 +39,9 @@ KNOWN_FLAGS = {
     "--strict-fields": "gateway.strict_fields",
 }
 
+#: How a running cluster is found.
+REACHED = {"--coordinator", "--state-file", "--token-file"}
+
 OPTIONS = {
     "serve": {*KNOWN_FLAGS, "--config", "--set", "--no-strict-fields", "--state-file"},
     "demo": {*KNOWN_FLAGS, "--config", "--set", "--no-strict-fields"},
@@ -86,6 +89,13 @@ OPTIONS = {
         "--serving",
         "--threads",
     },
+    "workers": {*REACHED, "--json"},
+    "operations": {*REACHED, "--json", "--cancel"},
+    "drain": {*REACHED, "--force", "--no-wait", "--undo", "--within"},
+    "flip": {*REACHED, "--force", "--no-wait"},
+    "restart": {*REACHED, "--force", "--no-wait", "--python", "--rolling"},
+    "start": {*REACHED, "--no-wait", "--role"},
+    "stop": {*REACHED, "--force", "--no-wait", "--within"},
 }
 
 

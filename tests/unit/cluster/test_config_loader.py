@@ -268,7 +268,8 @@ def alone(path: KeyPath, value: object) -> object:
 @pytest.mark.parametrize("value", [None, "", 3, [], {}, [None], {"x": None}], ids=json.dumps)
 def test_whatever_stands_at_a_key_is_taken_or_refused_by_name(tmp_path: Path, value: object) -> None:
     tree = load(write(tmp_path / "c.yaml", TENANTS_AND_CLASSES)).config.model_dump(mode="json")
-    paths = [path for path in everything_in(tree) if 1 not in path]
+    # Of lists the first elements: `alone` makes no others.
+    paths = [path for path in everything_in(tree) if not any(isinstance(part, int) and part for part in path)]
     assert {("slo", "interactive"), ("gateway", "tenants", 0), ("coordinator", "dispatch", "policy")} < set(paths)
     for path in paths:
         given = alone(path, value)
@@ -379,3 +380,64 @@ def test_every_variable_of_ours_in_the_code_is_a_key_or_reserved() -> None:
     }
     keys = {"TANDEM_" + row.key.upper().replace(".", "__") for row in load().rows()} | {"TANDEM_POOLS"}
     assert named - keys <= RESERVED_ENV
+
+
+def test_a_pools_workers_may_be_a_range(tmp_path: Path) -> None:
+    write(
+        tmp_path / "pools" / "out.yaml",
+        "role: decode\nworkers: {initial: 2, min: 1, max: 4}\nscale: {cooldown_s: 1min}\n",
+    )
+    path = write(tmp_path / "c.yaml", "pools:\n- pools/out.yaml\n- {name: in, role: prefill, workers: {max: 3}}\n")
+    loaded = load(path, {"TANDEM_POOLS__IN__SCALE__FLIP": "false"}, None, [("pools.out.workers.max", "5")])
+    out, inward = loaded.config.pools
+    assert (out.initial_workers, out.min_workers, out.max_workers, out.is_scaled) == (2, 1, 5, True)
+    assert (inward.initial_workers, inward.min_workers, inward.max_workers) == (1, 1, 3)
+    assert (out.scale.cooldown_s, out.scale.flip, inward.scale.flip) == (60.0, True, False)
+    shown = rows(loaded)
+    assert shown["pools.out.workers.initial"] == ("2", str(tmp_path / "pools" / "out.yaml"))
+    assert shown["pools.out.workers.max"] == ("5", "--set pools.out.workers.max")
+    assert shown["pools.in.workers.min"] == ("1", "default")
+    assert shown["pools.in.scale.flip"] == ("false", "TANDEM_POOLS__IN__SCALE__FLIP")
+    # What is shown is a file that means the same.
+    again = ClusterConfig.model_validate(loaded.config.model_dump(mode="json"))
+    assert again == loaded.config
+
+
+def test_a_number_of_workers_is_a_range_of_one() -> None:
+    (pool,) = load(None, {"TANDEM_POOLS": "[{name: all, role: mixed, workers: 3}]"}).config.pools
+    assert (pool.initial_workers, pool.min_workers, pool.max_workers, pool.is_scaled) == (3, 3, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        ("workers: {min: 3, max: 2}", "pools.p.workers = {'min': 3, 'max': 2}: min (3) must be at most max (2)"),
+        ("workers: {initial: 5, max: 4}", "initial (5) must be from min (1) to max (4)"),
+        ("workers: {max: 4, mxa: 3}", "pools.p.workers.mxa: unknown key; did you mean 'max'?"),
+        ("workers: {max: 0}", "pools.p.workers.max = 0: Input should be greater than or equal to 1"),
+        ("workers: many", "pools.p.workers = 'many': Input should be a valid integer"),
+        ("workers: {max: 4}\nscale: {to_zero_after_s: 5min}", "scale.to_zero_after_s (300) needs workers.min 0"),
+        ("scale: {freeness_low: 60}", "freeness_low (60) must be below freeness_high (60)"),
+        ("scale: {cooldown: 5}", "pools.p.scale.cooldown: unknown key; did you mean 'cooldown_s'?"),
+        ("scale: {cooldown_s: 5parsecs}", "pools.p.scale.cooldown_s = '5parsecs'"),
+        ("scale: {target_attainment: 95}", "pools.p.scale.target_attainment = 95: Input should be less than"),
+    ],
+)
+def test_mistakes_in_how_a_pool_scales_name_the_key(tmp_path: Path, pool: str, message: str) -> None:
+    file = write(tmp_path / "pools" / "p.yaml", f"role: mixed\n{pool}\n")
+    refused = refusal(write(tmp_path / "c.yaml", "pools: [pools/p.yaml]"))
+    assert refused.startswith(f"{file}: pools.p")
+    assert message in refused
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("TANDEM_COORDINATOR__LEND__MEMORY_LOW", "0.95", "memory_low (0.95) must be below memory_high (0.9)"),
+        ("TANDEM_COORDINATOR__LEND__MODE", "on", "coordinator.lend.mode = 'on'"),
+        ("TANDEM_COORDINATOR__AUTOSCALE__INTERVAL_S", "0", "coordinator.autoscale.interval_s = 0.0"),
+        ("TANDEM_POOLS__DECODE__WORKERS__MAX__X", "1", "unknown key 'pools.decode.workers.max.x'"),
+    ],
+)
+def test_mistakes_in_scaling_and_lending_are_told(name: str, value: str, message: str) -> None:
+    assert message in refusal(None, {name: value})

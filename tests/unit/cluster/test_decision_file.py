@@ -66,6 +66,14 @@ class Writer:
             self.write()
             await asyncio.sleep(0)
 
+    async def write_until_there(self, path: Path) -> None:
+        """A file, with something in it."""
+        deadline_s = time.monotonic() + 60
+        while not path.exists() or not path.stat().st_size:  # noqa: ASYNC240 - nothing else waits
+            assert time.monotonic() < deadline_s, self.said
+            self.write()
+            await asyncio.sleep(0)
+
 
 def told(path: Path) -> list[str]:
     """The file in short: H for a header, ?n for n lost ones, else the decision's number."""
@@ -137,6 +145,8 @@ async def test_a_full_disk_costs_lines_and_the_log_says_how_many(tmp_path: Path)
         writer.write(5000)
         path.unlink()
         await writer.write_until_said("goes on")
+        # A file that is new again gets its header with the first decision after it was found to be so.
+        await writer.write_until_there(path)
         writer.write()
     assert len(writer.said) == 2, "it is said once"
     short = told(path)

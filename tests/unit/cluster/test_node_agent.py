@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import psutil
@@ -17,7 +18,8 @@ import uvloop
 from cluster.guard import left_over
 from cluster.node_agent import NodeAgent, WorkerStatus
 from cluster.supervision import State, Supervision, SupervisionLimits
-from contracts.ids import Incarnation
+from contracts.errors import BadRequest, NotFound
+from contracts.ids import Incarnation, WorkerId
 from rpc import LiveClock
 from tests.support.fake_agent import fake_plan
 from tests.support.layout import ROOT
@@ -113,6 +115,42 @@ async def test_a_killed_worker_comes_back_with_a_larger_incarnation(tmp_path: Pa
         assert again.pid != first.pid
         assert (same.pid, same.incarnation) == (other.pid, other.incarnation)
     assert any("fake-0: crashed: it was ended by SIGKILL; restarting" in line for line in watched.said)
+
+
+async def test_slots_are_filled_emptied_and_renewed_when_somebody_asks(tmp_path: Path) -> None:
+    first, spare = plans(tmp_path, "ready", "ready")
+    watched = Watched([first, replace(spare, starts=False, pool="decode")], tmp_path, QUICK)
+    agent = watched.agent
+    async with agent:
+        one, two = await watched.until(lambda workers: workers[0].state is State.READY)
+        assert (two.state, two.is_wanted, two.pool) == (State.NEW, False, "decode")
+        agent.start(two.worker_id, "decode")
+        _, two = await watched.until(all_ready)
+        assert two.role == "decode"
+        assert two.start_s is not None
+        agent.restart(two.worker_id, Incarnation(two.incarnation - 1))
+        agent.restart(two.worker_id, two.incarnation, python=sys.executable)
+        _, again = await watched.until(lambda workers: all_ready(workers) and workers[1].incarnation > two.incarnation)
+        assert (again.incarnation, again.role) == (two.incarnation + 1, "decode")
+        assert not any("crashed" in line for line in watched.said)
+        agent.stop(one.worker_id)
+        one, _ = await watched.until(lambda workers: workers[0].state is State.STOPPED)
+        assert not one.is_wanted
+        agent.start(one.worker_id)
+        await watched.until(all_ready)
+        with pytest.raises(NotFound, match="this node agent has no worker x; it has fake-0, fake-1"):
+            agent.stop(WorkerId("x"))
+        with pytest.raises(BadRequest, match="/no/python cannot be run here"):
+            agent.restart(again.worker_id, again.incarnation, python="/no/python")
+        pids = [pid_of(worker) for worker in agent.workers()]
+    assert all(is_gone(pid) for pid in pids)
+
+
+async def test_an_agent_whose_slots_are_empty_leaves_at_once(tmp_path: Path) -> None:
+    watched = Watched([replace(plan, starts=False) for plan in plans(tmp_path, "ready")], tmp_path, QUICK)
+    async with watched.agent:
+        assert [worker.is_wanted for worker in watched.agent.workers()] == [False]
+    assert [worker.pid for worker in watched.agent.workers()] == [None]
 
 
 async def test_a_worker_that_crashes_when_ready_is_restarted_again_and_again(tmp_path: Path) -> None:

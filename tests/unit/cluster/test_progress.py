@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import stat
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,14 +22,14 @@ from contracts.ids import Incarnation, WorkerId
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from contracts.messages import Role
+    from contracts.messages import MemberRole
 
 
 def worker(
     name: str,
     state: State,
     *,
-    role: Role = "mixed",
+    role: MemberRole = "mixed",
     loading: Loading | None = None,
     problem: str | None = None,
 ) -> WorkerStatus:
@@ -48,6 +49,7 @@ def test_the_first_line_counts_the_workers() -> None:
     assert starting_line("demo", ["prefill", "decode", "decode"]) == (
         "starting demo: 1 prefill worker, 2 decode workers"
     )
+    assert starting_line("demo", ["mixed", "store"]) == "starting demo: 1 mixed worker, 1 store"
 
 
 def loading(what: str, fraction: float | None) -> list[WorkerStatus]:
@@ -76,9 +78,11 @@ def test_a_new_stage_is_told_at_once_and_an_unchanged_one_not_again() -> None:
         (["decode"], False),
         (["prefill", "decode"], True),
         (["mixed"], True),
+        (["mixed", "store"], True),
+        (["prefill", "store"], False),
     ],
 )
-def test_which_roles_can_serve(roles: list[Role], *, enough: bool) -> None:
+def test_which_roles_can_serve(roles: list[MemberRole], *, enough: bool) -> None:
     assert can_serve(roles) is enough
 
 
@@ -90,6 +94,17 @@ def test_a_lost_role_is_hopeless_and_says_why() -> None:
     assert not settled([prefill, lost, spare])
     reason = why_hopeless([prefill, lost])
     assert reason == "the remaining workers cannot serve; given up were d-0 (decode): out of memory"
+
+
+def test_slots_that_are_empty_are_waited_for_by_nobody_and_missed_by_nobody() -> None:
+    prefill = worker("p-0", State.READY, role="prefill")
+    absent = replace(worker("d-1", State.NEW, role="decode"), is_wanted=False)
+    stopped = replace(worker("d-0", State.STOPPED, role="decode"), is_wanted=False)
+    assert settled([prefill, absent, stopped])
+    assert not settled([prefill, worker("d-0", State.NEW, role="decode")]), "it is about to start"
+    assert why_hopeless([prefill, absent, stopped]) is None, "somebody wanted it so"
+    lost = worker("d-0", State.GIVEN_UP, role="decode", problem="out of memory")
+    assert why_hopeless([prefill, lost, absent]) is not None, "the others of its pool would fail alike"
 
 
 @pytest.mark.parametrize("with_key", [False, True])

@@ -42,6 +42,7 @@ def test_every_key_of_dispatch_and_admission_arrives() -> None:
             ("coordinator.dispatch.policy", "prefix_only"),
             ("coordinator.dispatch.decode", "pack"),
             ("coordinator.dispatch.fetch_ratio", "3"),
+            ("coordinator.dispatch.replica_share", "0.25"),
             ("coordinator.dispatch.local_prefill_tokens", "77"),
             ("coordinator.admission", "{form: current, ttft_share: 0.5, tpot_share: 0.25, hysteresis: 0.1}"),
             ("coordinator.max_directory_blocks", "99"),
@@ -51,6 +52,7 @@ def test_every_key_of_dispatch_and_admission_arrives() -> None:
         )
     )
     assert (settings.policy, settings.decode, settings.fetch_ratio) == ("prefix_only", "pack", 3.0)
+    assert settings.replica_share == 0.25
     assert (settings.local_prefill_tokens, settings.max_directory_blocks, settings.block_tokens) == (77, 99, 8)
     assert settings.admission == AdmissionRule(form="current", ttft_share=0.5, tpot_share=0.25, hysteresis=0.1)
     assert (settings.queue_order, settings.priority_s) == ("shortest", 2.0)
@@ -74,7 +76,10 @@ def test_classes_and_tenants_arrive_at_the_gateway() -> None:
     assert settings.tenants[0].tenant == Tenant(name="acme", max_priority=3, slo_class="batch")
     assert settings.slos == slo_classes(given)
     assert (settings.slos["batch"].ttft_ms, settings.slos["batch"].tpot_ms) == (60_000, 1000)
-    assert (settings.default_slo_class, settings.snapshot_ttl_s) == ("standard", 7.0)
+    assert (settings.default_slo_class, settings.snapshot_ttl_s, settings.kv_class) == ("standard", 7.0, "exact")
+    for lossy, kv_class in (("true", "lossy"), ("false", "exact")):
+        set_so = config(("store", f"{{dram: 1GiB, lossy: {lossy}}}"))
+        assert gateway_settings(set_so, DEMO, "demo").kv_class == kv_class
 
 
 @pytest.mark.parametrize("key", ["tensor_parallel", "pipeline_parallel"])

@@ -17,6 +17,7 @@ from cluster.supervision import (
     Exited,
     Kill,
     Report,
+    RestartWanted,
     Spawn,
     Start,
     State,
@@ -123,6 +124,17 @@ class SupervisionHistory(RuleBasedStateMachine):
         self.stop_wanted = True
         self.life.feed(StopWanted())
 
+    @rule()
+    def start(self) -> None:
+        self.stop_wanted = False
+        self.life.feed(Start())
+
+    @rule(is_other_build=st.booleans(), late=st.integers(0, 1))
+    def restart(self, late: int, *, is_other_build: bool) -> None:
+        if not late and self.machine.ended:
+            self.stop_wanted = False
+        self.life.feed(RestartWanted(Incarnation(self.machine.incarnation - late), is_other_build))
+
     @invariant()
     def states_say_whether_there_is_a_process(self) -> None:
         living = self.machine.state in (State.STARTING, State.READY, State.ENDING)
@@ -216,6 +228,62 @@ def test_a_configuration_error_gives_up_at_once_with_its_own_words(life: Life) -
     life.feed(Told(Failed(error="config_error", message="no such architecture")))
     life.die("it exited with code 1")
     assert life.said == ["given up after 1 failed start: no such architecture"]
+
+
+def test_a_restart_that_was_asked_for_is_no_crash_and_follows_at_once(life: Life) -> None:
+    life.become_ready()
+    assert life.feed(RestartWanted(Incarnation(7))) == [Terminate()]
+    assert life.feed(RestartWanted(Incarnation(7))) == []
+    life.die("it exited with code 0")
+    assert life.said[-1] == "restarts, as it was asked to"
+    assert life.incarnations == [7, 8]
+    assert life.feed(RestartWanted(Incarnation(7))) == [], "that life is over"
+    life.become_ready()
+    life.die()
+    assert life.said[-1].endswith("restarting in 1 s"), "its first crash"
+
+
+def test_a_restart_of_one_that_is_dead_shortens_its_wait_and_a_stop_undoes_it(life: Life) -> None:
+    life.become_ready()
+    life.die()
+    assert life.feed(RestartWanted(Incarnation(7))) == [Spawn(Incarnation(8))]
+    life.feed(RestartWanted(Incarnation(8)))
+    life.feed(StopWanted())
+    life.die()
+    assert life.machine.state is State.STOPPED
+
+
+def test_a_stopped_worker_starts_again_and_one_that_is_on_its_way_out_comes_back(life: Life) -> None:
+    life.become_ready()
+    assert life.feed(Start()) == []
+    life.feed(StopWanted())
+    life.feed(Start())
+    life.die()
+    assert life.incarnations == [7, 8]
+    life.feed(StopWanted())
+    life.die()
+    assert life.machine.state is State.STOPPED
+    assert life.feed(Start()) == [Spawn(Incarnation(9))]
+
+
+def test_another_build_that_does_not_start_is_given_up_although_the_one_before_did(life: Life) -> None:
+    life.become_ready()
+    life.feed(RestartWanted(Incarnation(7), is_other_build=True))
+    life.die()
+    for _ in range(LIMITS.start_attempts - 1):
+        life.die("it exited with code 7")
+        life.wait_for_deadline()
+    life.die("it exited with code 7")
+    assert life.machine.state is State.GIVEN_UP
+    assert life.feed(Start()) == [Spawn(Incarnation(11))], "whoever asks again has done something about it"
+
+
+def test_how_long_a_start_took_is_known_from_then_on(life: Life) -> None:
+    life.now_s += 2.5
+    assert (life.machine.start_s, life.machine.age_s(life.now_s)) == (None, 2.5)
+    life.become_ready()
+    life.die()
+    assert (life.machine.start_s, life.machine.age_s(life.now_s)) == (2.5, None)
 
 
 def test_progress_extends_the_start_deadline(life: Life) -> None:

@@ -6,8 +6,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from cluster.child_main import tell_if_room
 from cluster.launch import Alive, decode_status
-from cluster.worker_main import tell_if_room
 
 if TYPE_CHECKING:
     import pytest

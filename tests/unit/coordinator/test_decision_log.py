@@ -98,6 +98,21 @@ def test_a_worker_is_told_with_its_limits() -> None:
     assert {name: getattr(worker, name) for name in limits} == limits
 
 
+def test_a_store_is_told_without_costs() -> None:
+    office = Office("p0", "d0", "s0")
+    hold(office.conductor, "s0", range(30))
+    (header,) = records(office.log.opening(100.5))
+    assert isinstance(header, Header)
+    assert [(each.worker_id, each.role, each.costs) for each in header.workers][2] == ("s0", "store", None)
+    placed = office.ask(item_of(600, 16, blocks=range(36)))[-1]
+    assert isinstance(placed, Decision)
+    assert (placed.prefill, placed.decode, placed.source, placed.source_blocks) == ("p0", "d0", "s0", 30)
+    gone = office.conductor
+    gone.remove(WorkerId("s0"))
+    told = office.ask(item_of(600, 16))
+    assert [each.worker_id for each in told if isinstance(each, WorkerGone)] == ["s0"]
+
+
 def test_a_placement_is_one_line_with_what_was_predicted() -> None:
     office = Office("p0", "p1", "d0")
     hold(office.conductor, "p1", range(4))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contracts.ids import Incarnation, RequestId, WorkerId
-from contracts.messages import DispatchItem, Placement, Rejection, Role, WorkerInfo, WorkerLoad
+from contracts.messages import DispatchItem, MemberRole, Placement, Rejection, Role, WorkerInfo, WorkerLoad
 from coordinator.conductor import Conductor, ConductorSettings, DispatchLimits
 from coordinator.decision import Chosen, Refused
 from coordinator.directory.directory import Directory
@@ -22,7 +22,7 @@ Worker = tuple[WorkerInfo, WorkerLoad]
 
 def worker(
     name: str,
-    role: Role,
+    role: MemberRole,
     *,
     pending: int = 0,
     context: int = 0,
@@ -348,7 +348,7 @@ def some_workers(draw: st.DrawFn) -> list[Worker]:
             WorkerInfo(
                 worker_id=WorkerId(name),
                 incarnation=Incarnation(1),
-                role=draw(st.sampled_from(get_args(Role))),
+                role=draw(st.sampled_from((*get_args(Role), "store"))),
                 address=f"{name}:1",
                 model="m",
                 identity=draw(st.sampled_from([identity(), identity("other"), OTHER_BLOCKS])),

@@ -329,6 +329,34 @@ def test_absurd_links_are_not_believed() -> None:
     assert costs.transfer == UNMEASURED_LINK
 
 
+def test_pairs_that_differ_from_the_common_way_are_told() -> None:
+    """Most ways are over a network; p0's to s0 is through memory, and p1's to it is worse than all."""
+    costs = LiveCosts()
+    for number in range(6):
+        costs.observe_transfers(WorkerId(f"a{number}"), report(1e9))
+    assert costs.pairs is None, "noise apart, all are alike"
+    costs.observe_transfers(WorkerId("p0"), report(8e9, 1.1e9))
+    costs.observe_transfers(WorkerId("p1"), report(0.25e9))
+    assert costs.pairs is not None
+    powers = {name: costs.pairs.power(WorkerId("x0"), WorkerId(name)) for name in ("a0", "p0", "p1", "unknown")}
+    assert powers == {"a0": 0, "p0": -3, "p1": 2, "unknown": 0}
+    assert costs.pairs.power(WorkerId("x1"), WorkerId("p0")) == 0
+    for name in ("p0", "p1"):
+        costs.forget_links(WorkerId(name))
+    assert costs.pairs is None
+
+
+def test_pairs_are_seen_anew_when_the_common_way_changes() -> None:
+    costs = LiveCosts()
+    costs.observe_transfers(WorkerId("a"), report(1e9))
+    for number in range(4):
+        costs.observe_transfers(WorkerId(f"b{number}"), report(8e9))
+    assert costs.transfer.bandwidth_bytes_s == 8e9
+    assert costs.pairs is not None
+    assert costs.pairs.power(WorkerId("x0"), WorkerId("a")) == 3
+    assert costs.pairs.power(WorkerId("x0"), WorkerId("b0")) == 0
+
+
 def test_kv_bytes_are_the_model_s() -> None:
     assert LiveCosts().kv_token_bytes == 0
     assert LiveCosts(PROFILE).kv_token_bytes == PROFILE.kv_token_bytes
@@ -349,3 +377,17 @@ def test_of_two_models_each_has_its_own_kv_bytes() -> None:
             assert known is not None
             assert known.kv_token_bytes == info.identity.layout.token_bytes
         assert costs.kv_token_bytes == other.token_bytes, "of the life that began last, whoever beat last"
+
+
+def test_the_bandwidth_of_a_pair_is_as_its_reader_measured_it() -> None:
+    costs = LiveCosts()
+    a, b, x0 = WorkerId("a"), WorkerId("b"), WorkerId("x0")
+    assert costs.bandwidth_bytes_s(x0, a) is None, "nothing is known"
+    costs.observe_transfers(a, report(6e9))
+    assert costs.bandwidth_bytes_s(x0, a) == 6e9
+    assert costs.bandwidth_bytes_s(x0, b) == 6e9, "as for all"
+    costs.observe_transfers(b, report(2e9))
+    assert costs.bandwidth_bytes_s(x0, b) == 2e9
+    costs.observe_transfers(b, report(2e9, chosen=False))
+    assert costs.bandwidth_bytes_s(x0, b) == costs.transfer.bandwidth_bytes_s, "it goes another way"
+    assert LiveCosts(PROFILE).bandwidth_bytes_s(x0, a) == LiveCosts(PROFILE).transfer.bandwidth_bytes_s

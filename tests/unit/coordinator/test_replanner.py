@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Literal
 
-    from contracts.messages import LatencyFit, Role
+    from contracts.messages import LatencyFit, MemberRole, Role
 
 CHAT = SloClass("chat", 500, 50)
 PLANNED_FOR = Expected(rate_rps=5.0, mean_prompt_tokens=500, p95_prompt_tokens=900, mean_output_tokens=100)
@@ -52,12 +52,13 @@ class KnownCosts:
 
     transfer = LinkTransfer(latency_s=1e-4, bandwidth_bytes_s=math.inf)
     kv_token_bytes = 1000
+    pairs = None
 
     def __init__(self, known: dict[Role, WorkerCosts]) -> None:
         self.known = known
 
     def of(self, info: WorkerInfo) -> WorkerCosts | None:
-        return self.known.get(info.role)
+        return None if info.role == "store" else self.known.get(info.role)
 
     def observe(self, info: WorkerInfo, fit: LatencyFit) -> bool:
         return False
@@ -66,7 +67,7 @@ class KnownCosts:
 COSTS = KnownCosts({"prefill": READS, "decode": WRITES})
 
 
-def worker(name: str, role: Role, max_batch_tokens: int = 0, total_blocks: int = 100) -> WorkerInfo:
+def worker(name: str, role: MemberRole, max_batch_tokens: int = 0, total_blocks: int = 100) -> WorkerInfo:
     return WorkerInfo(
         worker_id=WorkerId(name),
         incarnation=Incarnation(1),
@@ -251,7 +252,7 @@ def test_apply_applies_and_says_when_it_cannot() -> None:
     assert [split.text for split in applied] == ["3 prefill + 1 decode"]
     desk = Desk(lambda _: ANSWER, mode="apply")
     shifted(desk)
-    assert desk.told[1].startswith("a better split, not applied for workers cannot change their roles yet: ")
+    assert desk.told[1].startswith("a better split, not applied for nobody gives workers orders here: ")
 
 
 def test_leaving_ends_a_question_that_is_open() -> None:
@@ -293,6 +294,13 @@ def test_without_something_to_plan_with_nothing_is_asked(
 ) -> None:
     with pytest.raises(NoSplit, match=why):
         question_of(ask, classes, infos, KnownCosts(known))
+
+
+def test_stores_take_no_part_in_a_split() -> None:
+    asked = question_of(ask_of(10), ["chat"], (*WORKERS, worker("s0", "store", total_blocks=1)))
+    assert asked == question_of(ask_of(10), ["chat"])
+    with pytest.raises(NoSplit, match="no two workers"):
+        question_of(ask_of(10), ["chat"], (WORKERS[0], worker("s0", "store")))
 
 
 def test_first_tallies_of_a_life_are_no_news() -> None:

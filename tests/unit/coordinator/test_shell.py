@@ -10,6 +10,14 @@ import msgspec
 import numpy as np
 import pytest
 
+from contracts.control_messages import (
+    OPERATE,
+    OPERATIONS,
+    DrainOperation,
+    OperateReply,
+    OperateRequest,
+    OperationsRequest,
+)
 from contracts.errors import BadRequest, StaleIncarnation
 from contracts.ids import GatewayId, Incarnation, RequestId, WorkerId
 from contracts.messages import (
@@ -48,6 +56,8 @@ from simulator.engine import modelled_identity
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from contracts.control_messages import Operation
+
 INFO = WorkerInfo(
     worker_id=WorkerId("w0"),
     incarnation=Incarnation(1),
@@ -77,15 +87,19 @@ class Office:
             on_decision=lambda item, decision, now_s: self.decided.append((item, decision, now_s)),
             on_transfers=self.costs.observe_transfers,
             on_gone=self.costs.forget_links,
+            network=self.network,
             log=self.said.append,
         )
         server = self.network.server("c:1")
         self.shell.register_on(server)
         self.start = server.start
 
-    async def register(self, name: str, incarnation: int = 1) -> None:
-        info = msgspec.structs.replace(INFO, worker_id=WorkerId(name), incarnation=Incarnation(incarnation))
+    async def register(self, name: str, incarnation: int = 1, **more: object) -> None:
+        info = msgspec.structs.replace(INFO, worker_id=WorkerId(name), incarnation=Incarnation(incarnation), **more)
         await self.network.channel("c:1").call(REGISTER, info, timeout_s=1)
+
+    async def operate(self, operation: Operation) -> OperateReply:
+        return await self.network.channel("c:1").call(OPERATE, OperateRequest(operation=operation), timeout_s=1)
 
     async def beat(
         self, name: str, *, load: WorkerLoad | None = None, transfers: TransferReport | None = None
@@ -246,6 +260,67 @@ def test_where_all_are_suspects_it_is_as_if_none_were() -> None:
         assert sorted(where(verdict) for verdict in await office.ask("a", "b")) == ["w0", "w1"]
         # One that has just failed is worse than one that is late.
         assert [where(verdict) for verdict in await office.ask("c", avoid=(WorkerId("w0"),))] == ["w1"]
+
+    with_office(body)
+
+
+def test_who_drains_gets_nothing_and_who_is_about_to_neither() -> None:
+    async def body(office: Office) -> None:
+        for name in ("w0", "w1", "w2"):
+            await office.register(name)
+        await office.beat("w0", load=WorkerLoad(free_blocks=8, draining=True))
+        number = (await office.operate(DrainOperation(worker_id=WorkerId("w1")))).operation_id
+        verdicts = await office.ask(*(f"r{n}" for n in range(9)))
+        assert {where(verdict) for verdict in verdicts} == {"w2"}
+        await office.beat("w0")
+        await office.network.channel("c:1").call(OPERATIONS, OperationsRequest(cancel=number), timeout_s=1)
+        verdicts = await office.ask(*(f"s{n}" for n in range(9)))
+        assert {where(verdict) for verdict in verdicts} == {"w0"}, "the idle one, and w1 may still refuse"
+
+    with_office(body)
+
+
+def test_who_drains_is_not_even_used_where_there_is_nobody_else() -> None:
+    async def body(office: Office) -> None:
+        await office.register("w0")
+        await office.beat("w0", load=WorkerLoad(free_blocks=8, draining=True))
+        (verdict,) = await office.ask("r0")
+        assert isinstance(verdict, Rejection)
+        assert verdict.code == "not_ready"
+
+    with_office(body)
+
+
+def test_a_worker_that_took_another_role_is_placed_by_it_and_keeps_its_life() -> None:
+    async def body(office: Office) -> None:
+        for name, role in (("w0", "prefill"), ("w1", "decode"), ("w2", "decode")):
+            await office.register(name, role=role)
+        assert {where(verdict) for verdict in await office.ask(*(f"r{n}" for n in range(6)))} == {"w0"}
+        await office.register("w2", role="prefill")
+        await office.beat("w2")
+        assert "w2" in {where(verdict) for verdict in await office.ask(*(f"s{n}" for n in range(6)))}
+        assert (await office.beat("w0")).gone == (), "nobody's leases are void"
+
+    with_office(body)
+
+
+def test_workers_of_another_protocol_are_never_paired_with_the_others() -> None:
+    async def body(office: Office) -> None:
+        newer = msgspec.structs.replace(INFO.identity, protocol_version=INFO.identity.protocol_version + 1)
+        for name, role, identity in (
+            ("old-p", "prefill", INFO.identity),
+            ("old-d", "decode", INFO.identity),
+            ("new-p", "prefill", newer),
+            ("new-d", "decode", newer),
+        ):
+            await office.register(name, role=role, identity=identity)
+        verdicts = await office.ask(*(f"r{n}" for n in range(20)))
+        pairs = {(v.prefill.worker_id, v.decode.worker_id) for v in verdicts if isinstance(v, Placement)}
+        assert pairs == {("old-p", "old-d"), ("new-p", "new-d")}
+        await office.beat("old-d", load=WorkerLoad(free_blocks=8, draining=True))
+        verdicts = await office.ask(*(f"s{n}" for n in range(20)))
+        pairs = {(v.prefill.worker_id, v.decode.worker_id) for v in verdicts if isinstance(v, Placement)}
+        assert pairs == {("new-p", "new-d")}
 
     with_office(body)
 

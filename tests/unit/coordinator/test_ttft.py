@@ -20,6 +20,8 @@ from coordinator.costs import WorkerCosts
 from coordinator.decision import Chosen, Refused
 from coordinator.policy import reading
 from coordinator.policy.outlook import READING_WINDOW_S
+from coordinator.policy.pair_links import PairLinks
+from coordinator.policy.sources import REPLICA_WINDOW_S
 from tests.support.conductors import (
     BLOCK_TOKENS,
     MILLI,
@@ -196,7 +198,7 @@ def test_placements_tell_the_plan_and_why() -> None:
     assert verdict.prefix.source.address == "p1:1"
     assert verdict.predicted is not None
     assert verdict.reason.startswith("ttft_min: TTFT 0.0352 s = waited 0 + queue 0 + fetching ")
-    assert verdict.reason.endswith("1 blocks are there; 4 blocks from p1")
+    assert verdict.reason.endswith("1 blocks are there; 4 blocks from p1, a prefill worker")
 
 
 def test_prompts_that_come_later_share_its_last_step() -> None:
@@ -333,8 +335,11 @@ def test_load_on_the_chosen_worker_never_attracts() -> None:
 # --- what is not known ------------------------------------------------------------------------------------
 
 
-def test_without_costs_tokens_are_counted_and_nothing_is_refused_or_fetched() -> None:
-    made = conductor_of(["p0", (info_of("p1"), WorkerLoad(pending_prompt_tokens=50)), "d0"], costs=Costs(common=None))
+def test_without_costs_tokens_are_counted_and_nothing_is_refused() -> None:
+    slow = LinkTransfer(latency_s=0.0, bandwidth_bytes_s=2.0**20)
+    made = conductor_of(
+        ["p0", (info_of("p1"), WorkerLoad(pending_prompt_tokens=50)), "d0"], costs=Costs(common=None, transfer=slow)
+    )
     hold(made, "p1", range(4))
     decision = made.decide(item_of(100, blocks=range(4)), 0.0)
     assert chosen(made, decision)[0] == "p1"
@@ -410,18 +415,19 @@ QUADRATIC = FittedLatency(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     data=st.data(),
     fetch_ratio=st.sampled_from([None, 1.25, 1.5, 3.0]),
     max_waiting=st.integers(1, 3),
     few_holders=st.sampled_from([0, 8]),
+    replica_share=st.sampled_from([0.0, 0.001, 1.0, 1.0]),
 )
 def test_decides_as_the_algorithm_worker_by_worker(
-    data: st.DataObject, fetch_ratio: float | None, max_waiting: int, few_holders: int
+    data: st.DataObject, fetch_ratio: float | None, max_waiting: int, few_holders: int, replica_share: float
 ) -> None:
     """Whether those that hold a part of the prompt are looked at one by one or in columns."""
-    names = data.draw(st.lists(st.sampled_from(["p0", "p1", "p2", "p3", "p4", "d0", "d1"]), unique=True))
+    names = data.draw(st.lists(st.sampled_from(["p0", "p1", "p2", "p3", "p4", "d0", "d1", "s0", "s1"]), unique=True))
     workers = [
         (
             info_of(
@@ -439,9 +445,17 @@ def test_decides_as_the_algorithm_worker_by_worker(
     ]
     link = LinkTransfer(latency_s=MILLI, bandwidth_bytes_s=data.draw(st.sampled_from([2.0**18, 2.0**21, 2.0**40])))
     costs = Costs(common=WorkerCosts(latency=QUADRATIC, max_batch_tokens=64), transfer=link)
+    powers: dict[tuple[str, str], int] = {}
+    if data.draw(st.booleans()):
+        powers = {(source, reader): data.draw(st.integers(-2, 2)) for source in names for reader in names}
+    if any(powers.values()):
+        costs.pairs = PairLinks()
+        for reader in names:
+            costs.pairs.note(WorkerId(reader), {WorkerId(s): power for (s, r), power in powers.items() if r == reader})
     policy = ConductorSettings(
         policy="ttft_min" if fetch_ratio else "prefix_only",
         fetch_ratio=fetch_ratio or 1.5,
+        replica_share=replica_share,
         limits=DispatchLimits(max_waiting_requests=max_waiting),
         admission=NOT_REFUSED,
     )
@@ -455,6 +469,7 @@ def test_decides_as_the_algorithm_worker_by_worker(
         transfer=link,
         kv_token_bytes=costs.kv_token_bytes,
         block_tokens=BLOCK_TOKENS,
+        powers=powers,
     )
     for _ in range(4):
         tokens = data.draw(st.sampled_from([1, 16, 40, 160, 300]))
@@ -468,6 +483,7 @@ def test_decides_as_the_algorithm_worker_by_worker(
                 queue_s=max(0.0, float(outlook.prefill_free_s[0, row])),
                 source_wait_s=max(0.0, float(outlook.source_free_s[row])),
                 busy_share=float(outlook.reading_s[row]) / READING_WINDOW_S,
+                may_copy=replica_share > 0 and float(outlook.replica_free_s[row]) < REPLICA_WINDOW_S,
             )
             for row, info in enumerate(view.infos)
         ]

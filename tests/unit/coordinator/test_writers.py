@@ -8,7 +8,7 @@ import pytest
 
 from contracts.ids import WorkerId
 from contracts.latency_models import FittedLatency
-from contracts.messages import WorkerInfo, WorkerLoad
+from contracts.messages import Placement, WorkerInfo, WorkerLoad
 from contracts.transfer_models import LinkTransfer
 from coordinator.conductor import AdmissionRule, Conductor, ConductorSettings
 from coordinator.costs import WorkerCosts
@@ -112,6 +112,70 @@ def test_the_handoff_is_part_of_the_mean() -> None:
     assert fast_s.predicted is not None
     assert slow_s.predicted is not None
     assert slow_s.predicted.tpot_s - fast_s.predicted.tpot_s == pytest.approx(0.05)
+
+
+# --- what writers hold of the prompt ----------------------------------------------------------------------
+
+
+def test_of_writers_alike_the_one_that_holds_most_of_the_prompt() -> None:
+    made = made_of(writing("d0", 20), writing("d1", 20), writing("d2", 20))
+    hold(made, "d1", range(4))
+    hold(made, "d2", range(6))
+    ask = item_of(160, 16, blocks=range(10))
+    verdict = made.in_words(ask, decision := made.decide(ask, 0.0), 0.0)
+    assert pair(made, decision) == ("p0", "d2")
+    assert isinstance(decision, Chosen)
+    assert decision.decode_blocks == 6
+    assert isinstance(verdict, Placement)
+    assert verdict.reason.endswith("6 blocks are at d2 already")
+
+
+@pytest.mark.parametrize(("more", "expected"), [(0, "d1"), (1, "d0")])
+def test_speed_comes_before_what_is_held(more: int, expected: str) -> None:
+    """A step takes 15 ms with 5 answers in it, 16 with 6."""
+    made = made_of(writing("d0", 4), writing("d1", 4 + more))
+    hold(made, "d1", range(6))
+    assert pair(made, made.decide(item_of(160, 16, blocks=range(10)), 0.0))[1] == expected
+
+
+def test_room_comes_before_what_is_held() -> None:
+    made = made_of(writing("d0", 4), writing("d1", 4, free_blocks=5))
+    hold(made, "d1", range(6))
+    assert pair(made, made.decide(item_of(160, 16, blocks=range(10)), 0.0))[1] == "d0"
+
+
+def test_conversations_with_one_beginning_do_not_gather() -> None:
+    made = made_of(*(writing(f"d{number}", 4) for number in range(4)))
+    hold(made, "d3", range(6))
+    writers = [pair(made, made.decide(item_of(160, 64, blocks=range(10)), 0.0))[1] for _ in range(40)]
+    assert {writers.count(f"d{number}") for number in range(4)} == {10}
+
+
+def test_pack_keeps_to_the_slowest_of_those_alike() -> None:
+    made = made_of(writing("d0", 3), writing("d1", 25), writing("d2", 25), way="pack", slo="chat")
+    hold(made, "d0", range(6))
+    hold(made, "d2", range(2))
+    assert pair(made, made.decide(item_of(160, 16, blocks=range(10)), 0.0))[1] == "d2"
+
+
+def test_where_steps_are_not_known_the_least_loaded_of_those_alike() -> None:
+    for context_tokens, expected in ((100, "d1"), (110, "d0")):
+        made = made_of(writing("d0", 1, 100), writing("d1", 1, context_tokens), costs=Costs(common=None))
+        hold(made, "d1", range(6))
+        assert pair(made, made.decide(item_of(160, 16, blocks=range(10)), 0.0))[1] == expected
+
+
+def test_what_the_writer_holds_is_not_handed_over() -> None:
+    slow = Costs(transfer=LinkTransfer(latency_s=0.0, bandwidth_bytes_s=2.0**17))
+    predicted_s: list[float] = []
+    for blocks in (0, 9):
+        made = made_of(writing("d0", 0), costs=slow)
+        hold(made, "d0", range(blocks))
+        decision = made.decide(item_of(160, 11, blocks=range(10)), 0.0)
+        assert isinstance(decision, Chosen)
+        assert decision.predicted is not None
+        predicted_s.append(decision.predicted.tpot_s)
+    assert predicted_s[1] < predicted_s[0]
 
 
 # --- mixed workers ----------------------------------------------------------------------------------------

@@ -2,107 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from contracts.errors import BadRequest, Cancelled, Internal, NoCapacity, TransferAborted
-from contracts.ids import Incarnation, LeaseId
-from contracts.messages import HandoffRequest, LeaseTerms, Seal
+from contracts.messages import Seal
 from contracts.requests import TokenDelta
-from decode import DecodeBatch, DecodeLimits
 from engine.plan import Sampled
 from engine.room import Demand
-from kvtransfer import Ledger
-from tests.support.roles import (
-    BLOCK_TOKENS,
-    EOS,
-    IDENTITY,
-    READER,
-    Deltas,
-    Facts,
-    HandClock,
-    RecordingReader,
-    generate,
-    key,
-    room_over,
-)
-
-if TYPE_CHECKING:
-    from contracts.requests import GenerateRequest
-
-
-@dataclass
-class Side:
-    """A decode batch with what it stands on."""
-
-    num_blocks: int = 16
-    growth_tokens: int = 4
-
-    def __post_init__(self) -> None:
-        self.ledger = Ledger(self.num_blocks)
-        self.room = room_over(self.ledger, growth_tokens=self.growth_tokens)
-        self.reader = RecordingReader()
-        self.deltas = Deltas()
-        self.clock = HandClock()
-        self.batch = DecodeBatch(
-            engine=Facts(num_blocks=self.num_blocks),
-            ledger=self.ledger,
-            reader=cast("Any", self.reader),
-            room=self.room,
-            own_worker_id="d0",
-            limits=DecodeLimits(),
-            emit=self.deltas,
-            clock=self.clock,
-            on_change=lambda: None,
-            sequence_ids=itertools.count(),
-        )
-
-    def offer(self, request: GenerateRequest, now_s: float = 0.0) -> LeaseId:
-        lease_id = LeaseId(f"lease-{request.request_id}")
-        terms = LeaseTerms(
-            lease_id=lease_id,
-            holder=READER,
-            identity=IDENTITY,
-            endpoints={"shm": b""},
-            num_blocks=IDENTITY.layout.blocks_for(len(request.token_ids)),
-            ttl_s=10.0,
-        )
-        self.batch.offer(HandoffRequest(target=Incarnation(1), terms=terms, request=request), now_s)
-        return lease_id
-
-    def adopt(self, request: GenerateRequest, now_s: float = 1.0) -> None:
-        """Offer, pull and adoption in one: the reader's part of it is done by hand."""
-        lease_id = self.offer(request)
-        first = TokenDelta(request_id=request.request_id, index=0, token_ids=(7,))
-        owner = f"{request.request_id}#{request.attempt}"
-        blocks = self.ledger.allocate(owner, IDENTITY.layout.blocks_for(len(request.token_ids)))
-        assert blocks is not None
-        seal = Seal(num_tokens=len(request.token_ids), first_delta=first)
-        self.clock.time_s = now_s
-        self.reader.adopted(lease_id, blocks, seal)
-
-    def step(self, token_id: int = 8, now_s: float = 2.0) -> int:
-        """Everything that could run does, all of it; returns how many sequences sampled."""
-        decodes, chunks = self.batch.candidates(now_s)
-        for candidate in (*decodes, *chunks):
-            self.batch.build(candidate.sequence_id, candidate.num_tokens, now_s)
-        for candidate in (*decodes, *chunks):
-            sampled = Sampled(token_id=token_id)
-            self.batch.apply(candidate.sequence_id, candidate.num_tokens, sampled, now_s)
-        self.ledger.check()
-        return len(decodes) + len(chunks)
-
-    def assert_clean(self) -> None:
-        self.ledger.check()
-        view = self.room.view()
-        assert (view.num_admitted, view.promised_blocks, view.starving, view.offer) == (0, 0, False, None)
-        assert self.ledger.load()["free_blocks"] == self.num_blocks
-        assert self.batch.open_count == 0
+from engine.sequence import owner_name, request_key
+from tests.support.decode_side import Side
+from tests.support.roles import BLOCK_TOKENS, EOS, IDENTITY, generate, key
 
 
 def test_an_adopted_sequence_decodes_from_its_second_token_to_its_end() -> None:
@@ -299,7 +210,7 @@ def test_answers_no_longer_than_the_headroom_are_never_preempted(
             request, lease_id = waiting.pop(0), leases.pop(0)
             reserved = side.ledger.reserve(lease_id, IDENTITY.layout.blocks_for(len(request.token_ids)))
             assert reserved is not None, "what may reserve has its blocks"
-            blocks = side.ledger.adopt(lease_id, f"{request.request_id}#{request.attempt}")
+            blocks = side.ledger.adopt(lease_id, owner_name(request_key(request)))
             first = TokenDelta(request_id=request.request_id, index=0, token_ids=(7,))
             side.reader.adopted(lease_id, blocks, Seal(num_tokens=len(request.token_ids), first_delta=first))
         if not side.batch.open_count:
@@ -366,7 +277,7 @@ def test_a_handoff_that_is_sealed_without_a_first_token_fails_and_leaves_nothing
     side = Side()
     request = generate(prompt=6)
     lease_id = side.offer(request)
-    blocks = side.ledger.allocate("r#1", 2)
+    blocks = side.ledger.allocate("r#1.1", 2)
     assert blocks is not None
     side.reader.adopted(lease_id, blocks, Seal(num_tokens=6))
     error = side.deltas.seen[-1].error

@@ -20,6 +20,9 @@ def test_they_are_those_of_the_workers() -> None:
     assert known.of(PROMPT, "salt") == wanted
     assert len(wanted) == 5 * 8
     assert known.of(PROMPT, "other") != wanted
+    lossy = hints(list(block_keys(root_key(IDENTITY, "salt", kv_class="lossy"), PROMPT, BLOCK_TOKENS)))
+    assert known.of(PROMPT, "salt", "lossy") == lossy != wanted
+    assert known.of(PROMPT, "salt") == wanted, "the root of one class became the other's"
     assert known.of(PROMPT[: BLOCK_TOKENS - 1], "salt") == b""
 
 

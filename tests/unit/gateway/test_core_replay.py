@@ -204,6 +204,26 @@ async def test_a_dead_coordinator_is_asked_for_a_while(core: GatewayCore, cluste
         await core.submit(submission()).accepted()
 
 
+@pytest.mark.parametrize("limits", [REPLAYING, replace(REPLAYING, max_replays=0)])
+async def test_a_first_request_waits_for_its_worker_to_start(
+    core: GatewayCore, script: Script, cluster: FakeCluster
+) -> None:
+    script.rejection, script.reject_reason = ("not_ready", "decode-0 is being started", 1.0), "waking"
+    stream = core.submit(submission())
+    while len(cluster.dispatches) < 4:  # noqa: ASYNC110 - the coordinator is asked by the core
+        await asyncio.sleep(0.005)
+    script.rejection = None
+    assert await tokens_of(stream) == TEN
+    assert core.stats.replays == {}
+
+
+@pytest.mark.parametrize("limits", [replace(REPLAYING, wake_patience_s=0.1)])
+async def test_nobody_waits_for_ever_for_a_worker_to_start(core: GatewayCore, script: Script) -> None:
+    script.rejection, script.reject_reason = ("not_ready", "decode-0 is being started", 1.0), "waking"
+    with pytest.raises(NotReady, match=r"is being started; nobody took the request up for 0.1 s"):
+        await core.submit(submission()).accepted()
+
+
 @pytest.mark.parametrize("limits", [replace(REPLAYING, max_waiting_dispatch=2)])
 async def test_more_replays_than_may_wait_for_the_coordinator(core: GatewayCore, cluster: FakeCluster) -> None:
     streams: list[RequestStream] = []

@@ -230,6 +230,15 @@ async def test_a_coordinator_that_knows_its_workers_is_believed(core: GatewayCor
     assert not core.stats.placements
 
 
+async def test_a_coordinator_that_got_to_know_its_workers_meanwhile_is_asked_once_more(
+    core: GatewayCore, cluster: FakeCluster, script: Script
+) -> None:
+    script.rejection, script.rejections_left = ("not_ready", "none of them can take it", 1.0), 1
+    assert await tokens_of(core.submit(submission())) == TEN
+    assert num_asked(cluster) == 2
+    assert core.stats.placements == {"coordinator": 1}
+
+
 @pytest.mark.parametrize("limits", [replace(NO_PROBES, max_waiting_dispatch=3)])
 async def test_an_outage_does_not_lift_limits(core: GatewayCore, cluster: FakeCluster) -> None:
     cluster.kill_coordinator()

@@ -177,7 +177,7 @@ def test_any_order_and_any_repeats_give_each_token_once(data: st.DataObject, num
     ("part", "peer", "reason"),
     [
         (delta(0, 1, attempt=2), DECODE, "attempt"),
-        (delta(0, 1, owner_epoch=0), DECODE, "owner_epoch"),
+        (delta(0, 1, owner_epoch=2), DECODE, "owner_epoch"),
         (delta(0, 1), Peer(worker_id=WorkerId("x"), incarnation=Incarnation(1), address=""), "worker"),
         (delta(0, 1), Peer(worker_id=WorkerId("d"), incarnation=Incarnation(1), address=""), "worker"),
     ],

@@ -129,6 +129,46 @@ def test_a_new_request_waits_shortly_for_the_coordinator() -> None:
     assert verdict.error.message == "silent; nobody took the request up for 5 s"
 
 
+WAKING = NotReady("a worker is being started", reason="waking")
+
+
+@pytest.mark.parametrize("max_replays", [0, 3])
+@pytest.mark.parametrize("history", [NEW, PLACED, RUNNING])
+def test_a_worker_that_is_being_started_is_waited_for(history: History, max_replays: int) -> None:
+    """Whether or not a failure would be: nothing has failed. Never at once, and for longer than a lost worker."""
+    limits = replace(LIMITS, max_replays=max_replays, wake_patience_s=120.0)
+    now_s, delays = 50.0, list[float]()
+    while True:
+        verdict = decide(history, Failure(Stage.REJECTED, WAKING), now_s, limits)
+        if isinstance(verdict, GiveUp):
+            break
+        delays.append(verdict.delay_s)
+        history, now_s = verdict.history, now_s + verdict.delay_s
+    assert delays[:5] == pytest.approx([0.1, 0.1, 0.2, 0.4, 0.8])
+    assert 118.0 < sum(delays) <= 120.0
+    assert verdict.error.message.endswith("nobody took the request up for 120 s")
+    assert history.num_replays == 0
+
+
+def test_who_was_told_to_wait_for_a_worker_is_not_put_off_by_less() -> None:
+    woken = retried(NEW, Stage.REJECTED, WAKING, 100.0)
+    assert woken is not None
+    for stage, error in ((Stage.REJECTED, NotReady("nobody yet")), (Stage.UNANSWERED, NotReady("silent"))):
+        assert retried(woken.history, stage, error, 150.0) is not None
+        assert retried(woken.history, stage, error, 221.0) is None
+    assert retried(woken.history, Stage.REJECTED, NoCapacity("full"), 150.0) is None
+    begun = woken.history.placed().taken_up()
+    lost = retried(begun, Stage.STARTED, WorkerUnavailable("killed"), 500.0)
+    assert lost is not None
+    assert retried(lost.history, Stage.UNSENT, WorkerUnavailable("refused"), 531.0) is None, "that is over"
+
+
+def test_only_the_coordinator_tells_of_workers_that_are_being_started() -> None:
+    assert retried(NEW, Stage.UNANSWERED, WAKING, 100.0) is not None
+    refused = Failure(Stage.REFUSED, NoCapacity("full", reason="waking"))
+    assert isinstance(decide(replace(PLACED, num_refusals=1), refused, 0.0, LIMITS), GiveUp)
+
+
 def test_patience_counts_from_the_loss_and_anew_after_each() -> None:
     lost = retried(RUNNING, Stage.STARTED, WorkerUnavailable("killed"), 100.0)
     assert lost is not None

@@ -16,12 +16,12 @@ from tests.support.fake_backend import IDENTITY
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from contracts.messages import Role
+    from contracts.messages import MemberRole
 
 LIMITS = GatewayLimits(snapshot_ttl_s=60.0, silent_after_s=1.5, unnamed_for_s=3.0, members_interval_s=1.0)
 
 
-def info(worker_id: str, role: Role, incarnation: int = 1) -> WorkerInfo:
+def info(worker_id: str, role: MemberRole, incarnation: int = 1) -> WorkerInfo:
     return WorkerInfo(
         worker_id=WorkerId(worker_id),
         incarnation=Incarnation(incarnation),
@@ -237,6 +237,7 @@ def test_a_coordinator_that_hears_somebody_knows_who_is_gone() -> None:
     restarted.told([member(PREFILLS[0])], 1.0)
     assert restarted.unnamed
     assert restarted.unproven == [], "it names them soon, or they have left"
+    assert {peer.worker_id for peer in restarted.named} == {PREFILLS[0].worker_id}
 
 
 def test_what_this_gateway_hears_is_not_silent() -> None:
@@ -260,3 +261,29 @@ def test_a_prompt_for_which_no_worker_is_large_enough_is_refused_for_good() -> N
     verdict = place(told(), item(prompt_tokens=10**6))
     assert isinstance(verdict, Rejection)
     assert verdict.code == "context_length_exceeded"
+
+
+def test_stores_take_no_requests_and_have_no_streams() -> None:
+    store = info("s0", "store")
+    snapshot = told([*ALL, store])
+    assert {each.info.worker_id for each in snapshot.members} == {each.worker_id for each in ALL}
+    assert {peer.worker_id for peer in snapshot.named} == {each.worker_id for each in ALL}
+    for number in range(12):
+        placement = place(snapshot, item(number))
+        assert isinstance(placement, Placement)
+        assert {placement.prefill.worker_id, placement.decode.worker_id}.isdisjoint({"s0"})
+    alone = told([store])
+    assert alone.is_empty
+    assert isinstance(place(alone, item()), Rejection)
+    # Nobody is named any more, and nobody asks a store for frames.
+    snapshot.told([], 1.0)
+    assert "s0" not in {peer.worker_id for peer in snapshot.unproven}
+
+
+def test_a_coordinator_that_hears_a_store_is_not_cut_off() -> None:
+    store = info("s0", "store")
+    for members, are_believed in (([member(store)], False), ([member(store, age_s=5.0)], True), ([], True)):
+        snapshot = told([*ALL, store])
+        snapshot.told(members, 1.0)
+        snapshot.told(members, 1.0 + LIMITS.unnamed_for_s + 0.1, heard=lives(each.worker_id for each in ALL))
+        assert (not snapshot.is_empty) is are_believed

@@ -18,6 +18,7 @@ from gateway.schemas import CompletionBody
 from gateway.server import GatewaySettings
 from gateway.settings import TenantSettings
 from gateway.terms import Tenant, TermsBook
+from kvstore.block_keys import block_keys, hints, root_key
 from tests.support.fake_backend import IDENTITY
 from workload.slo import SloClass
 
@@ -158,6 +159,7 @@ async def test_whose_key_is_wrong_is_nobodys_tenant(client: httpx.AsyncClient) -
         *({"slo_class": value} for value in ("no", 1)),
         *({"priority": value} for value in ("high", 2**31)),
         *({"cache_salt": value} for value in ("", "x" * 257)),
+        {"exact_kv": "yes"},
     ],
 )
 async def test_wrong_terms_are_refused(client: httpx.AsyncClient, cluster: FakeCluster, fields: dict[str, Any]) -> None:
@@ -165,6 +167,30 @@ async def test_wrong_terms_are_refused(client: httpx.AsyncClient, cluster: FakeC
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == next(iter(fields))
     assert not cluster.workers["prefill-0"].accepted
+
+
+@pytest.mark.parametrize("settings", [replace(SETTINGS, api_keys=(), tenants=(), kv_class="lossy")])
+async def test_who_asks_for_exact_kv_shares_no_block_with_the_lossy(
+    client: httpx.AsyncClient, core: GatewayCore, cluster: FakeCluster
+) -> None:
+    core.block_hints.learn([IDENTITY])
+    prompt = [1] * (2 * IDENTITY.layout.block_tokens)
+    seen: list[tuple[str, bytes]] = []
+    for extra in ({}, {"exact_kv": True}, {"exact_kv": False}):
+        fields = {"prompt": prompt, "max_tokens": 1, **extra}
+        assert (await client.post(TEXT, json=fields)).status_code == 200
+        seen.append((request_of(cluster).kv_class, item_of(cluster).block_keys))
+    (plain, plain_keys), (exact, exact_keys), (not_exact, not_exact_keys) = seen
+    assert (plain, exact, not_exact) == ("lossy", "exact", "lossy")
+    assert plain_keys == not_exact_keys != exact_keys
+    salt, block_tokens = request_of(cluster).cache_salt, IDENTITY.layout.block_tokens
+    for kind, keys in seen:
+        root = root_key(IDENTITY, salt, kv_class="lossy" if kind == "lossy" else "exact")
+        assert keys == hints(list(block_keys(root, prompt, block_tokens)))
+
+
+def test_nobody_gets_lossy_kv_where_the_server_is_not_set_to_it() -> None:
+    assert {BOOK.terms(PLAIN, body(exact_kv=asked), None).kv_class for asked in (None, False, True)} == {"exact"}
 
 
 async def test_block_keys_and_the_prefix_plan_go_along(

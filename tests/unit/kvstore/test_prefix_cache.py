@@ -55,6 +55,30 @@ def test_a_chain_gives_the_keys_of_block_keys_in_whatever_order_they_are_asked_f
     assert list(chain.part(0, len(whole))) == whole
 
 
+@given(st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=10), max_size=8), st.booleans())
+def test_a_chain_grows_with_its_sequence_and_says_what_one_of_the_whole_would(
+    parts: list[list[int]], asks: bool
+) -> None:
+    """Whether keys were asked for before it grew or not."""
+    cache = PrefixCache(Ledger(1), IDENTITY)
+    tokens: list[int] = []
+    chain = cache.chain(tokens, "s")
+    for part in parts:
+        tokens += part
+        whole = tuple(block_keys(root_key(IDENTITY, "s"), tokens, BLOCK_TOKENS))
+        assert len(chain) == len(whole)
+        if asks:
+            assert chain.part(0, len(chain)) == whole
+    assert chain.part(0, len(chain)) == tuple(block_keys(root_key(IDENTITY, "s"), tokens, BLOCK_TOKENS))
+
+
+def test_the_classes_share_nothing() -> None:
+    cache = PrefixCache(Ledger(1), IDENTITY)
+    exact, lossy = (cache.chain(range(8), "", kv_class) for kv_class in ("exact", "lossy"))
+    assert not set(exact.part(0, 2)) & set(lossy.part(0, 2))
+    assert cache.chain(range(8), "").part(0, 2) == exact.part(0, 2)
+
+
 def test_the_last_token_is_always_left_to_compute() -> None:
     ledger = Ledger(16)
     cache = PrefixCache(ledger, IDENTITY)

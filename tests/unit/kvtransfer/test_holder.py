@@ -139,6 +139,18 @@ class Bench:
         self.preparing().feed(PREPARED)
         return self
 
+    def part_there(self) -> Bench:
+        self.opened().feed(OfferAnswered(LEASE, expected=2))
+        return self
+
+    def all_there(self) -> Bench:
+        self.opened().feed(OfferAnswered(LEASE, expected=3))
+        return self
+
+    def all_there_sealing(self) -> Bench:
+        self.all_there().feed(Sealed(LEASE, 2, SEAL))
+        return self
+
     def lingering(self) -> Bench:
         self.preparing().feed(ACK)
         return self
@@ -160,6 +172,10 @@ STATES: dict[str, Callable[[Bench], Bench]] = {
     "confirmed": Bench.confirmed,
     "withdrawn": Bench.withdrawn,
     "ended": Bench.ended,
+    # where the reader has leading blocks
+    "part there": Bench.part_there,
+    "all there": Bench.all_there,
+    "all there, sealing": Bench.all_there_sealing,
     # and with preparations
     "offering, preparing": Bench.offering_preparing,
     "preparing": Bench.preparing,
@@ -179,9 +195,11 @@ EVENTS: dict[str, HolderEvent] = {
     "offer refused": OfferFailed(LEASE, IncompatiblePeer("other model")),
     "offer to a full reader": OfferFailed(LEASE, NoCapacity("full")),
     "advanced": Advanced(LEASE, 3),
+    "advanced a little": Advanced(LEASE, 2),
     "sealed": Sealed(LEASE, 3, SEAL),
     "prepared": PREPARED,
     "preparation failed": Prepared(LEASE, Preparation(error=LOST)),
+    "all known": ProgressAnswered(LEASE, ProgressReply(known=True, expected=3)),
     "progress known": ProgressAnswered(LEASE, ProgressReply(known=True, expected=2)),
     "progress unknown": ProgressAnswered(LEASE, ProgressReply(known=False)),
     "progress lost": ProgressFailed(LEASE, LOST),
@@ -267,7 +285,22 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "confirmed": "bug",
             "withdrawn": "ignored",
             "ended": "ignored",
+            "part there": "SendProgress",
+            "all there, sealing": "bug",
             "prepared": "PrepareBlocks",
+            "ended, preparing": "ignored",
+        },
+    ),
+    "advanced a little": (
+        "-",
+        {
+            "accepted": "SendProgress",
+            "sealing": "bug",
+            "sealed": "bug",
+            "confirmed": "bug",
+            "withdrawn": "ignored",
+            "ended": "ignored",
+            "all there, sealing": "bug",
             "ended, preparing": "ignored",
         },
     ),
@@ -280,6 +313,9 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "confirmed": "bug",
             "withdrawn": "ignored",
             "ended": "ignored",
+            "part there": "SendProgress",
+            "all there": "SendProgress",
+            "all there, sealing": "bug",
             "prepared": "PrepareBlocks",
             "ended, preparing": "ignored",
         },
@@ -300,11 +336,21 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "ended, preparing": "-",
         },
     ),
+    "all known": (
+        "ignored",
+        {
+            "announcing": "ended refused",
+            "sealing": "-",
+            "all there, sealing": "-",
+            "prepared": "ended refused",
+        },
+    ),
     "progress known": (
         "ignored",
         {
             "announcing": "-",
             "sealing": "SendProgress",
+            "all there, sealing": "-",
             "prepared": "-",
         },
     ),
@@ -313,6 +359,7 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
         {
             "announcing": "ended expired",
             "sealing": "ended expired",
+            "all there, sealing": "ended expired",
             "prepared": "ended expired",
         },
     ),
@@ -321,6 +368,7 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
         {
             "announcing": "-",
             "sealing": "-",
+            "all there, sealing": "-",
             "prepared": "-",
         },
     ),
@@ -342,6 +390,7 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "sealing": "stands",
             "sealed": "stands",
             "confirmed": "stands",
+            "all there, sealing": "stands",
         },
     ),
     "confirm of another life": (
@@ -800,3 +849,83 @@ def test_a_whole_lease_needs_a_seal_and_fits_into_one_offer() -> None:
     ):
         with pytest.raises(InvariantBroken, match="no offer can carry all"):
             Bench().feed(opened)
+
+
+# --- readers that have the beginning ------------------------------------------------------------------------------
+
+
+def test_what_the_reader_has_is_not_announced() -> None:
+    bench = Bench().part_there()
+    assert bench.feed(Advanced(LEASE, 1)) == []
+    assert bench.feed(Advanced(LEASE, 2)) == []
+    (rest,) = bench.feed(Sealed(LEASE, 3, SEAL))
+    assert isinstance(rest, SendProgress)
+    assert [ref.block_id for ref in rest.body.blocks] == [bench.blocks[2]]
+    assert (rest.body.start, rest.body.seal) == (2, SEAL)
+    assert bench.feed(ProgressAnswered(LEASE, ProgressReply(known=True, expected=3))) == []
+    assert bench.after(1.0) == []
+
+
+@pytest.mark.parametrize("num_sealed", [1, 2, 3])
+def test_a_reader_that_has_all_is_told_of_the_seal(num_sealed: int) -> None:
+    bench = Bench().all_there()
+    assert bench.feed(Advanced(LEASE, 1)) == []
+    (seal,) = bench.feed(Sealed(LEASE, num_sealed, SEAL))
+    assert isinstance(seal, SendProgress)
+    assert (seal.body.start, seal.body.blocks, seal.body.seal) == (num_sealed, (), SEAL)
+    assert bench.feed(ProgressFailed(LEASE, LOST)) == []
+    assert bench.after(0.05) == [seal]
+    assert bench.feed(ProgressAnswered(LEASE, ProgressReply(known=True, expected=3))) == []
+    assert bench.after(1.0) == []
+    bench.feed(CONFIRM)
+    (ended, _) = bench.feed(ACK)
+    assert isinstance(ended, LeaseEnded)
+    assert ended.outcome is LeaseOutcome.RELEASED
+
+
+def test_the_seal_is_told_though_the_answer_to_the_offer_comes_after_it() -> None:
+    bench = Bench().opened()
+    assert bench.feed(Sealed(LEASE, 3, SEAL)) == []
+    (seal,) = bench.feed(OfferAnswered(LEASE, expected=3))
+    assert isinstance(seal, SendProgress)
+    assert seal.body.seal == SEAL
+
+
+@pytest.mark.parametrize("expected", [-1, 4])
+def test_a_reader_cannot_have_what_is_not_of_the_lease(expected: int) -> None:
+    bench = Bench().opened()
+    (ended,) = bench.feed(OfferAnswered(LEASE, expected))
+    assert isinstance(ended, LeaseEnded)
+    assert ended.outcome is LeaseOutcome.REFUSED
+    assert f"expects block {expected}" in ended.reason
+
+
+def test_what_the_reader_has_is_not_prepared() -> None:
+    bench = Bench(prepares=True)
+    bench.feed(Opened(terms=CHECKSUMMED, reader=READER, blocks=bench.blocks), OfferAnswered(LEASE, expected=2))
+    assert bench.feed(Advanced(LEASE, 1)) == []
+    (work,) = bench.feed(Sealed(LEASE, 3, SEAL))
+    assert work == PrepareBlocks(lease_id=LEASE, blocks=bench.blocks[2:])
+    (rest,) = bench.feed(Prepared(LEASE, Preparation(checksums=(13,))))
+    assert isinstance(rest, SendProgress)
+    assert (rest.body.start, rest.body.checksums, rest.body.seal) == (2, (13,), SEAL)
+
+
+def test_a_preparation_under_way_when_the_reader_says_what_it_has_is_the_last() -> None:
+    bench = Bench(prepares=True)
+    bench.feed(Opened(terms=CHECKSUMMED, reader=READER, blocks=bench.blocks, num_final_blocks=1))
+    assert PrepareBlocks(lease_id=LEASE, blocks=bench.blocks[:1]) in bench.last
+    assert bench.feed(OfferAnswered(LEASE, expected=3), Sealed(LEASE, 3, SEAL)) == []
+    (seal,) = bench.feed(Prepared(LEASE, Preparation(checksums=(11,))))
+    assert isinstance(seal, SendProgress)
+    assert (seal.body.start, seal.body.blocks, seal.body.checksums, seal.body.seal) == (3, (), (), SEAL)
+
+
+def test_a_reader_that_lost_what_was_passed_over_for_it_is_let_go() -> None:
+    bench = Bench(prepares=True)
+    bench.feed(Opened(terms=CHECKSUMMED, reader=READER, blocks=bench.blocks), OfferAnswered(LEASE, expected=2))
+    bench.feed(Sealed(LEASE, 3, SEAL), Prepared(LEASE, Preparation(checksums=(13,))))
+    (ended,) = bench.feed(ProgressAnswered(LEASE, ProgressReply(known=True, expected=1)))
+    assert isinstance(ended, LeaseEnded)
+    assert ended.outcome is LeaseOutcome.REFUSED
+    assert "expects block 1, not one of [2, 3]" in ended.reason

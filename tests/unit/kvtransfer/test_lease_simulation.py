@@ -4,6 +4,9 @@ and reorders, with cancels, crashes and late transfers. No wrong byte may be ado
 Every second run has checksums: blocks are prepared before they are announced and checked after their pull, both
 of which take time, and a pull may spoil what it copies.
 
+Readers have some leading blocks of every other lease already, and say something else when its offer comes again;
+some leases are sealed before their last block.
+
 Block contents are modelled: a holder's block holds (request, position) while it is that request's, and
 nothing once it is free. A pull copies block by block at random moments, even after it was asked to stop.
 A failing run is repeated with `run(seed)`.
@@ -161,6 +164,8 @@ class HolderNode:
         self.contents: list[Content] = [None] * HOLDER_BLOCKS
         self.requests: dict[LeaseId, Request] = {}
         self.outcomes: dict[LeaseId, h.LeaseOutcome] = {}
+        #: Blocks of each lease that was sealed.
+        self.sealed: dict[LeaseId, int] = {}
         self.numbers = 0
         self.tick_at_s = float("inf")
 
@@ -238,10 +243,11 @@ class HolderNode:
             if request.written < request.num_blocks:
                 self.contents[request.blocks[request.written]] = (request.name, request.written)
                 request.written += 1
-        if request.written < request.num_blocks:
+        if request.written < request.num_blocks and self.world.rng.random() < 0.9:
             self.feed(h.Advanced(lease_id, request.written))
             self._compute(lease_id)
             return
+        self.sealed[lease_id] = request.written
         seal = Seal(num_tokens=1, first_delta=TokenDelta(request_id=RequestId(lease_id), index=0))
         self.feed(h.Sealed(lease_id, request.written, seal))
         # From here on only the pins hold the blocks.
@@ -340,8 +346,8 @@ class ReaderNode:
             checksum=world.checksums,
         )
         self.contents: list[Content] = [None] * READER_BLOCKS
-        #: Leases whose offer was accepted, and how each ended.
-        self.accepted: set[LeaseId] = set()
+        #: Leases whose offer was accepted, and what was here of each; how each ended.
+        self.accepted: dict[LeaseId, int] = {}
         self.ends: dict[LeaseId, str] = {}
         self.stopping: set[LeaseId] = set()
         self.tick_at_s = float("inf")
@@ -352,7 +358,7 @@ class ReaderNode:
         instructions = self.machine.handle(event, self.world.now_s + self.offset_s)
         # The asker records the acceptance before callbacks run.
         if isinstance(event, r.Offered) and any(isinstance(each, r.Verdict) for each in instructions):
-            self.accepted.add(event.terms.lease_id)
+            self.accepted.setdefault(event.terms.lease_id, event.have)
         for instruction in instructions:
             self.perform(instruction)
         self.world.audit(self.ledger, self.machine)
@@ -371,7 +377,8 @@ class ReaderNode:
 
     def offer(self, terms: LeaseTerms, target: Incarnation) -> object:
         self._require_life(target)
-        for instruction in self.feed(r.Offered(terms=terms, owner=terms.lease_id)):
+        have = self.world.rng.randint(0, terms.num_blocks) if self.world.rng.random() < 0.5 else 0
+        for instruction in self.feed(r.Offered(terms=terms, owner=terms.lease_id, have=have)):
             if isinstance(instruction, r.RefuseOffer):
                 raise instruction.error
             if isinstance(instruction, r.Verdict):
@@ -478,7 +485,8 @@ class ReaderNode:
         assert lease_id in self.accepted
         assert lease_id not in self.ends, "a lease ended twice"
         self.ends[lease_id] = "adopted"
-        self.cluster.check_adoption(lease_id, [self.contents[block] for block in adopted.blocks])
+        contents = [self.contents[block] for block in adopted.blocks]
+        self.cluster.check_adoption(lease_id, self.accepted[lease_id], contents)
         self.world.later(self.world.rng.uniform(0, 1), lambda: self._finish(adopted.owner))
 
     def _finish(self, owner: str) -> None:
@@ -517,9 +525,13 @@ class Cluster:
     def reader(self) -> ReaderNode:
         return self.readers[len(self.readers)]
 
-    def check_adoption(self, lease_id: LeaseId, contents: list[Content]) -> None:
-        assert contents == [(lease_id, index) for index in range(len(contents))], f"wrong bytes: {contents}"
+    def sealed_blocks(self, lease_id: LeaseId) -> int:
+        return self.holders[int(lease_id.split("/")[1])].sealed[lease_id]
+
+    def check_adoption(self, lease_id: LeaseId, num_here: int, contents: list[Content]) -> None:
         holder = self.holders[int(lease_id.split("/")[1])]
+        wanted = [(lease_id, position) for position in range(num_here, self.sealed_blocks(lease_id))]
+        assert contents == wanted, f"wrong bytes: {contents}, not {wanted}"
         if not holder.dead:
             # The term the reader counts ends first: only the holder's own withdrawal may have crossed.
             assert holder.outcomes.get(lease_id) in (None, h.LeaseOutcome.WITHDRAWN)
@@ -556,7 +568,7 @@ def check_rest(cluster: Cluster) -> None:
     assert holder.machine.idle, holder.machine
     assert reader.machine.idle, reader.machine
     assert len(holder.outcomes) == holder.machine.counters.opened
-    assert set(reader.ends) == reader.accepted
+    assert set(reader.ends) == set(reader.accepted)
     for lease_id, end in reader.ends.items():
         outcome = cluster.holders[int(lease_id.split("/")[1])].outcomes.get(lease_id)
         if end == "adopted" and not cluster.holders[int(lease_id.split("/")[1])].dead:
@@ -575,16 +587,22 @@ def test_random_runs_end_clean_and_adopt_no_wrong_byte(batch: int) -> None:
 def test_runs_reach_what_they_are_for() -> None:
     ends: dict[str, int] = {}
     outcomes: dict[str, int] = {}
+    #: Of adopted leases: how much of what was sealed was here.
+    here: set[str] = set()
     for seed in range(400):
         cluster = run(seed)
         for reader in cluster.readers.values():
-            for end in reader.ends.values():
+            for lease_id, end in reader.ends.items():
                 ends[end] = ends.get(end, 0) + 1
+                if end == "adopted":
+                    num_here, num_sealed = reader.accepted[lease_id], cluster.sealed_blocks(lease_id)
+                    here.add("none" if not num_here else "some" if num_here < num_sealed else "all")
         for holder in cluster.holders.values():
             for outcome in holder.outcomes.values():
                 outcomes[outcome] = outcomes.get(outcome, 0) + 1
     assert set(ends) == {"adopted", *r.AbortReason}, ends
     assert set(outcomes) == set(h.LeaseOutcome), outcomes
+    assert here == {"none", "some", "all"}
 
 
 def test_one_seed_is_one_run() -> None:

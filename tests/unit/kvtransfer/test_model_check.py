@@ -28,6 +28,16 @@ DUEL = Scenario(1, 1, (Script(0, 1, 2, (1,)),))
 #: Two blocks that stood before their lease: the offer carries them and the seal.
 AT_ONCE = Scenario(1, 1, (Script(0, 1, 2, sealed=True),))
 CHECKED = replace(DUEL, checksums=True)
+#: The reader has the first of two blocks, which become final one after the other; or both of them.
+HALF = Scenario(1, 1, (Script(0, 1, 2, (1,), have=1),), reader_blocks=1)
+WHOLE = Scenario(1, 1, (Script(0, 1, 2, (1,), have=2),), reader_blocks=1)
+#: It has the first, and the offer carries both.
+HALF_AT_ONCE = Scenario(1, 1, (Script(0, 1, 2, sealed=True, have=1),), reader_blocks=1)
+#: Sealed before the end of the lease; before the end of what the reader has.
+SHORT = Scenario(1, 1, (Script(0, 1, 2, seal_at=1),))
+SHORTER = Scenario(1, 1, (Script(0, 1, 2, seal_at=1, have=2),), reader_blocks=1)
+#: Two such leases, and room for the rest of one of them.
+HALVES = Scenario(2, 1, (Script(0, 2, 2, have=1), Script(1, 2, 2, (1,), have=1)), reader_blocks=1)
 #: Two holders and two readers. The first reader has room for one of the two leases that come to it, the first
 #: holder for one and a half of its own.
 SQUARE = Scenario(2, 2, (Script(0, 2, 2, (1,)), Script(1, 2, 2), Script(0, 3, 1)))
@@ -61,10 +71,28 @@ def search(scenario: Scenario, *, max_deviations: int, max_states: int) -> Found
         (CHECKED, {AbortReason.HOLDER_GONE, AbortReason.PULL_FAILED, LeaseOutcome.REFUSED}),
         (AT_ONCE, {AbortReason.HOLDER_GONE, AbortReason.PULL_FAILED, LeaseOutcome.WITHDRAWN, LeaseOutcome.EXPIRED}),
         (CROWDED, {LeaseOutcome.EXPIRED}),
+        (HALF, {AbortReason.HOLDER_GONE, LeaseOutcome.EXPIRED, LeaseOutcome.REFUSED}),
+        (replace(HALF, checksums=True), {AbortReason.PULL_FAILED, LeaseOutcome.WITHDRAWN, LeaseOutcome.REFUSED}),
+        (HALF_AT_ONCE, {AbortReason.HOLDER_GONE, AbortReason.PULL_FAILED, LeaseOutcome.WITHDRAWN}),
+        (WHOLE, {AbortReason.HOLDER_GONE, LeaseOutcome.EXPIRED, LeaseOutcome.REFUSED}),
+        (SHORT, {AbortReason.HOLDER_GONE, AbortReason.PULL_FAILED, LeaseOutcome.WITHDRAWN}),
+        (SHORTER, {AbortReason.HOLDER_GONE, LeaseOutcome.EXPIRED, LeaseOutcome.WITHDRAWN}),
         # Offers as late as may be: the reader's lease may outlive the holder's, and no wrong byte is adopted.
         (replace(DUEL, offers_in_time=False), {LeaseOutcome.EXPIRED}),
     ],
-    ids=["duel", "checked", "at once", "crowded", "late offers"],
+    ids=[
+        "duel",
+        "checked",
+        "at once",
+        "crowded",
+        "half here",
+        "half here, checked",
+        "half here, at once",
+        "all here",
+        "sealed early",
+        "sealed before what is here",
+        "late offers",
+    ],
 )
 def test_every_path_with_one_deviation(scenario: Scenario, reached: set[str]) -> None:
     found = search(scenario, max_deviations=1, max_states=30_000)
@@ -92,8 +120,21 @@ def test_two_holders_and_two_readers() -> None:
         (replace(ONE, offers_in_time=False, deviations=DEVIATIONS - {"freeze", "cut"}), 2, 60_000, 2),
         (AT_ONCE, 2, 40_000, 1),
         (SQUARE, 2, 32_000, 1),
+        (replace(HALF, deviations=DEVIATIONS - {"freeze", "cut"}), 2, 60_000, 2),
+        (replace(WHOLE, deviations=DEVIATIONS - {"freeze", "cut"}), 2, 60_000, 2),
+        (HALVES, 1, 32_000, 1),
     ],
-    ids=["one twice", "duel twice", "checked twice", "late offers twice", "at once twice", "square twice"],
+    ids=[
+        "one twice",
+        "duel twice",
+        "checked twice",
+        "late offers twice",
+        "at once twice",
+        "square twice",
+        "half here twice",
+        "all here twice",
+        "two of whom half is here",
+    ],
 )
 def test_deep(scenario: Scenario, max_deviations: int, max_states: int, complete: int) -> None:
     found = search(scenario, max_deviations=max_deviations, max_states=max_states)
@@ -126,6 +167,9 @@ def test_all_kinds_of_deviations_happen() -> None:
         ),
         (replace(ONE, make_reader=mutants.TakesOldLives), 2, "holds leases of lives"),
         (replace(DUEL, make_reader=mutants.TakesRepeatsForNews), 1, "adopted with"),
+        (replace(HALF_AT_ONCE, make_reader=mutants.SkipsNothing), 0, "adopted with"),
+        (replace(HALF, make_reader=mutants.AdoptsWhatItNeverPulled), 0, "adopted with .*freed"),
+        (replace(SHORT, make_reader=mutants.AdoptsPastTheSeal), 0, "adopted with .*freed"),
         (replace(DUEL, make_ledger=mutants.FreesWhilePulling), 1, "not its own"),
         (replace(DUEL, make_ledger=mutants.ForgetsToUnpin), 0, "pins stand for"),
         (replace(DUEL, make_ledger=mutants.HandsOutReserved), 0, "free list"),

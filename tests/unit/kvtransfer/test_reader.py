@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from contracts.errors import (
     BadRequest,
@@ -73,6 +75,11 @@ CORRUPT_AGAIN = Landed(LEASE, Landing(corrupt=(0,)))
 
 def offered(lease_id: LeaseId = LEASE, num_blocks: int = 3, holder: Peer = HOLDER) -> Offered:
     return Offered(terms=terms(lease_id, num_blocks=num_blocks, holder=holder), owner=f"owner of {lease_id}")
+
+
+def having(num_blocks: int, lease_id: LeaseId = LEASE) -> Offered:
+    """Of a lease of three blocks, so many are here."""
+    return replace(offered(lease_id), have=num_blocks)
 
 
 class Bench:
@@ -167,6 +174,26 @@ class Bench:
         self.adopted().feed(AckEnded(KEY, None))
         return self
 
+    def part_here(self) -> Bench:
+        self.feed(having(2))
+        return self
+
+    def part_here_waiting(self) -> Bench:
+        self.ledger.allocate("others", 8)
+        return self.part_here()
+
+    def part_here_pulling(self) -> Bench:
+        self.part_here().feed(ProgressArrived(progress(2, 6)))
+        return self
+
+    def all_here(self) -> Bench:
+        self.feed(having(3))
+        return self
+
+    def all_here_confirming(self) -> Bench:
+        self.all_here().feed(ProgressArrived(progress(3, seal=SEAL)))
+        return self
+
 
 STATES: dict[str, Callable[[Bench], Bench]] = {
     "fresh": Bench.fresh,
@@ -181,6 +208,12 @@ STATES: dict[str, Callable[[Bench], Bench]] = {
     "renewing": Bench.renewing,
     "adopted": Bench.adopted,
     "forgotten": Bench.forgotten,
+    # where leading blocks were here before
+    "part here": Bench.part_here,
+    "part here, waiting": Bench.part_here_waiting,
+    "part here, pulling": Bench.part_here_pulling,
+    "all here": Bench.all_here,
+    "all here, confirming": Bench.all_here_confirming,
     # and where pulled blocks are checked
     "landing": Bench.landing,
     "refetching": Bench.refetching,
@@ -195,11 +228,13 @@ def bench_in(state: str) -> Bench:
 
 EVENTS: dict[str, ReaderEvent] = {
     "offer": offered(),
+    "offer with a block here": having(1),
     "offer of the holder's next life": offered(LeaseId("p0/8/1"), 1, NEXT_LIFE),
     "progress": ProgressArrived(progress(0, 4, 5)),
     "progress with a gap": ProgressArrived(progress(1, 5)),
     "progress too long": ProgressArrived(progress(0, 4, 5, 6, 7)),
     "seal": ProgressArrived(progress(0, 4, 5, 6, seal=SEAL)),
+    "seal after one block": ProgressArrived(progress(0, 4, seal=SEAL)),
     "progress of another life": ProgressArrived(progress(0, 4, incarnation=NEXT_LIFE.incarnation)),
     "withdrawal": ProgressArrived(progress(0, withdrawn="cancelled")),
     "pull done": DONE,
@@ -256,6 +291,18 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "quarantined": "transfer_aborted",
             "adopted": "transfer_aborted",
             "forgotten": "transfer_aborted",
+            "part here, waiting": "waiting",
+            "landing in quarantine": "transfer_aborted",
+        },
+    ),
+    "offer with a block here": (
+        "reserved",
+        {
+            "waiting": "waiting",
+            "quarantined": "transfer_aborted",
+            "adopted": "transfer_aborted",
+            "forgotten": "transfer_aborted",
+            "part here, waiting": "waiting",
             "landing in quarantine": "transfer_aborted",
         },
     ),
@@ -268,6 +315,8 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "quarantined": "reserved",
             "adopted": "reserved",
             "forgotten": "reserved",
+            "part here, waiting": "aborted holder_gone, waiting",
+            "part here, pulling": "StopPull, aborted holder_gone, reserved",
             "refetching": "StopPull, aborted holder_gone, reserved",
             "landing in quarantine": "reserved",
         },
@@ -284,6 +333,9 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "renewing": "expects 2, StartPull",
             "adopted": "unknown",
             "forgotten": "unknown",
+            "part here, pulling": "expects 3",
+            "all here": "expects 3",
+            "all here, confirming": "expects 3",
             "landing in quarantine": "unknown",
         },
     ),
@@ -298,6 +350,11 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "confirming": "expects 3",
             "confirm lost": "expects 3",
             "renewing": "expects 0",
+            "part here": "expects 2",
+            "part here, waiting": "expects 2",
+            "part here, pulling": "expects 3",
+            "all here": "expects 3",
+            "all here, confirming": "expects 3",
             "landing": "expects 2",
             "refetching": "expects 2",
             "landing for the last time": "expects 2",
@@ -323,6 +380,24 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "renewing": "expects 3, StartPull",
             "adopted": "unknown",
             "forgotten": "unknown",
+            "part here": "expects 3, StartPull",
+            "all here": "expects 3, AskConfirm",
+            "landing in quarantine": "unknown",
+        },
+    ),
+    "seal after one block": (
+        "bad_request",
+        {
+            "fresh": "unknown",
+            "waiting": "expects 1",
+            "reserved": "expects 1, StartPull",
+            "quarantined": "unknown",
+            "renewing": "expects 1, StartPull",
+            "adopted": "unknown",
+            "forgotten": "unknown",
+            "part here": "expects 2, AskConfirm",
+            "part here, waiting": "expects 2",
+            "all here": "expects 3, AskConfirm",
             "landing in quarantine": "unknown",
         },
     ),
@@ -345,6 +420,7 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "quarantined": "unknown",
             "adopted": "unknown",
             "forgotten": "unknown",
+            "part here, pulling": "StopPull, aborted withdrawn, expects 0",
             "refetching": "StopPull, aborted withdrawn, expects 0",
             "landing in quarantine": "unknown",
         },
@@ -355,6 +431,7 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "pulling": "-",
             "sealed": "AskConfirm",
             "quarantined": "-",
+            "part here, pulling": "-",
             "refetching": "LandBlocks",
         },
     ),
@@ -364,6 +441,7 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "pulling": "aborted pull_failed, SendAck",
             "sealed": "aborted pull_failed, SendAck",
             "quarantined": "-",
+            "part here, pulling": "aborted pull_failed, SendAck",
             "refetching": "aborted pull_failed, SendAck",
         },
     ),
@@ -395,24 +473,28 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
         "ignored",
         {
             "confirming": "LeaseAdopted, SendAck",
+            "all here, confirming": "LeaseAdopted, SendAck",
         },
     ),
     "not confirmed": (
         "ignored",
         {
             "confirming": "aborted not_confirmed, SendAck",
+            "all here, confirming": "aborted not_confirmed, SendAck",
         },
     ),
     "confirm lost": (
         "ignored",
         {
             "confirming": "-",
+            "all here, confirming": "-",
         },
     ),
     "confirm stale": (
         "ignored",
         {
             "confirming": "aborted holder_gone",
+            "all here, confirming": "aborted holder_gone",
         },
     ),
     "renewed": (
@@ -464,6 +546,7 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "quarantined": "ignored",
             "adopted": "ignored",
             "forgotten": "ignored",
+            "part here, pulling": "StopPull, aborted cancelled, SendAck",
             "refetching": "StopPull, aborted cancelled, SendAck",
             "landing in quarantine": "ignored",
         },
@@ -477,6 +560,7 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
             "quarantined": "-",
             "adopted": "-",
             "forgotten": "ignored",
+            "part here, pulling": "StopPull, aborted holder_gone",
             "refetching": "StopPull, aborted holder_gone",
             "landing in quarantine": "-",
         },
@@ -951,3 +1035,174 @@ def test_an_offer_that_does_not_wait_is_not_asked_about() -> None:
     reader = Reader(ledger, IDENTITY, ("memory",), may_reserve=lambda: False)
     reader.handle(replace(offered(), waits=False), 100.0)
     assert ledger.is_reserved(LEASE)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_blocks_that_may_not_be_given_up_are_no_room(*, waits: bool) -> None:
+    class Keeper:
+        def victims(self, num_blocks: int) -> tuple[BlockId, ...]:
+            return ()
+
+    bench = Bench()
+    for number, block in enumerate(bench.ledger.allocate("others", 6) or ()):
+        bench.ledger.set_key(block, bytes([number]))
+    bench.ledger.release_all("others")
+    bench.ledger.evictor = Keeper()
+    assert bench.ledger.available_blocks == 8
+    assert _word(bench.feed(replace(offered(), waits=waits))[0]) == ("waiting" if waits else "no_capacity")
+    bench.ledger.evictor = None
+    assert _word(bench.feed(replace(offered(), waits=waits))[0]) == ("waiting" if waits else "reserved")
+    assert bench.ledger.is_reserved(LEASE)
+
+
+# --- leases of which leading blocks are here ------------------------------------------------------------------------
+
+
+def sources(instructions: list[ReaderInstruction]) -> list[int]:
+    """The holder's blocks that are pulled."""
+    return [source for each in instructions if isinstance(each, StartPull) for source, _ in each.pairs]
+
+
+def adopted_by(bench: Bench) -> list[BlockId]:
+    """What a confirmation that is answered with yes brings."""
+    adopted, *_ = bench.feed(ConfirmAnswered(LEASE, ConfirmReply(stands=True)))
+    assert isinstance(adopted, LeaseAdopted)
+    assert bench.ledger.blocks_of(adopted.owner) == adopted.blocks
+    return adopted.blocks
+
+
+@pytest.mark.parametrize(
+    "body", [progress(0, 4, 5, 6, seal=SEAL), progress(2, 6, seal=SEAL)], ids=["whole", "the rest"]
+)
+def test_what_is_here_is_neither_set_aside_nor_pulled(body: ProgressRequest) -> None:
+    bench = Bench()
+    assert bench.feed(having(2)) == [Verdict(HandoffReply(verdict="reserved", expected=2))]
+    assert len(bench.ledger.reserved_blocks(LEASE)) == 1
+    bench.feed(ProgressArrived(body))
+    assert sources(bench.last) == [6]
+    (question,) = bench.feed(DONE)
+    assert isinstance(question, AskConfirm)
+    assert adopted_by(bench) == [0]
+
+
+def test_a_lease_of_which_all_is_here_waits_for_its_seal_and_is_confirmed() -> None:
+    bench = Bench()
+    bench.feed(having(3))
+    assert bench.ledger.reserved_blocks(LEASE) == []
+    assert bench.feed(ProgressArrived(progress(0, 4, 5))) == [ReplyProgress(ProgressReply(known=True, expected=3))]
+    reply, question = bench.feed(ProgressArrived(progress(3, seal=SEAL)))
+    assert reply == ReplyProgress(ProgressReply(known=True, expected=3))
+    assert isinstance(question, AskConfirm)
+    assert adopted_by(bench) == []
+    assert isinstance(bench.last[-1], SendAck)
+    assert bench.ledger.load()["free_blocks"] == 8
+
+
+@pytest.mark.parametrize("num_here", range(4))
+def test_an_offer_that_carries_everything_brings_what_is_not_here(num_here: int) -> None:
+    bench = Bench()
+    bench.feed(replace(carrying(progress(0, 4, 5, 6, seal=SEAL)), have=num_here))
+    assert sources(bench.last) == [4, 5, 6][num_here:]
+    assert Verdict(HandoffReply(verdict="reserved", expected=3)) in bench.last
+    assert any(isinstance(each, AskConfirm) for each in bench.last) == (num_here == 3)
+
+
+def test_what_was_here_at_the_first_offer_counts() -> None:
+    bench = Bench()
+    bench.feed(having(2))
+    assert bench.feed(having(0)) == [Verdict(HandoffReply(verdict="reserved", expected=2))]
+    bench.feed(having(99), ProgressArrived(progress(0, 4, 5, 6, seal=SEAL)))
+    assert sources(bench.last) == [6]
+
+
+def test_a_waiting_offer_keeps_what_is_here_and_needs_room_for_the_rest() -> None:
+    bench = Bench()
+    bench.ledger.allocate("others", 8)
+    assert bench.feed(having(2)) == [Verdict(HandoffReply(verdict="waiting", expected=2))]
+    bench.ledger.release("others", [BlockId(5)])
+    bench.feed(BlocksFreed())
+    assert bench.ledger.reserved_blocks(LEASE) == [5]
+    bench.feed(ProgressArrived(progress(2, 6, seal=SEAL)))
+    assert bench.last[1:] == [
+        StartPull(lease_id=LEASE, holder=HOLDER, endpoints={"memory": b"pool"}, pairs=((BlockId(6), BlockId(5)),))
+    ]
+
+
+@pytest.mark.parametrize("num_here", [-1, 4])
+def test_what_cannot_be_here_is_refused(num_here: int) -> None:
+    bench = Bench()
+    error = refused(bench, having(num_here))
+    assert isinstance(error, BadRequest)
+    assert f"{num_here} of them cannot stand here" in error.message
+    assert bench.reader.idle
+
+
+def test_a_lease_larger_than_the_pool_fits_where_its_beginning_is_here() -> None:
+    bench = Bench()
+    assert isinstance(refused(bench, offered(num_blocks=9)), BadRequest)
+    bench.feed(replace(offered(num_blocks=9), have=1))
+    assert len(bench.ledger.reserved_blocks(LEASE)) == 8
+
+
+@pytest.mark.parametrize(("num_here", "num_sealed"), list(itertools.product(range(4), range(1, 4))))
+def test_adopted_is_what_was_not_here_up_to_the_seal(num_here: int, num_sealed: int) -> None:
+    bench = Bench()
+    bench.feed(having(num_here))
+    bench.feed(ProgressArrived(progress(0, *[4, 5, 6][:num_sealed], seal=SEAL)))
+    assert bench.last[0] == ReplyProgress(ProgressReply(known=True, expected=max(num_here, num_sealed)))
+    assert sources(bench.last) == [4, 5, 6][num_here:num_sealed]
+    if num_sealed > num_here:
+        bench.feed(DONE)
+    assert isinstance(bench.last[-1], AskConfirm)
+    num_adopted = max(0, num_sealed - num_here)
+    assert adopted_by(bench) == [0, 1, 2][:num_adopted]
+    assert bench.ledger.load()["free_blocks"] == 8 - num_adopted
+
+
+def test_blocks_set_aside_beyond_the_seal_go_to_who_waits() -> None:
+    bench = Bench()
+    waiting = LeaseId("p0/7/2")
+    bench.feed(offered(num_blocks=8), offered(waiting, 7), ProgressArrived(progress(0, 4, seal=SEAL)), DONE)
+    assert adopted_by(bench) == [0]
+    assert len(bench.ledger.reserved_blocks(waiting)) == 7
+
+
+def test_a_seal_before_blocks_that_were_announced_and_skipped_is_refused() -> None:
+    bench = Bench()
+    (refusal,) = bench.feed(having(3), ProgressArrived(progress(0, 4, 5)), ProgressArrived(progress(0, 4, seal=SEAL)))
+    assert isinstance(refusal, RefuseProgress)
+    assert "sealed at block 1, 2 known" in refusal.error.message
+
+
+def test_of_blocks_that_are_here_no_checksum_is_compared() -> None:
+    bench = Bench(lands=True)
+    bench.feed(replace(checksummed(), have=1), ProgressArrived(progress(0, 4, 5, 6, seal=SEAL, checksums=(11, 12, 13))))
+    (work,) = bench.feed(DONE)
+    assert work == LandBlocks(lease_id=LEASE, blocks=(BlockId(0), BlockId(1)), checksums=(12, 13))
+    bench.feed(CORRUPT, DONE, CORRUPT_AGAIN, DONE)
+    (aborted, _ack) = bench.feed(CORRUPT_AGAIN)
+    assert isinstance(aborted, LeaseAborted)
+    for part in ("block 2 of 3", "6 of p0", "1 here"):
+        assert part in aborted.error.message
+
+
+@given(data=st.data())
+def test_whatever_is_announced_in_whatever_pieces_the_rest_is_pulled_once_and_in_order(data: st.DataObject) -> None:
+    num_blocks = data.draw(st.integers(1, 7), label="blocks")
+    num_here = data.draw(st.integers(0, num_blocks), label="here")
+    num_sealed = data.draw(st.integers(1, num_blocks), label="sealed")
+    pieces = data.draw(st.lists(st.tuples(st.integers(0, num_sealed), st.integers(0, num_sealed))), label="pieces")
+    bench = Bench()
+    block_ids = [100 + position for position in range(num_sealed)]
+    bench.feed(replace(offered(num_blocks=num_blocks), have=num_here))
+    pulled: list[int] = []
+    for start, stop in [*map(sorted, pieces), (0, num_sealed)]:
+        whole = (start, stop) == (0, num_sealed)
+        bench.feed(ProgressArrived(progress(start, *block_ids[start:stop], seal=SEAL if whole else None)))
+        while (now := sources(bench.last)) or any(isinstance(each, AskConfirm) for each in bench.last):
+            pulled += now
+            if not now:
+                break
+            bench.feed(DONE)
+    assert pulled == block_ids[num_here:]
+    assert len(adopted_by(bench)) == len(pulled)

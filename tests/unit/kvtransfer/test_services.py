@@ -174,6 +174,8 @@ class DecodeSide:
         self.verdicts: list[str] = []
         self.clock = StoppableClock(offset_s=5.0)
         self.checksum = cluster.checksum
+        #: So many leading blocks of what is offered are here.
+        self.have = 0
 
     async def start(self, stack: AsyncExitStack) -> None:
         self.service = ReaderService(
@@ -196,7 +198,11 @@ class DecodeSide:
 
     async def _handoff(self, body: HandoffRequest, context: CallContext) -> HandoffReply:
         reply = self.service.offer(
-            body.terms, owner=body.terms.lease_id, on_adopted=self._adopted, on_aborted=self.ends.put
+            body.terms,
+            owner=body.terms.lease_id,
+            on_adopted=self._adopted,
+            on_aborted=self.ends.put,
+            have=self.have,
         )
         self.verdicts.append(reply.verdict)
         return reply
@@ -282,6 +288,68 @@ def test_handoff() -> None:
         assert (counters.adopted, counters.pulled_bytes) == (1, 4 * BLOCK_BYTES)
         assert counters.pulls == 4
         assert cluster.prefill.service.counters.outcomes == {"released": 1}
+
+    on_cluster(scenario)
+
+
+@pytest.mark.parametrize("checksum", [False, True])
+@pytest.mark.parametrize("num_sealed", [1, 3, 4])
+@pytest.mark.parametrize("num_here", [0, 1, 3, 4])
+def test_only_what_is_not_here_and_sealed_crosses(num_here: int, num_sealed: int, *, checksum: bool) -> None:
+    """Block by block, and so that blocks are final before and after the reader says what it has."""
+
+    async def scenario(cluster: Cluster) -> None:
+        cluster.decode.have = num_here
+        lease_id, blocks = cluster.prefill.open(cluster.decode.me, 4)
+        for position in range(num_sealed):
+            cluster.prefill.write(blocks[position : position + 1], position)
+            if position < num_sealed - 1:
+                cluster.prefill.service.advance(lease_id, position + 1)
+                await asyncio.sleep(0.01)
+        cluster.prefill.service.seal(lease_id, num_sealed, SEAL)
+        cluster.prefill.release(blocks)
+        wanted = [bytes([position]) * BLOCK_BYTES for position in range(num_here, num_sealed)]
+        assert await cluster.decode.ends.of(lease_id) == (wanted, SEAL)
+        assert await cluster.prefill.ends.of(lease_id) is LeaseOutcome.RELEASED
+        assert len(cluster.decode.ledger.blocks_of(lease_id)) == len(wanted)
+        assert cluster.decode.ledger.load()["free_blocks"] == NUM_BLOCKS - len(wanted)
+        counters = cluster.decode.service.counters
+        assert (counters.adopted, counters.pulled_bytes) == (1, len(wanted) * BLOCK_BYTES)
+        assert counters.checksum_bytes == (len(wanted) * BLOCK_BYTES if checksum else 0)
+        cluster.decode.release(lease_id)
+        await cluster.check_rest()
+
+    on_cluster(scenario, checksum=checksum)
+
+
+def test_a_whole_offer_whose_end_is_lacking_is_pulled_at_once() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        cluster.decode.have = 2
+        prefill, reader = cluster.prefill, cluster.decode.me
+        blocks = prefill.ledger.allocate("kept", 3)
+        assert blocks is not None
+        for stamp, block in enumerate(blocks):
+            prefill.write([block], stamp)
+
+        async def send_offer(terms: LeaseTerms, timeout_s: float) -> HandoffReply:
+            body = HandoffRequest(target=reader.incarnation, terms=terms, request=REQUEST)
+            reply = await prefill.network.channel(reader.address).call(HANDOFF, body, timeout_s=timeout_s)
+            assert reply.expected == 3
+            return reply
+
+        lease_id = prefill.service.open(
+            blocks,
+            reader,
+            send_offer=send_offer,
+            on_ended=lambda lease_id, outcome, reason: prefill.ends.put(lease_id, outcome),
+            seal=SEAL,
+            whole=True,
+        )
+        prefill.ledger.release_all("kept")
+        assert await cluster.decode.ends.of(lease_id) == ([bytes([2]) * BLOCK_BYTES], SEAL)
+        assert await prefill.ends.of(lease_id) is LeaseOutcome.RELEASED
+        cluster.decode.release(lease_id)
+        await cluster.check_rest()
 
     on_cluster(scenario)
 

@@ -123,3 +123,30 @@ def test_a_bug_while_leaving_is_not_lost() -> None:
                 await asyncio.sleep(1)
 
     run(main, seed=1)
+
+
+def test_what_is_begun_while_a_bug_ends_the_service_is_dropped_and_the_leave_goes_on() -> None:
+    """Whoever leaves tells others what it lets go of: the bug stays the one that is told."""
+    ran: list[str] = []
+
+    async def work() -> None:
+        ran.append("work")
+
+    async def leaves(shell: MachineShell[object, object]) -> None:
+        async with shell:
+            with pytest.raises(InvariantBroken):
+                shell.feed("bug")
+            try:
+                await asyncio.sleep(60)
+            finally:
+                shell.spawn(work(), "a farewell")
+                ran.append("left")
+
+    async def main(program: Program) -> None:
+        with pytest.raises(ExceptionGroup) as caught:
+            await leaves(echo_shell())
+        assert caught.group_contains(InvariantBroken)
+        assert not caught.group_contains(RuntimeError)
+
+    run(main, seed=1)
+    assert ran == ["left"]

@@ -195,3 +195,33 @@ def test_a_charge_is_not_negative() -> None:
     counters.wait("a")
     with pytest.raises(ValueError, match="tenant 'a' cannot be charged -1 tokens"):
         counters.charge("a", -1)
+
+
+@given(
+    asks=st.lists(_ask(), max_size=30),
+    weighted=st.booleans(),
+    fair=st.booleans(),
+    priorities=st.lists(st.integers(-2, 2), min_size=30, max_size=30),
+    limit=st.integers(0, 40),
+    num_served=st.integers(0, 10),
+)
+def test_those_to_come_are_told_in_the_order_of_their_turns(
+    asks: list[Ask], weighted: bool, fair: bool, priorities: list[int], limit: int, num_served: int
+) -> None:
+    """Where each turns out to be what it was thought to be, and equal counters aside."""
+    served = Served(fair=fair, weights=WEIGHTS if weighted else None)
+    for ask, priority in zip(asks, priorities, strict=False):
+        served.add(Ask(ask.tenant, ask.tokens, ask.tokens), priority)
+    for _ in range(min(num_served, len(asks))):
+        served.serve()
+    upcoming = served.queue.upcoming(limit, 1e6)
+    assert len(upcoming) == min(limit, len(served.queue))
+    if upcoming:
+        assert upcoming[0] is served.queue.first(1e6)
+    in_turn = [served.serve() for _ in range(len(served.queue))]
+    for tenant in TENANTS:
+        own = [ask for ask in upcoming if ask.tenant == tenant]
+        assert own == [ask for ask in in_turn if ask.tenant == tenant][: len(own)]
+    # Between tenants equal counters go either way.
+    if not fair or len({ask.tenant for ask in in_turn}) <= 1:
+        assert upcoming == in_turn[: len(upcoming)]

@@ -16,6 +16,7 @@ from contracts.ids import Incarnation, LeaseId, RequestId, WorkerId
 from contracts.messages import HandoffReply, LeaseTerms, Peer, PrefillRequest, PrefixPlan
 from engine.plan import Sampled
 from engine.room import Demand
+from kvstore.fetch_ends import FetchEnd, FetchTicket
 from kvstore.prefix_cache import PrefixCache
 from kvtransfer import LeaseOutcome, Ledger
 from prefill import PrefillLimits, PrefillQueue
@@ -51,10 +52,15 @@ class Side:
     handed_over: list[Sequence] = field(default_factory=list["Sequence"])
     #: What the reader answers; None: accepted.
     answer: TandemError | None = None
-    #: Fetches asked for: (source, blocks that stand here, up to which block); and who waits for those begun.
+    #: Fetches asked for: (source, from which block, up to which); and who waits for those begun.
     fetches: list[tuple[str, int, int]] = field(default_factory=list[tuple[str, int, int]])
-    waiters: list[Callable[[float], None]] = field(default_factory=list["Callable[[float], None]"])
+    waiters: list[Callable[[FetchEnd], None]] = field(default_factory=list["Callable[[FetchEnd], None]"])
     may_fetch: bool = True
+    #: Seconds that reading one block takes, and fetching one; 0: not known.
+    read_block_s: float = 0.0
+    fetch_block_s: float = 0.0
+    #: Prompts that were read whole and have left.
+    read: list[str] = field(default_factory=list[str])
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.num_blocks)
@@ -76,6 +82,9 @@ class Side:
             also_writes=self.also_writes,
             on_blocks_freed=lambda: None,
             sequence_ids=itertools.count(),
+            reading_s=lambda num_tokens, num_computed: self.read_block_s * num_tokens / IDENTITY.layout.block_tokens,
+            expected_fetch_s=lambda source, num_blocks: self.fetch_block_s * num_blocks or None,
+            on_read=lambda request, chain: self.read.append(request.request_id),
         )
 
     async def _send_offer(
@@ -86,13 +95,25 @@ class Side:
         return HandoffReply(verdict="reserved")
 
     def _start_fetch(
-        self, chain: KeyChain, local: list[BlockId], stop: int, source: Peer, waiter: Callable[[float], None]
-    ) -> Callable[[], None] | None:
-        self.fetches.append((source.worker_id, len(local), stop))
+        self,
+        chain: KeyChain,
+        local: list[BlockId],
+        stop: int,
+        source: Peer,
+        waiter: Callable[[FetchEnd], None],
+        *,
+        start: int | None = None,
+    ) -> FetchTicket | None:
+        start = len(local) if start is None else start
+        self.fetches.append((source.worker_id, start, stop))
         if not self.may_fetch:
             return None
         self.waiters.append(waiter)
-        return lambda: self.waiters.remove(waiter)
+        return FetchTicket(start=start, stop=stop, leave=lambda: self.waiters.remove(waiter))
+
+    def fetched(self, ended_s: float, start: int = 0, **tier_blocks: int) -> None:
+        """The oldest fetch ends; the prompt finds what `arrive` put there."""
+        self.waiters.pop(0)(FetchEnd(ended_s=ended_s, start=start, tier_blocks=tier_blocks))
 
     def submit(
         self, request: GenerateRequest, *, local: bool = False, now_s: float = 0.0, prefix: PrefixPlan | None = None
@@ -505,7 +526,7 @@ def test_blocks_of_a_prompt_that_is_still_read_are_shared_as_far_as_they_are_fin
     side.submit(generate("b", prompt=12))
     _, chunks = side.queue.candidates(0.0)
     assert [chunk.num_tokens for chunk in chunks] == [6, 8]
-    a, b = side.ledger.blocks_of("a#1"), side.ledger.blocks_of("b#1")
+    a, b = side.ledger.blocks_of("a#1.1"), side.ledger.blocks_of("b#1.1")
     assert (a[0], len(set(a) | set(b))) == (b[0], 5)
     assert side.room.view().lent_blocks == 5, "a shared block is lent once"
     side.queue.cancel(key("a"), "test")
@@ -641,12 +662,13 @@ def test_a_prompt_is_queued_when_its_beginning_has_come_and_computes_the_rest() 
     assert side.queue.candidates(1.0) == ([], [])
     assert (side.queue.waiting_count, side.ledger.load()["free_blocks"]) == (1, 16), "it waits without blocks"
     arrive(side, 12)
-    side.waiters[0](1.5)
+    side.fetched(1.5, dram=2, ssd=1)
     assert [chunk.num_tokens for chunk in side.queue.candidates(2.0)[1]] == [2]
     side.step(2, token_id=7, now_s=2.0)
     phases = side.deltas.seen[-1].phases
     assert phases is not None
     assert (phases.queue_s, phases.fetch_s, phases.cached_tokens) == (1.0, 0.5, 12)
+    assert phases.cached_by_tier == {"dram": 8, "ssd": 4}
     side.holder.end(LeaseId("lease-1"), LeaseOutcome.RELEASED)
     side.assert_clean()
 
@@ -654,7 +676,7 @@ def test_a_prompt_is_queued_when_its_beginning_has_come_and_computes_the_rest() 
 def test_a_fetch_that_brings_nothing_costs_only_the_computing() -> None:
     side = Side()
     side.submit(generate("a", prompt=14), prefix=from_source(3))
-    side.waiters[0](0.5)
+    side.fetched(0.5)
     assert [chunk.num_tokens for chunk in side.queue.candidates(1.0)[1]] == [14]
     side.queue.cancel(key("a"), "test")
     side.assert_clean()
@@ -667,7 +689,7 @@ def test_others_are_read_while_a_prompt_waits_for_its_beginning_and_it_keeps_its
         tokens = tuple(range(base, base + 14))
         side.submit(msgspec.structs.replace(generate(name, prompt=14), token_ids=tokens), now_s=1.0)
     assert len(side.queue.candidates(1.0)[1]) == 2
-    side.waiters[0](1.5)
+    side.fetched(1.5)
     assert side.queue.waiting_count == 1
     for name in ("a", "b", "c"):
         side.queue.cancel(key(name), "test")
@@ -756,3 +778,15 @@ def test_a_prompt_that_may_not_be_fetched_for_is_queued_at_once() -> None:
     side.submit(generate("a", prompt=14), prefix=from_source(3))
     assert len(side.fetches) == 1
     assert [chunk.num_tokens for chunk in side.queue.candidates(0.0)[1]] == [14]
+
+
+def test_prompts_without_blocks_are_told_with_what_they_would_take() -> None:
+    side = Side(prefix_cache=False)
+    side.submit(generate("a", prompt=5 * 4))
+    side.submit(generate("b", prompt=12 * 4))
+    assert side.queue.waiting_blocks == 5 + 12
+    side.step(20, token_id=EOS)
+    # Of 16 blocks the first had five.
+    assert side.queue.waiting_blocks == 12
+    side.step(48, token_id=EOS)
+    assert side.queue.waiting_blocks == 0

@@ -79,13 +79,14 @@ class Bench:
         self.lines: list[str] = []
         self.publisher = BlockPublisher(
             info=INFO,
-            ledger=self.ledger,
+            held=self.ledger.all_keys,
             network=cast("Any", self.listener),
             coordinator_address="coordinator:1",
             clock=VirtualClock(),
             registered=self.registered,
             log=self.lines.append,
         )
+        self.ledger.key_listener = self.publisher
         self._number = 0
 
     def change(self) -> None:

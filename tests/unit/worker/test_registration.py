@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
+
 from contracts.errors import DeadlineExceeded
 from contracts.ids import Incarnation, WorkerId
 from contracts.messages import (
@@ -22,6 +24,8 @@ from tests.support.roles import IDENTITY
 from worker.registration import Registration
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from simulator import Program
 
 INFO = WorkerInfo(
@@ -45,6 +49,7 @@ class Coordinator:
         self.answers = True
         self.takes_up = True
         self.registrations = 0
+        self.registered: list[WorkerInfo] = []
         self.fits: list[LatencyFit | None] = []
 
     def channel(self, address: str) -> Coordinator:
@@ -55,6 +60,7 @@ class Coordinator:
             if not self.takes_up:
                 raise DeadlineExceeded("nobody listens")
             self.registrations += 1
+            self.registered.append(body)
             self.known = True
             return RegisterReply(heartbeat_interval_s=INTERVAL_S)
         assert isinstance(body, HeartbeatRequest)
@@ -68,7 +74,10 @@ def fit(num_steps: int) -> LatencyFit:
     return LatencyFit(0.1, 0.1, 0.1, 0.1, 0.1, 0.1, num_steps, num_steps)
 
 
-def registration_with(coordinator: Coordinator, lines: list[str]) -> Registration:
+def registration_with(
+    coordinator: Coordinator, lines: list[str], *, on_registered: Callable[[WorkerInfo], None] = lambda info: None
+) -> Registration:
+    """`on_registered` hears with what this life was taken up anew."""
     return Registration(
         info=INFO,
         network=cast("Any", coordinator),
@@ -78,7 +87,7 @@ def registration_with(coordinator: Coordinator, lines: list[str]) -> Registratio
         transfers=TransferReport,
         latency=lambda: fit(1),
         on_gone=lambda life: None,
-        on_registered_anew=lambda: None,
+        on_registered_anew=lambda: on_registered(coordinator.registered[-1]),
         log=lines.append,
     )
 
@@ -119,6 +128,32 @@ def test_a_coordinator_that_is_not_there_at_the_start_is_said_once_too() -> None
         await registration.registered.wait()
         await asyncio.sleep(0)
         assert lines[1:] == ["the coordinator at c:1 answers again after 2.5 s and 5 failed calls"]
+        keeping.cancel()
+        await asyncio.wait([keeping])
+
+    run(main, seed=0)
+
+
+def test_what_changes_is_told_at_once_and_another_role_is_registered_with() -> None:
+    async def main(program: Program) -> None:
+        coordinator, registered = Coordinator(), list[WorkerInfo]()
+        registration = registration_with(coordinator, [], on_registered=registered.append)
+        keeping = asyncio.create_task(registration.keep())
+        await asyncio.sleep(INTERVAL_S / 4)
+        assert (coordinator.registrations, len(coordinator.fits)) == (1, 0)
+        registration.tell_soon()
+        await asyncio.sleep(INTERVAL_S / 4)
+        assert len(coordinator.fits) == 1
+        flipped = msgspec.structs.replace(INFO, role="decode")
+        registration.changed(flipped)
+        await asyncio.sleep(INTERVAL_S / 4)
+        assert coordinator.registered == [INFO, flipped]
+        assert len(coordinator.fits) == 2, "its load is told with the role"
+        assert registered == [flipped], "what it holds is asked for anew"
+        coordinator.answers = False
+        registration.tell_soon()
+        await asyncio.sleep(4 * INTERVAL_S)
+        assert len(coordinator.fits) <= 2 + 5, "failures are not repeated at once"
         keeping.cancel()
         await asyncio.wait([keeping])
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from workload import PUBLISHED_LENGTHS, Fixed, Histogram, LogNormal
+from workload import PUBLISHED_LENGTHS, Fixed, Histogram, LogNormal, PowerLaw
 from workload.lengths import MAX_TOKENS
 
 if TYPE_CHECKING:
@@ -72,6 +72,35 @@ def test_fitting_gives_back_the_lognormal_that_was_fitted(median_tokens: float, 
         assert fitted.sigma == pytest.approx(sigma, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("mean_tokens", "median_tokens", "p80", "p95", "p99"),
+    [(128, 38, 113, 413, 1464), (256, 32, 173, 1288, 4208), (512, 55, 582, 3113, 5166)],
+)
+def test_a_power_law_is_that_of_llumnix(mean_tokens: int, median_tokens: int, p80: int, p95: int, p99: int) -> None:
+    """Fitted to mean and median, it has the other published quantiles nearly (OSDI'24, table 1)."""
+    lengths = PowerLaw.from_mean_median(mean_tokens, median_tokens, 6144)
+    assert lengths.mean_tokens == pytest.approx(mean_tokens)
+    assert lengths.quantile(0.5) == pytest.approx(median_tokens)
+    assert lengths.quantile(0.8) == pytest.approx(p80, rel=0.1)
+    assert lengths.quantile(0.95) == pytest.approx(p95, rel=0.1)
+    assert lengths.quantile(0.99) == pytest.approx(p99, rel=0.3)
+    drawn = draw(lengths, 50_000)
+    assert mean(drawn) == pytest.approx(mean_tokens, rel=0.05)
+    assert median(drawn) == pytest.approx(median_tokens, rel=0.05)
+
+
+@given(
+    shape=st.floats(0.01, 3.0), min_tokens=st.integers(1, 500), times=st.floats(2.0, 1000.0), seed=st.integers(0, 99)
+)
+def test_power_law_lengths_stay_in_bounds(shape: float, min_tokens: int, times: float, seed: int) -> None:
+    lengths = PowerLaw(shape, min_tokens, math.ceil(min_tokens * times))
+    rng = random.Random(seed)
+    assert all(min_tokens <= lengths.sample(rng) <= lengths.max_tokens for _ in range(50))
+    assert lengths.quantile(0.0) == pytest.approx(min_tokens)
+    assert lengths.quantile(1.0) == pytest.approx(lengths.max_tokens, rel=1e-3)
+    assert min_tokens < lengths.mean_tokens < lengths.max_tokens
+
+
 def test_a_histogram_draws_each_length_by_its_weight() -> None:
     drawn = Counter(draw(Histogram(((16, 1), (64, 2.5), (4096, 0.5)))))
     assert drawn.keys() == {16, 64, 4096}
@@ -108,6 +137,10 @@ def test_published_lengths_have_their_published_means(name: str, prompt_tokens: 
         (lambda: LogNormal.from_mean_p95(100, 400), "at most about 3.86 times"),
         (lambda: LogNormal.from_mean_p95(100, 200, 150), "p95_tokens 200 must not be above max_tokens 150"),
         (lambda: Histogram(()), "at least one length"),
+        (lambda: PowerLaw(0.0, 10, 100), "shape must be finite and > 0, got 0"),
+        (lambda: PowerLaw(1.0, 100, 100), "min_tokens 100 must be below max_tokens 100"),
+        (lambda: PowerLaw.from_mean_median(50, 60, 100), "mean 50 and median 60"),
+        (lambda: PowerLaw.from_mean_median(90, 10, 100), "mean 90 and median 10"),
         (lambda: Histogram(((5, 0),)), "weight must be finite and > 0, got 0"),
     ],
 )

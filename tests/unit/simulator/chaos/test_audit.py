@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,17 +12,21 @@ from contracts.ids import Attempt, BlockId, Incarnation, OwnerEpoch, RequestId, 
 from contracts.messages import Peer
 from contracts.requests import SamplingParams, TokenDelta
 from engine.plan import SampleSpec, SequenceStep
-from kvtransfer.ledger import BlockClass
+from kvtransfer.ledger import BlockClass, Ledger
 from simulator import Program, run
 from simulator.chaos.audit import DEADLINE_SLACK_S, Auditor
 from simulator.chaos.scenario import PATIENT_DEADLINE_S, Scenario, Weather
 from simulator.chaos.witness import MAX_PROBLEMS, Witness
-from simulator.clients import Answer, Ask
+from simulator.clients import Answer, Ask, ask_for
 from simulator.cluster import ClusterSpec, SimulatedCluster
-from simulator.engine import expected_tokens
+from simulator.engine import TokenKv, expected_tokens
+from simulator.store import StoreDiskSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from contracts.messages import Role
+    from simulator.engine import BlockContent
 
 ROLES: dict[str, Role] = {"p0": "prefill", "d0": "decode"}
 PROMPT = (1, 2, 3)
@@ -51,7 +56,7 @@ def judged(one: Answer, weather: Weather) -> list[str]:
 
     async def main(program: Program) -> None:
         async with SimulatedCluster(program, scenario.cluster) as cluster:
-            auditor = Auditor(scenario, cluster)
+            auditor = Auditor(scenario, cluster, Witness())
             auditor.look()
             auditor.judge([one])
             found.extend(auditor.problems)
@@ -109,6 +114,55 @@ def test_a_request_that_survives_all_may_not_even_be_refused() -> None:
     assert judged(answer([], error=NoCapacity("full")), Weather.SURVIVABLE) == [
         "request 0: failed with no_capacity: full"
     ]
+
+
+def compared(*named: tuple[str, bytes, BlockContent]) -> list[str]:
+    """The auditor's problems with what stands under keys in a cluster."""
+    scenario = Scenario(
+        seed=1, weather=Weather.CALM, cluster=ClusterSpec(roles=ROLES), asks=(), faults=(), failpoints={}
+    )
+    found: list[str] = []
+
+    class Standing(SimulatedCluster):
+        def named_blocks(self) -> Iterator[tuple[str, bytes, BlockContent]]:
+            return iter(named)
+
+    async def main(program: Program) -> None:
+        async with Standing(program, scenario.cluster) as cluster:
+            auditor = Auditor(scenario, cluster, Witness())
+            auditor.compare_copies()
+            auditor.compare_copies()
+            found.extend(problem.split(" s: ")[1] for problem in auditor.problems)
+
+    run(main, seed=1)
+    return found
+
+
+def kv(position: int, token_id: int = 7) -> TokenKv:
+    return TokenKv(position=position, token_id=token_id, prefix_hash=position)
+
+
+def test_copies_of_a_block_are_equal_wherever_they_stand() -> None:
+    assert compared(("a", b"1", (kv(0), kv(1))), ("b", b"1", (kv(0), kv(1))), ("b", b"2", (kv(2), kv(3)))) == []
+    assert compared(("a", b"1", (kv(0), kv(1))), ("b", b"1", (kv(0), kv(1, 8)))) == ["b and a have one key, and differ"]
+    assert compared(("a", b"1", (kv(0), None))) == ["a has a key, and is not written to the end"]
+
+
+def test_all_that_has_a_key_is_compared() -> None:
+    async def main(program: Program) -> None:
+        spec = ClusterSpec(roles=ROLES, stores=("s0",), store_disk=StoreDiskSpec())
+        async with SimulatedCluster(program, spec) as cluster:
+            prompt = tuple(range(40))
+            one = await ask_for(cluster.core, Ask(at_s=0.0, token_ids=prompt, sampling=SAMPLING))
+            assert one.error is None
+            await asyncio.sleep(5.0)
+            named = list(cluster.named_blocks())
+        (key, content) = next((key, content) for where, key, content in named if where == "the disk of s0")
+        places = [where for where, other, _ in named if other == key]
+        assert [place.split()[-1] for place in places] == ["p0@1", "d0@1", "s0@1", "s0"]
+        assert [slot.token_id for slot in content if slot is not None] == list(prompt[:8])
+
+    run(main, seed=1)
 
 
 # --- the witness ----------------------------------------------------------------------------------------
@@ -200,6 +254,35 @@ def test_what_was_let_go_may_be_overwritten() -> None:
     witness.stepped("d0@1", step(3, 4), 4, None)
     witness.stepped("d0@1", step(6, 1), 4, None)
     assert witness.problems == []
+
+
+@pytest.mark.parametrize("block_class", BlockClass)
+def test_disks_touch_what_somebody_holds_only(block_class: BlockClass) -> None:
+    is_held = block_class in (BlockClass.OWNED, BlockClass.OFFERED)
+    reads, writes = Witness(), Witness()
+    writes.loaded("s0@1", BlockId(3), block_class, is_named=False)
+    reads.spilled("s0@1", BlockId(3), block_class)
+    assert bool(reads.problems) == bool(writes.problems) != is_held
+
+
+def test_a_disk_writes_nothing_that_can_be_found() -> None:
+    witness = Witness()
+    witness.loaded("s0@1", BlockId(3), BlockClass.OWNED, is_named=True)
+    assert witness.problems == ["s0@1: the disk writes block 3, which has a key already"]
+
+
+def test_what_was_let_go_before_it_was_read_gets_no_key() -> None:
+    witness, ledger = Witness(), Ledger(8)
+    blocks = ledger.allocate("store", 3)
+    assert blocks is not None
+    for block in blocks:
+        witness.landed("s0@1", block, BlockClass.RESERVED, BlockClass.CACHED)
+    witness.loaded("s0@1", blocks[0], BlockClass.OWNED, is_named=False)
+    for block in blocks[:2]:
+        ledger.set_key(block, bytes([block]))
+    witness.look({"s0@1": ledger, "s0@2": Ledger(8)})
+    witness.look({"s0@1": ledger})
+    assert witness.problems == [f"s0@1 has named block {blocks[1]}, which was pulled when its holder had let it go"]
 
 
 def test_what_is_told_is_bounded() -> None:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 
+from contracts.config import EvictionPolicyName
 from contracts.failpoints import FAILPOINTS
+from contracts.requests import SamplingParams
 from simulator.chaos import draw
 from simulator.chaos import faults as faults_module
-from simulator.chaos.drawing import Victims, draw_faults
-from simulator.chaos.faults import Fault
+from simulator.chaos import operations as operations_module
+from simulator.chaos.drawing import Victims, draw_faults, draw_power_cut
+from simulator.chaos.faults import (
+    CrashWorker,
+    CutLinks,
+    Fault,
+    FreezeWorker,
+    HangWorker,
+    OfNetwork,
+    StickEngine,
+    Strand,
+)
+from simulator.chaos.operations import MoveAbout
 from simulator.chaos.scenario import (
     CALM_IN,
     LONG_ANSWER_LEFT_WITHIN_TOKENS,
@@ -20,16 +35,29 @@ from simulator.chaos.scenario import (
     TOPOLOGIES,
     Weather,
 )
+from simulator.chaos.stores import MAX_RUSH, RUSH_S, STORE, draw_rush
+from simulator.clients import Ask
+from simulator.cluster import ClusterSpec
 
 SCENARIOS = [draw(seed) for seed in range(1, 401)]
 VICTIMS = Victims(
-    worker_ids=("p0", "d0", "d1"), readers=("d0", "d1"), hosts=("p0", "d0", "d1", "coordinator", "gateway")
+    worker_ids=("p0", "d0", "d1"),
+    stores=("s0",),
+    readers=("d0", "d1", "s0"),
+    hosts=("p0", "d0", "d1", "s0", "coordinator", "gateway"),
 )
+WITH_STORES = [scenario for scenario in SCENARIOS if scenario.cluster.stores]
 
 
 def kinds() -> set[type[Fault]]:
     """Every kind of fault that can strike."""
-    found = [each for each in vars(faults_module).values() if isinstance(each, type) and issubclass(each, Fault)]
+    modules = (faults_module, operations_module)
+    found = [
+        each
+        for module in modules
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Fault)
+    ]
     return {each for each in found if not getattr(each, "__abstractmethods__", None)}
 
 
@@ -62,13 +90,73 @@ def test_faults_strike_those_who_are_there_in_order_and_end(seed: int) -> None:
         assert 0 < fault.for_s < 20.0
         assert fault.what in fault.describe()
         victim = getattr(fault, "worker_id", "p0")
-        assert victim in VICTIMS.worker_ids
+        assert victim in (VICTIMS.worker_ids if isinstance(fault, StickEngine) else VICTIMS.members)
+
+
+def test_a_store_is_a_victim_of_whatever_a_worker_without_an_engine_can_be() -> None:
+    drawn = [fault for seed in range(400) for fault in draw_faults(random.Random(seed), VICTIMS, over_s=9.0, most=8)]
+    struck = {type(fault) for fault in drawn if getattr(fault, "worker_id", None) == "s0"}
+    assert struck == {CrashWorker, FreezeWorker, HangWorker, Strand}
+    assert any(isinstance(fault, CutLinks) and "s0" in (*fault.one, *fault.other) for fault in drawn)
+    assert any(isinstance(fault, OfNetwork) and "s0" in fault.describe() for fault in drawn)
+
+
+def test_some_trials_have_a_store_with_all_kinds_of_disks() -> None:
+    assert len(SCENARIOS) / 4 < len(WITH_STORES) < len(SCENARIOS) / 2
+    assert {scenario.weather for scenario in WITH_STORES} == set(Weather)
+    disks = [scenario.cluster.store_disk for scenario in WITH_STORES]
+    assert None in disks
+    assert {bool(disk.damaged_chance) for disk in disks if disk is not None} == {True, False}
+    assert {scenario.cluster.eviction for scenario in WITH_STORES} == set(get_args(EvictionPolicyName))
+    lost = [scenario.faults[0] for scenario in WITH_STORES if scenario.weather is Weather.SURVIVABLE]
+    assert {getattr(fault, "worker_id", "") == STORE for fault in lost} == {True, False}
+
+
+def test_where_there_is_a_store_prompts_go_on_with_what_was_said() -> None:
+    for scenario in WITH_STORES:
+        asks = scenario.asks
+        turns = [ask for ask in asks if any(goes_on(ask, other) for other in asks)]
+        assert len(turns) >= len(asks) / 16 or len(asks) <= 8, scenario.seed
+
+
+def goes_on(ask: Ask, other: Ask) -> bool:
+    """Whether a prompt begins with the whole of another one, and is longer."""
+    length = len(other.token_ids)
+    return len(ask.token_ids) > length and ask.token_ids[:length] == other.token_ids
+
+
+def test_a_power_cut_takes_everybodys_memory_and_some_come_back_at_once() -> None:
+    cuts = [draw_power_cut(random.Random(seed), VICTIMS, over_s=10.0) for seed in range(50)]
+    assert 20 < sum(map(bool, cuts)) < 50
+    for cut in filter(None, cuts):
+        assert [getattr(fault, "worker_id", "") for fault in cut] == list(VICTIMS.members)
+        assert len({fault.at_s for fault in cut}) == 1
+        assert 3.0 <= cut[0].at_s <= 7.0
+    without = replace(VICTIMS, stores=())
+    assert not any(draw_power_cut(random.Random(seed), without, over_s=10.0) for seed in range(50))
+
+
+def test_a_rush_goes_on_with_one_chat_from_before_the_cut() -> None:
+    sampling = SamplingParams(temperature=0.0, max_tokens=4)
+    asks = tuple(Ask(at_s=number / 2, token_ids=(number, 1, 2), sampling=sampling) for number in range(12))
+    cluster = ClusterSpec(roles={"p0": "prefill", "d0": "decode"})
+    drawn = draw_rush(random.Random(1), asks, cluster, cut_s=3.0, until_s=5.0)
+    assert len(drawn) == len(asks)
+    assert [ask.at_s for ask in drawn] == sorted(ask.at_s for ask in drawn)
+    rush = [ask for ask in drawn if len(ask.token_ids) > 3]
+    assert 2 <= len(rush) <= MAX_RUSH
+    (said,) = {ask.token_ids[:7] for ask in rush}
+    assert said[:3] in {ask.token_ids for ask in asks if ask.at_s < 3.0}
+    assert all(3.0 < ask.at_s <= 5.0 and ask.at_s - rush[0].at_s <= RUSH_S for ask in rush)
+    assert draw_rush(random.Random(1), asks, cluster, cut_s=0.0, until_s=5.0) == asks, "nothing was said before"
 
 
 def test_nothing_is_done_to_a_calm_cluster() -> None:
     for scenario in SCENARIOS:
         assert (scenario.weather is Weather.CALM) == (scenario.seed % CALM_IN == 0)
-        is_untouched = not scenario.faults and not scenario.failpoints
+        # That its request moves is noticed by no client.
+        faults = [fault for fault in scenario.faults if not isinstance(fault, MoveAbout)]
+        is_untouched = not faults and not scenario.failpoints
         assert is_untouched == (scenario.weather is Weather.CALM)
         if scenario.weather is Weather.SURVIVABLE:
             assert (len(scenario.faults), scenario.failpoints) == (1, {})

@@ -14,8 +14,9 @@ import pytest
 from contracts.transfer_models import LinkTransfer
 from coordinator.conductor import Conductor, ConductorSettings
 from coordinator.decision import Chosen
+from coordinator.policy.settings import AdmissionRule
 from engine.compose import StepBudget
-from kvstore.fetches import FETCH_LIMIT_S
+from kvstore.fetch_ends import limit_s
 from simulator.heap.results import Outcome
 from simulator.heap.study import simulate
 from tests.support.affine_latency import AffineLatency
@@ -170,7 +171,7 @@ def test_a_fetch_that_takes_too_long_is_left_alone() -> None:
     fetch = Chosen(2, 0, local_blocks=0, source_row=1, source_blocks=4)
     requests = [request(0.0, range(4), 400), request(10.0, range(4), 450), request(30.0, range(4), 450)]
     result = serve(spec_of(link_s_per_block=2.0), [AT_P0, fetch, AT_P1], requests)
-    assert ttft_s(result)[1] == pytest.approx(FETCH_LIMIT_S + 0.45, abs=1e-5)
+    assert ttft_s(result)[1] == pytest.approx(limit_s(400 * 1000) + 0.45, abs=1e-5)
     assert result.requests.fetched_tokens.tolist() == [0, 0, 0]
     # Its own reading filled the cache.
     assert result.requests.cached_tokens.tolist() == [0, 0, 400]
@@ -239,3 +240,59 @@ def test_the_coordinator_hears_of_blocks_a_little_later() -> None:
     assert soon.cached_tokens.tolist() == late.cached_tokens.tolist() == [0, 490, 490]
     assert soon.predicted_ttft_s == pytest.approx([0.5, 0.5, 0.1], abs=1e-3)
     assert late.predicted_ttft_s == pytest.approx([0.5, 0.5, 0.5], abs=1e-3)
+
+
+# --- the store --------------------------------------------------------------------------------------------
+
+#: Rows: d-0, p-0, p-1, store-0.
+FROM_STORE = Chosen(2, 0, local_blocks=0, source_row=3, source_blocks=4)
+
+
+def test_what_was_read_can_be_fetched_from_the_store() -> None:
+    """p-0 let it go meanwhile, for its cache is small."""
+    spec = replace(spec_of(cache_blocks=4, link_s_per_block=0.01), store_tokens=50 * BLOCK)
+    requests = [request(0.0, range(4), 400), request(5.0, range(90, 94), 400), request(20.0, range(4), 450)]
+    result = serve(spec, [AT_P0, AT_P0, FROM_STORE], requests)
+    assert result.requests.cached_tokens.tolist() == [0, 0, 400]
+    assert result.requests.fetched_tokens.tolist() == [0, 0, 400]
+    assert ttft_s(result)[2] == pytest.approx(0.04 + 0.05, abs=1e-5)
+    # The last prompt was there already.
+    assert (result.stored_bytes, result.fetched_bytes, result.transfer_bytes) == (800_000, 400_000, 0)
+
+
+def test_the_store_copies_what_it_lacks_and_lets_the_least_used_go() -> None:
+    spec = replace(spec_of(), store_tokens=5 * BLOCK)
+    requests = [request(0.0, range(4), 400), request(5.0, range(6), 600), request(10.0, range(80, 84), 400)]
+    last = request(20.0, range(4), 450)
+    result = serve(spec, [AT_P0, AT_P0, AT_P0, FROM_STORE], [*requests, last])
+    # 4, 2 more of which one has room, 4 others: of the first prompts the beginning is left, and the rest of it comes.
+    assert result.requests.fetched_tokens[3] == 100
+    assert result.stored_bytes == (4 + 2 + 4 + 3) * BLOCK * 1000
+
+
+def test_a_store_needs_room_for_a_block_and_prompts_that_begin_alike() -> None:
+    for spec in (replace(spec_of(), store_tokens=BLOCK - 1), spec_of()):
+        assert serve(spec, [AT_P0], [request(0.0, range(4), 400)]).stored_bytes == 0
+    plain = replace(spec_of(), store_tokens=50 * BLOCK)
+    assert serve(plain, [AT_P0], [WorkloadRequest(0.0, 400, 1)]).stored_bytes == 0
+    groups = tuple(replace(group, name="store") for group in spec_of().groups[:1])
+    with pytest.raises(ValueError, match="as the store is"):
+        simulate(replace(plain, groups=groups), [])
+
+
+def test_a_store_spares_reading_where_caches_are_small() -> None:
+    """Conversations whose turns come after the worker's cache has let them go."""
+    turns = [
+        request(30.0 * turn + 0.8 * chat, range(1000 * chat, 1000 * chat + 3 * turn + 3), 300 * turn + 320)
+        for turn in range(4)
+        for chat in range(20)
+    ]
+    settings = ConductorSettings(admission=AdmissionRule(form="none"))
+    cached: list[int] = []
+    for store_tokens in (0, 1000 * BLOCK):
+        spec = replace(spec_of(cache_blocks=15, link_s_per_block=0.001), store_tokens=store_tokens, conductor=settings)
+        result = simulate(spec, turns)
+        audit(result)
+        cached.append(int(result.requests.cached_tokens.sum()))
+    # All but each turn's new words.
+    assert cached == [pytest.approx(0, abs=8000), 20 * (300 + 600 + 900)]

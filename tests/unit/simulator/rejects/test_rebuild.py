@@ -8,7 +8,7 @@ import pytest
 from contracts.errors import ConfigError
 from contracts.latency_models import CostCurve, FittedLatency
 from coordinator.conductor import ConductorSettings
-from coordinator.decision_records import CostKind, Surroundings
+from coordinator.decision_records import CostKind, Surroundings, WorkerUp
 from coordinator.policy.settings import AdmissionRule
 from prefill import PrefillLimits
 from simulator.rejects.reader import Stretch
@@ -128,6 +128,21 @@ def test_what_workers_say_of_themselves_comes_before_what_is_said_of_their_roles
     assert reader.prefill.handoff_blocks(reader.num_blocks) == handoff_blocks
     assert writer.prefill.handoff_blocks(writer.num_blocks) == PrefillLimits().handoff_blocks(1000)
     assert not reader.tpot_chunks
+
+
+def test_a_store_is_the_study_s_and_no_worker() -> None:
+    known = HEADER.workers[0]
+    store = WorkerUp(
+        at_s=0.0, worker_id="store-0", incarnation=1, role="store", total_blocks=500,
+        block_tokens=known.block_tokens, max_context_tokens=0,
+    )  # fmt: skip
+    rebuilt = rebuild(stretch(decision("a"), workers=(*HEADER.workers, store)))
+    alone = rebuild(stretch(decision("a")))
+    assert rebuilt.spec.store_tokens == 500 * known.block_tokens
+    assert alone.spec.store_tokens == 0
+    assert rebuilt.spec.groups == alone.spec.groups
+    with pytest.raises(ConfigError, match="no workers"):
+        rebuild(stretch(decision("a"), workers=(store,)))
 
 
 def test_what_a_worker_never_measures_comes_from_others() -> None:

@@ -281,13 +281,18 @@ def test_policies_come_from_the_file_and_flags_go_first(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(
         "model: llama-3-8b\n"
-        "coordinator: {dispatch: {policy: prefix_only, fetch_ratio: 3}, admission: {form: current, ttft_share: 0.8}}\n"
+        "coordinator: {dispatch: {policy: prefix_only, fetch_ratio: 3, replica_share: 2}, "
+        "admission: {form: current, ttft_share: 0.8}}\n"
         "engine: {queue: {order: shortest, ageing_s: 5, saturation_tokens: 300}}\n"
         "gateway: {tenants: [{name: gold, api_keys: [key], weight: 3}]}"
     )
     slo = SloClass("chat", 1000.0, 50.0)
     spec = build_setup(ClusterFlags(config=file), LatencyFlags(), slos=[slo]).spec
-    assert (spec.conductor.policy, spec.conductor.fetch_ratio) == ("prefix_only", 3.0)
+    assert (spec.conductor.policy, spec.conductor.fetch_ratio, spec.conductor.replica_share) == (
+        "prefix_only",
+        3.0,
+        2.0,
+    )
     assert (spec.conductor.admission.form, spec.conductor.admission.ttft_share) == ("current", 0.8)
     assert (spec.slos, spec.max_output_tokens) == ((slo,), None)
     rules = spec.groups[0].prefill.queue

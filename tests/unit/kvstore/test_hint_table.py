@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.directory.table import LARGEST_LOAD, PAIR_SLOTS, HintTable
+from kvstore.hint_table import LARGEST_LOAD, PAIR_SLOTS, HintTable
 
 
 def array(hints: list[int]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:

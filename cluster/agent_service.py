@@ -1,0 +1,151 @@
+"""The node agent's side of operations: it tells the coordinator what it runs, and does what the coordinator asks."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+from cluster.supervision import State
+from contracts.control_messages import (
+    AGENT_BEAT,
+    RESTART_WORKER,
+    START_WORKER,
+    STOP_WORKER,
+    AgentBeat,
+    WorkerSlot,
+)
+from contracts.errors import StaleIncarnation, TandemError
+from contracts.messages import Empty
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from cluster.node_agent import NodeAgent
+    from cluster.plan import Site
+    from contracts.control_messages import (
+        RestartWorkerRequest,
+        SlotState,
+        StartWorkerRequest,
+        StopWorkerRequest,
+    )
+    from contracts.ids import Incarnation
+    from rpc import CallContext, Network
+
+BEAT_TIMEOUT_S = 1.0
+#: Before the coordinator has said how often it wants to hear, and while it does not answer.
+FIRST_INTERVAL_S = 0.5
+#: Open calls of a stopping agent get this long.
+STOP_GRACE_S = 0.2
+
+_SLOT_STATES: dict[State, SlotState] = {
+    State.NEW: "absent",
+    State.STARTING: "starting",
+    State.READY: "ready",
+    State.ENDING: "ending",
+    State.RESTARTING: "restarting",
+    State.STOPPED: "stopped",
+    State.GIVEN_UP: "given_up",
+}
+
+
+@asynccontextmanager
+async def agent_service(
+    agent: NodeAgent,
+    site: Site,
+    network: Network,
+    bind: str,
+    incarnation: Incarnation,
+    log: Callable[[str], None],
+) -> AsyncGenerator[None]:
+    """Serves and beats while the body runs, and the agent with it. Raises ConfigError when it cannot listen."""
+    service = AgentService(agent, site.node, incarnation, network, site.coordinator_address, log)
+    server = network.server(bind)
+    server.register(START_WORKER, service.on_start)
+    server.register(STOP_WORKER, service.on_stop)
+    server.register(RESTART_WORKER, service.on_restart)
+    address = await server.start()
+    beating = asyncio.create_task(service.beat(address), name="agent-beats")
+    try:
+        yield
+    finally:
+        beating.cancel()
+        with suppress(asyncio.CancelledError):
+            await beating
+        await server.stop(STOP_GRACE_S)
+
+
+class AgentService:
+    def __init__(
+        self,
+        agent: NodeAgent,
+        node: str,
+        incarnation: Incarnation,
+        network: Network,
+        coordinator_address: str,
+        log: Callable[[str], None],
+    ) -> None:
+        self._agent = agent
+        self._node = node
+        self._incarnation = incarnation
+        self._network = network
+        self._coordinator_address = coordinator_address
+        self._log = log
+
+    async def beat(self, address: str) -> None:
+        """Tells what there is, now and then and when it changes, until cancelled."""
+        interval_s, is_heard = FIRST_INTERVAL_S, True
+        while True:
+            self._agent.to_tell.clear()
+            ask = AgentBeat(node=self._node, incarnation=self._incarnation, address=address, slots=self.slots())
+            try:
+                channel = self._network.channel(self._coordinator_address)
+                interval_s = (await channel.call(AGENT_BEAT, ask, timeout_s=BEAT_TIMEOUT_S)).interval_s
+                is_heard = True
+            except TandemError as error:
+                if is_heard:
+                    self._log(f"the coordinator does not hear this node agent: {error.message}")
+                interval_s, is_heard = FIRST_INTERVAL_S, False
+                await asyncio.sleep(interval_s)
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(interval_s):
+                    await self._agent.to_tell.wait()
+
+    def slots(self) -> tuple[WorkerSlot, ...]:
+        ages_s = self._agent.ages_s()
+        return tuple(
+            WorkerSlot(
+                worker_id=worker.worker_id,
+                pool=worker.pool,
+                role=worker.role,
+                state=_SLOT_STATES[worker.state],
+                incarnation=worker.incarnation,
+                start_s=worker.start_s,
+                age_s=ages_s.get(worker.worker_id),
+                problem=worker.problem or "",
+            )
+            for worker in self._agent.workers()
+        )
+
+    # --- rpc handlers -----------------------------------------------------------------------------
+
+    async def on_start(self, ask: StartWorkerRequest, context: CallContext) -> Empty:
+        self._require(ask.target)
+        self._agent.start(ask.worker_id, ask.role)
+        return Empty()
+
+    async def on_stop(self, ask: StopWorkerRequest, context: CallContext) -> Empty:
+        self._require(ask.target)
+        self._log(f"{ask.worker_id} is stopped: {ask.reason}")
+        self._agent.stop(ask.worker_id)
+        return Empty()
+
+    async def on_restart(self, ask: RestartWorkerRequest, context: CallContext) -> Empty:
+        self._require(ask.target)
+        self._agent.restart(ask.worker_id, ask.life, ask.python)
+        return Empty()
+
+    def _require(self, target: Incarnation) -> None:
+        if target != self._incarnation:
+            raise StaleIncarnation(f"this is life {self._incarnation} of the node agent, not {target}")

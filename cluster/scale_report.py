@@ -1,0 +1,78 @@
+"""What `tandem autoscale` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from cluster.operate import ASK_TIMEOUT_S, asking
+from contracts.messages import Empty
+from contracts.scale_messages import SCALING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cluster.cache import Cluster
+    from contracts.scale_messages import PoolScaling, ScalingReply
+
+
+def print_scaling(cluster: Cluster, *, dry_run: bool, as_json: bool) -> int:
+    """Asks the coordinator; nothing changes."""
+    reply = asking(cluster, lambda channel: channel.call(SCALING, Empty(), timeout_s=ASK_TIMEOUT_S))
+    if as_json:
+        print(msgspec.json.encode(reply).decode())
+        return 0
+    for line in dry_run_lines(reply) if dry_run else lines(reply):
+        print(line)
+    return 0
+
+
+def lines(reply: ScalingReply) -> Iterator[str]:
+    """Each pool, and what was done lately."""
+    yield _mode(reply)
+    for pool in reply.pools:
+        yield _head(pool)
+    for age_s, text in reply.done:
+        yield f"{age_s:6.0f} s ago  {text}"
+
+
+def dry_run_lines(reply: ScalingReply) -> Iterator[str]:
+    """What would be done about each pool, and why."""
+    yield _mode(reply)
+    for pool in reply.pools:
+        yield _head(pool)
+        yield f"  {_what(pool)}"
+        yield f"  {pool.why}: {pool.reason}"
+    if reply.lending:
+        yield f"lending ({reply.lend_mode}): {reply.lending}"
+
+
+def _mode(reply: ScalingReply) -> str:
+    said = {
+        "off": "scaling is off (coordinator.autoscale.mode)",
+        "propose": "scaling is proposed, not done (coordinator.autoscale.mode)",
+        "apply": "scaling is on",
+    }
+    if not reply.pools:
+        return f"{said[reply.mode]}; no pool has a range of workers (pools.NAME.workers: {{min: 1, max: 4}})"
+    return said[reply.mode]
+
+
+def _head(pool: PoolScaling) -> str:
+    leaving = f", {pool.leaving} leaving" if pool.leaving else ""
+    seen = f"seen {pool.starts_seen} times" if pool.starts_seen else "configured"
+    start = f"{pool.start_s:.1f} s, give or take {pool.start_spread_s:.1f} ({seen})"
+    return (
+        f"{pool.pool} ({pool.role}, {pool.min_workers} to {pool.max_workers}): {pool.ready} ready, "
+        f"{pool.coming} coming{leaving}; wanted {pool.wanted}; a start takes {start}"
+    )
+
+
+def _what(pool: PoolScaling) -> str:
+    parts = [
+        *([f"flip {', '.join(pool.flips)}"] if pool.flips else []),
+        *([f"start {pool.num_starts}"] if pool.num_starts else []),
+        *([f"remove {', '.join(pool.remove)}"] if pool.remove else []),
+    ]
+    return f"would {' and '.join(parts)}" if parts else "would do nothing"

@@ -1,0 +1,226 @@
+"""What operators, the coordinator, node agents and workers say to each other about who runs where, in which role.
+
+Who calls whom:
+
+    operator     -> coordinator   Operate, Operations
+    coordinator  -> worker        Drain, SetRole (and Migrate: see `contracts.messages`)
+    node agent   -> coordinator   AgentBeat
+    coordinator  -> node agent    StartWorker, StopWorker, RestartWorker
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from contracts.ids import Incarnation, WorkerId
+from contracts.messages import Empty, MemberRole, Method, Role
+
+# --- workers ----------------------------------------------------------------------------------------
+
+
+class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """From now on no new request is taken (NotReady), or with `draining` false again. What is here goes on, ends or is
+    moved away. Idempotent; the last one counts. Raises StaleIncarnation."""
+
+    target: Incarnation
+    draining: bool
+    reason: str = ""
+    #: After so long without another word the drain is over by itself: whoever asked for it may be gone. None: it lasts.
+    for_s: float | None = None
+
+
+class SetRoleRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The worker has this role from now on, and registers with it. Idempotent.
+
+    Raises NotReady, with numbers, while requests or leases are open; BadRequest where it cannot have the role;
+    StaleIncarnation.
+    """
+
+    target: Incarnation
+    role: Role
+
+
+# --- node agents ------------------------------------------------------------------------------------
+
+#: As `cluster.supervision.State`; "absent": it was never started, and could be.
+SlotState = Literal["absent", "starting", "ready", "ending", "restarting", "stopped", "given_up"]
+
+#: Those of a worker that runs, or is about to.
+RUNNING_SLOTS: frozenset[SlotState] = frozenset({"starting", "ready", "ending", "restarting"})
+
+
+class WorkerSlot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A worker that a node agent runs, or could."""
+
+    worker_id: WorkerId
+    pool: str
+    #: That it has; or with which it would start.
+    role: MemberRole
+    state: SlotState
+    incarnation: Incarnation = Incarnation(0)
+    #: From the start of its process to its being ready, the last time; None: never seen.
+    start_s: float | None = None
+    #: Since its process was started; None while there is none.
+    age_s: float | None = None
+    problem: str = ""
+
+
+class AgentBeat(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node agent has; told every `AgentBeatReply.interval_s`."""
+
+    node: str
+    #: One life of the agent.
+    incarnation: Incarnation
+    #: rpc address.
+    address: str
+    slots: tuple[WorkerSlot, ...]
+
+
+class AgentBeatReply(msgspec.Struct, frozen=True, kw_only=True):
+    interval_s: float
+
+
+class StartWorkerRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Starts a slot's worker. Idempotent: of one that runs or starts nothing changes.
+
+    Raises NotFound (no such slot), BadRequest (it cannot have that role), StaleIncarnation (another life of the agent).
+    """
+
+    target: Incarnation
+    worker_id: WorkerId
+    #: Instead of the slot's own; None: that.
+    role: Role | None = None
+
+
+class StopWorkerRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Ends a worker's process, and does not start it again. Idempotent; raises NotFound, StaleIncarnation."""
+
+    target: Incarnation
+    worker_id: WorkerId
+    reason: str
+
+
+class RestartWorkerRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Ends a worker's process and begins its next life, in the role that it has, at once and without counting it as a
+    crash. Nothing happens where the present life is another than `life`: it is idempotent.
+
+    Raises NotFound (no such slot), BadRequest (no such interpreter), StaleIncarnation (another life of the agent).
+    """
+
+    target: Incarnation
+    worker_id: WorkerId
+    #: The life that is to end.
+    life: Incarnation
+    #: Interpreter of the build that the next life is to run; empty: the agent's own.
+    python: str = ""
+
+
+# --- operations -------------------------------------------------------------------------------------
+
+# `force`: also where it leaves nobody who could read prompts, or write answers: requests are refused meanwhile.
+
+
+class DrainOperation(msgspec.Struct, frozen=True, kw_only=True, tag="drain", omit_defaults=True):
+    """Nothing new goes there, what is there leaves. `within_s`: whoever is there after that loses it (a notice that the
+    worker dies then); None: as long as it takes. The worker stays drained until it is undrained or restarted."""
+
+    worker_id: WorkerId
+    within_s: float | None = None
+    force: bool = False
+
+
+class UndrainOperation(msgspec.Struct, frozen=True, kw_only=True, tag="undrain"):
+    """The worker takes requests again; a drain of it that still runs is cancelled."""
+
+    worker_id: WorkerId
+
+
+class FlipOperation(msgspec.Struct, frozen=True, kw_only=True, tag="flip", omit_defaults=True):
+    """Drained, given the other role, and back to work: the same process."""
+
+    worker_id: WorkerId
+    role: Role
+    force: bool = False
+
+
+class RestartOperation(msgspec.Struct, frozen=True, kw_only=True, tag="restart", omit_defaults=True):
+    """One after the other: drained, ended, started anew, awaited. Empty: all workers and stores."""
+
+    worker_ids: tuple[WorkerId, ...] = ()
+    #: Interpreter of the build that they are to run from now on; empty: the one that they have.
+    python: str = ""
+    force: bool = False
+
+
+class StartOperation(msgspec.Struct, frozen=True, kw_only=True, tag="start", omit_defaults=True):
+    worker_id: WorkerId
+    #: None: its pool's.
+    role: Role | None = None
+
+
+class RemoveOperation(msgspec.Struct, frozen=True, kw_only=True, tag="remove", omit_defaults=True):
+    """Drained and ended; not started again."""
+
+    worker_id: WorkerId
+    #: After that its process ends, whatever is still there; None: as long as the coordinator waits for a drain.
+    within_s: float | None = None
+    force: bool = False
+
+
+Operation = DrainOperation | UndrainOperation | FlipOperation | RestartOperation | StartOperation | RemoveOperation
+
+OperationState = Literal["running", "done", "failed", "cancelled"]
+
+
+class OperationStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    operation_id: int
+    operation: Operation
+    state: OperationState
+    #: What it waits for, or how it ended, with numbers.
+    text: str
+    age_s: float
+    #: Who wanted it: "operator", or the name of a policy.
+    by: str = "operator"
+
+
+class OperateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Begins an operation. Raises NotFound (no such worker), BadRequest (it cannot be, or another operation has this
+    worker), NoCapacity (too many run), with what and why."""
+
+    operation: Operation
+    by: str = "operator"
+
+
+class OperateReply(msgspec.Struct, frozen=True, kw_only=True):
+    operation_id: int
+
+
+class OperationsRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Raises NotFound where there is nothing to cancel."""
+
+    #: Ends this one where it stands; the worker it is about takes requests again. None: only asks.
+    cancel: int | None = None
+
+
+class OperationsReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Those that run, and the last that ended, oldest first."""
+
+    operations: tuple[OperationStatus, ...]
+    #: What the node agents run, or could, by worker id.
+    slots: tuple[WorkerSlot, ...] = ()
+
+
+# --- methods ----------------------------------------------------------------------------------------
+
+DRAIN = Method("worker/Drain", DrainRequest, Empty)
+SET_ROLE = Method("worker/SetRole", SetRoleRequest, Empty)
+
+AGENT_BEAT = Method("coordinator/AgentBeat", AgentBeat, AgentBeatReply)
+START_WORKER = Method("agent/StartWorker", StartWorkerRequest, Empty)
+STOP_WORKER = Method("agent/StopWorker", StopWorkerRequest, Empty)
+RESTART_WORKER = Method("agent/RestartWorker", RestartWorkerRequest, Empty)
+
+OPERATE = Method("coordinator/Operate", OperateRequest, OperateReply, False)
+OPERATIONS = Method("coordinator/Operations", OperationsRequest, OperationsReply)

@@ -1,0 +1,187 @@
+"""What is remembered of each pool: requests, starts, who found nobody. No I/O; reads no clock."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from contracts.control_messages import FlipOperation
+from contracts.errors import NotReady
+from coordinator.decision import Refused
+from coordinator.policy.scaling_terms import ScaleMemory
+from coordinator.pool_history import Durations, PoolHistory
+from coordinator.pool_views import PoolSight, ScaledPool, answers_limit, pool_view
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from contracts.control_messages import WorkerSlot
+    from contracts.ids import WorkerId
+    from contracts.messages import DispatchItem, Rejection, TtftTally
+    from coordinator.conductor import Conductor
+    from coordinator.decision import Chosen
+    from coordinator.policy.scaling_terms import PoolView
+    from coordinator.pool_views import ClusterSeen
+    from coordinator.scaling_settings import AutoscaleSettings
+
+#: A request that found nobody is waited for so long after it asked last: gateways ask again meanwhile.
+_UNSERVED_S = 15.0
+#: After a worker became ready, requests are not judged for so long: caches and clocks are cold.
+WARM_UP_S = 10.0
+#: A request that waits for a worker is told to come again no sooner.
+SHORTEST_WAIT_S = 0.5
+#: Of slots: nobody comes from there.
+_NEVER_READY = frozenset({"given_up", "ending"})
+
+
+@dataclass(slots=True)
+class Watched:
+    """A pool, and what is remembered of it."""
+
+    pool: ScaledPool
+    history: PoolHistory
+    start: Durations
+    memory: ScaleMemory = field(default_factory=ScaleMemory)
+    #: As of the last look: how many it is to have, are ready to stay, are coming; and what was decided, by its word.
+    wanted: int = 0
+    ready: int = 0
+    coming: int = 0
+    decisions_total: Counter[str] = field(default_factory=Counter[str])
+    #: When requests found nobody.
+    unserved_s: deque[float] = field(default_factory=lambda: deque[float](maxlen=256))
+    #: What was said last, so that it is not said again.
+    said: str = ""
+
+
+class PoolWatch:
+    """Times of calls must not go backwards."""
+
+    def __init__(self, settings: AutoscaleSettings, conductor: Conductor, now_s: float) -> None:
+        self.pools = {
+            pool.name: Watched(pool, PoolHistory(pool.rules.window_s, now_s), Durations(settings.start_s))
+            for pool in settings.pools
+        }
+        self.flip = Durations(settings.flip_s)
+        #: By worker: its role, and since when.
+        self.roles: dict[WorkerId, tuple[str, float]] = {}
+        self._settings = settings
+        self._conductor = conductor
+        #: Lives whose start was noted, and flips.
+        self._noted_starts: dict[WorkerId, int] = {}
+        self._noted_flips: set[int] = set()
+        #: By worker, as of the last look: the pool that it works for.
+        self._pool_names: dict[WorkerId, str] = {}
+
+    # --- what is heard of requests ----------------------------------------------------------------
+
+    def decided(self, item: DispatchItem, decision: Chosen | Refused, now_s: float) -> bool:
+        """A decision was made; its rows are those of the conductor's fleet at this moment. Whether it asks for a worker
+        of a pool that has none, and none coming."""
+        if item.was_accepted or (isinstance(decision, Refused) and decision.why == "too_long"):
+            return False
+        chosen = decision.best if isinstance(decision, Refused) else decision
+        predicted = None if chosen is None else chosen.predicted
+        work_s = 0.0 if predicted is None else predicted.prefill_s
+        fleet = self._conductor.fleet
+        rows: set[int] = set() if chosen is None else {chosen.prefill_row, chosen.decode_row}
+        names = {self._name_of(fleet.info_at(row).worker_id) for row in rows}
+        found_nobody = isinstance(decision, Refused) and decision.why in ("no_prefill", "no_decode")
+        wakes = False
+        for each in self.pools.values():
+            if found_nobody:
+                # It comes again and again until there is somebody.
+                each.unserved_s.append(now_s)
+                each.history.busy(now_s)
+                wakes |= each.pool.is_scaled and not (each.ready or each.coming)
+            elif chosen is None or each.pool.name in names:
+                # Who was refused everywhere would have gone anywhere.
+                each.history.arrived(now_s, work_s if each.pool.reads else 0.0)
+        return wakes
+
+    def judged(self, tally: TtftTally, now_s: float) -> None:
+        """What became of requests, by TTFT: that is what reading pools are for."""
+        for each in self.pools.values():
+            if each.pool.reads:
+                each.history.judged(now_s, tally.num_first_tokens, tally.num_late)
+
+    def reworded(self, decision: Refused, rejection: Rejection, slots: Sequence[WorkerSlot]) -> Rejection:
+        """Tells a request that found nobody to wait where somebody is being started for it."""
+        if decision.why not in ("no_prefill", "no_decode") or self._settings.mode != "apply":
+            return rejection
+        waits_s: dict[str, float] = {}
+        for name, each in self.pools.items():
+            is_asked = each.pool.reads if decision.why == "no_prefill" else each.pool.writes
+            states = [slot.state for slot in slots if slot.pool == name]
+            if is_asked and each.pool.is_scaled and not each.ready and set(states) - _NEVER_READY:
+                ages_s = [
+                    slot.age_s or 0.0 for slot in slots if slot.pool == name and slot.state in ("new", "starting")
+                ]
+                waits_s[name] = max(SHORTEST_WAIT_S, each.start.mean_s - max(ages_s, default=0.0))
+        if not waits_s:
+            return rejection
+        wait_s = max(waits_s.values())
+        return msgspec.structs.replace(
+            rejection,
+            code=NotReady.code,
+            message=f"{', '.join(waits_s)}: no worker is up, one is being started, in about {wait_s:.1f} s",
+            reason="waking",
+            retry_after_s=wait_s,
+        )
+
+    def _name_of(self, worker_id: WorkerId) -> str:
+        return self._pool_names.get(worker_id, worker_id.rpartition("-")[0])
+
+    # --- what a look tells ---------------------------------------------------------------------
+
+    def note(self, cluster: ClusterSeen, now_s: float) -> None:
+        """What this look tells of durations, of who became ready, and of who is busy."""
+        for slot in cluster.slots:
+            each = self.pools.get(slot.pool)
+            if each is None or slot.start_s is None or self._noted_starts.get(slot.worker_id) == slot.incarnation:
+                continue
+            self._noted_starts[slot.worker_id] = slot.incarnation
+            each.start.note(slot.start_s)
+        ended = {one.operation_id: one for one in cluster.operations if one.state == "done"}
+        for operation_id, status in ended.items():
+            if isinstance(status.operation, FlipOperation) and operation_id not in self._noted_flips:
+                self.flip.note(status.age_s)
+        self._noted_flips = set(ended)
+        infos = {info.worker_id: info for info in cluster.infos}
+        self._pool_names = {}
+        for worker_id, info in infos.items():
+            pool = cluster.pool_of(info, self._settings.pools)
+            if pool is None:
+                continue
+            self._pool_names[worker_id] = pool.name
+            history = self.pools[pool.name].history
+            if self.roles.get(worker_id, ("", 0.0))[0] != info.role:
+                self.roles[worker_id] = (info.role, now_s)
+                history.warms_up(now_s + WARM_UP_S)
+            if cluster.open_requests.get(worker_id, 0):
+                history.busy(now_s)
+        self.roles = {worker_id: role for worker_id, role in self.roles.items() if worker_id in infos}
+        for each in self.pools.values():
+            while each.unserved_s and each.unserved_s[0] < now_s - _UNSERVED_S:
+                each.unserved_s.popleft()
+            if each.unserved_s:
+                each.history.warms_up(now_s + WARM_UP_S)
+
+    def view(self, each: Watched, cluster: ClusterSeen, now_s: float) -> PoolView:
+        """The pool as scaling looks at it, as of the last `note`."""
+        pool, fleet = each.pool, self._conductor.fleet
+        infos = [fleet.info_at(row) for row in range(len(fleet))]
+        rows = [row for row, info in enumerate(infos) if self._pool_names.get(info.worker_id) == pool.name]
+        outlook = fleet.outlook()
+        sight = PoolSight(
+            seen=each.history.seen(now_s),
+            idle_s=each.history.idle_s(now_s),
+            unserved_requests=sum(at_s >= now_s - _UNSERVED_S for at_s in each.unserved_s),
+            start=each.start,
+            flip=self.flip,
+            answer_s=outlook.pace.answer_s if outlook.knows_writing else None,
+            answers_limit=answers_limit(outlook, rows, infos, self._settings.tpot_s),
+        )
+        return pool_view(pool, self._settings.pools, cluster, sight)

@@ -1,0 +1,1 @@
+"""Requests that move between workers while they are written: both sides' machines, and what carries them out."""

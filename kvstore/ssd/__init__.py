@@ -1,0 +1,1 @@
+"""The disk tier of the store: blocks in checksummed segment files that outlast a restart of everything."""
