@@ -72,15 +72,15 @@ class GrpcListener:
     async def _begin(self) -> None:
         before = asyncio.all_tasks()
         await self._server.start()
-        for task in asyncio.all_tasks() - before:
-            # gRPC's own are not Python's coroutines; that one of another server is among them does no harm.
-            if not isinstance(task.get_coro(), types.CoroutineType):
-                task.add_done_callback(self._on_ended)
+        # That one of another server is among them does no harm.
+        for task in _tasks_of_grpc() - before:
+            task.add_done_callback(self._on_ended)
 
     def _on_ended(self, task: asyncio.Task[Any]) -> None:
-        if not task.cancelled():
-            # Heard: asyncio would print it, with no word of what it means.
-            task.exception()
+        _hear(task)
+        # The server shuts itself down in a task of its own, which ends with the same error.
+        for each in _tasks_of_grpc():
+            each.add_done_callback(_hear)
         self._look.set()
 
     async def _keep_listening(self) -> None:
@@ -122,6 +122,17 @@ class GrpcListener:
                 await before.stop(None)
         self._server.add_insecure_port(self._address)
         await self._begin()
+
+
+def _tasks_of_grpc() -> set[asyncio.Task[Any]]:
+    """Those that are no coroutines of Python's."""
+    return {task for task in asyncio.all_tasks() if not isinstance(task.get_coro(), types.CoroutineType)}
+
+
+def _hear(task: asyncio.Task[Any]) -> None:
+    """Takes its error: asyncio would print it, with no word of what it means."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _reachable(host: str) -> str:

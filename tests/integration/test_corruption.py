@@ -344,12 +344,16 @@ async def test_spoiled_kv_is_pulled_again_and_costs_no_token(
             await asker.learn(*asked)
             spoiler.set(3.0)
             await asyncio.sleep(0.3)
-            for _ in range(5):
-                await asyncio.gather(*(asker.whole(each) for each in asked))
+            # On a loaded machine some prompts are read anew where they are answered, and their KV meets no proxy.
+            num_rounds = 0
+            async with asyncio.timeout(120):
+                while num_rounds < 5 or spoiler.num_flips() <= 20:
+                    await asyncio.gather(*(asker.whole(each) for each in asked))
+                    num_rounds += 1
             spoiler.set(0.0)
             await asyncio.sleep(0.3)
             record_property("flips", spoiler.num_flips())
-            assert spoiler.num_flips() > 20
+            record_property("rounds", num_rounds)
             await until_audit(cluster.audit, clean, "every ledger is clean")
             await asyncio.gather(*(asker.whole(each) for each in asked))
         assert set(cluster.worker_pids()) == pids, cluster.output

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import struct
+from typing import Any
 from unittest.mock import patch
 
 import msgspec
@@ -73,6 +75,8 @@ async def until_answered(network: GrpcNetwork, address: str) -> None:
 @pytest.mark.parametrize("token", [None, "secret"])
 async def test_it_listens_again_after_a_path_that_is_no_text(token: str | None) -> None:
     said = list[str]()
+    unheard = list[dict[str, Any]]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
     network = GrpcNetwork(token=token, log=said.append)
     servers = [network.server("127.0.0.1:0") for _ in range(2)]
     try:
@@ -86,7 +90,11 @@ async def test_it_listens_again_after_a_path_that_is_no_text(token: str | None) 
             await send(harmed, call_of(b"/tand\xe5m/test/Ping"))
             await until_answered(network, harmed)
             assert len(said) <= times
+            gc.collect()
+            await asyncio.sleep(0.05)
+            gc.collect()
         assert said
+        assert unheard == [], "asyncio would print these with their tracebacks"
         assert all(harmed in line and "listening anew" in line for line in said)
         assert await network.channel(other).call(PING, Ping(number=1), timeout_s=5.0) == Ping(number=1)
     finally:
