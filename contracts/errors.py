@@ -144,6 +144,22 @@ class CorruptKv(TransferAborted):
     code = "corrupt_kv"
 
 
+class LoadError(TandemError):
+    """The bytes of a checkpoint could not be had: a disk or object store failed, or did not answer in time."""
+
+    code = "load_failed"
+    http_status = 503
+    openai_type = "service_unavailable_error"
+    retryable = True
+
+
+class CorruptCheckpoint(LoadError):
+    """Bytes of a checkpoint are not those that were converted, or it is none, or of another version."""
+
+    code = "corrupt_checkpoint"
+    retryable = False
+
+
 class IncompatiblePeer(TandemError):
     """Two workers whose KV bytes do not mean the same thing. Both values stand in the message."""
 

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 LoadFormat = Literal["auto", "dummy"]
 
-_FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_FLOAT_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 #: A header longer than this is not one; the format's own limit.
 _MAX_HEADER_BYTES = 100_000_000
 #: Staging for tensors whose dtype changes on the way in: bounds the extra memory.

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from engine.kv_pool import KvPool
     from engine.model_config import ModelConfig
     from engine.plan import StepPlan, StepResult
+    from engine.weights import FusedWeights
 
 ResultT = TypeVar("ResultT")
 
@@ -188,8 +189,9 @@ async def load_engine(
     pool_buffer_factory: Callable[[int, int], Buffer] | None = None,
     progress: Callable[[int, int], None] | None = None,
     log: Callable[[str], None] = lambda _: None,
+    weights: FusedWeights | None = None,
 ) -> LiveEngine:
-    """Loads a model folder on a new engine thread; the event loop stays free meanwhile.
+    """Loads a model folder on a new engine thread; the event loop stays free meanwhile. `weights`: as `load_runner`.
 
     `pool_buffer_factory(num_blocks, block_bytes)`, `progress(bytes read, bytes in all)` and `log(line)` are
     called in the engine's thread. Raises ConfigError naming file, tensor or option.
@@ -203,6 +205,7 @@ async def load_engine(
             select_ops(options.device, log=log),
             pool_buffer_factory=pool_buffer_factory,
             progress=progress,
+            weights=weights,
         )
         return runner, _describe(runner, torch.get_num_threads())
 

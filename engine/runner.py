@@ -21,7 +21,7 @@ from engine.model_config import ModelConfig, load_model_config
 from engine.plan import StepResult
 from engine.rope import cos_sin_table
 from engine.sampling import Sampler
-from engine.weights import DecoderWeights, expected_tensors, load_weights, optional_tensors
+from engine.weights import DecoderWeights, bind_weights, expected_tensors, load_weights, optional_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from engine.checkpoint import WeightSource
     from engine.ops.api import Ops
     from engine.plan import StepPlan
+    from engine.weights import FusedWeights
 
 DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -122,29 +123,30 @@ def load_runner(
     *,
     pool_buffer_factory: Callable[[int, int], Buffer] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    weights: FusedWeights | None = None,
 ) -> Runner:
     """Reads a model folder in Hugging Face layout.
 
     `pool_buffer_factory(num_blocks, block_bytes)` gives the pool's memory (None: own); `progress(bytes read,
-    bytes in all)` is called while weights load. Raises ConfigError naming file, tensor or option.
+    bytes in all)` is called while weights load. With `weights`, those are used where they lie (a CPU engine computes
+    on that memory), and of the folder only its config is read; their dtype must be the one that is computed in.
+    Raises ConfigError naming file, tensor or option.
     """
     config = load_model_config(model_dir)
     device = torch.device(options.device)
-    dtype = _compute_dtype(model_dir, config, options)
+    dtype = compute_dtype(model_dir, config, options, stored=None if weights is None else weights.dtype)
     layout = block_layout(config, block_tokens=options.block_tokens, dtype=dtype)
     num_blocks = _num_blocks(options, layout)
     num_positions = min(_num_positions(config, options), num_blocks * layout.block_tokens)
     identity = KvIdentity(
-        model_fingerprint=model_fingerprint(model_dir, options.load_format),
+        model_fingerprint=model_fingerprint(model_dir, options.load_format) if weights is None else weights.fingerprint,
         layout=layout,
         rope_base=config.rope.theta,
         protocol_version=PROTOCOL_VERSION,
     )
-    with _weight_source(model_dir, config, options, progress) as source:
-        weights = load_weights(config, source, ops, dtype=TORCH_DTYPES[dtype], device=device)
     return Runner(
         config=config,
-        weights=weights,
+        weights=_decoder_weights(model_dir, config, options, ops, TORCH_DTYPES[dtype], progress, weights),
         ops=ops,
         pool=make_pool(layout, num_blocks, device=device, buffer_factory=pool_buffer_factory),
         cos_sin_PE=cos_sin_table(config.rope, config.head_dim, num_positions).to(device),
@@ -163,15 +165,40 @@ def _weight_source(
     return Checkpoint(model_dir, expected_tensors(config), optional=optional_tensors(config), progress=progress)
 
 
-def _compute_dtype(model_dir: Path, config: ModelConfig, options: EngineOptions) -> KvDtype:
+def _decoder_weights(
+    model_dir: Path,
+    config: ModelConfig,
+    options: EngineOptions,
+    ops: Ops,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None,
+    ready: FusedWeights | None,
+) -> DecoderWeights:
+    device = torch.device(options.device)
+    if ready is None:
+        with _weight_source(model_dir, config, options, progress) as source:
+            return load_weights(config, source, ops, dtype=dtype, device=device)
+    if ready.dtype != dtype:
+        raise ConfigError(f"the weights at hand are {ready.dtype}, but {dtype} is to be computed in")
+    return bind_weights(config, lambda name: ready.tensor(name).to(device), ops)
+
+
+def compute_dtype(
+    model_dir: Path, config: ModelConfig, options: EngineOptions, *, stored: torch.dtype | None = None
+) -> KvDtype:
+    """What weights and KV are held and computed in. `stored`: what the weights are stored in, where that is known;
+    else the folder's files are asked. Raises ConfigError."""
     on_cpu = torch.device(options.device).type == "cpu"
     if options.dtype == "float16" and on_cpu:
         raise ConfigError("dtype float16 is not computed on CPUs; choose bfloat16 or float32")
     if options.dtype != "auto":
         return options.dtype
     dtype = config.dtype
+    if dtype is None and options.load_format == "dummy":
+        dtype = "float32"
     if dtype is None:
-        dtype = "float32" if options.load_format == "dummy" else _KV_DTYPES[stored_dtype(model_dir)]
+        # Eight bits are a way to store: bfloat16 holds all of their values.
+        dtype = _KV_DTYPES.get(stored or stored_dtype(model_dir), "bfloat16")
     # Without loss, unlike bfloat16, which is there for those who ask.
     return "float32" if dtype == "float16" and on_cpu else dtype
 

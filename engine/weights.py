@@ -8,11 +8,14 @@ Shape legend: D hidden size, V vocabulary, E head size; packed linear layers are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from torch import Tensor
 
     from engine.checkpoint import WeightSource
@@ -22,6 +25,44 @@ if TYPE_CHECKING:
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 _FINAL_NORM = "model.norm.weight"
+FUSED_EMBEDDING, FUSED_FINAL_NORM, FUSED_LM_HEAD = "embedding", "final_norm", "lm_head"
+
+
+class Split(Enum):
+    """How tensor-parallel ranks share a tensor (Megatron-LM, section 3)."""
+
+    #: Each has all of it.
+    NONE = "none"
+    #: Output features: of each part its own share of the rows.
+    ROWS = "rows"
+    #: Input features.
+    COLUMNS = "columns"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedTensor:
+    """One tensor as the engine multiplies it: `parts` of a checkpoint stacked along their first axis."""
+
+    name: str
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    split: Split
+
+
+class FusedWeights(Protocol):
+    """Weights that somebody else holds ready in the engine's form."""
+
+    @property
+    def fingerprint(self) -> str:
+        """As `engine.checkpoint.model_fingerprint` of the checkpoint that they were made from."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def tensor(self, name: str) -> Tensor:
+        """A contiguous CPU tensor that is not to be written to. Raises ConfigError when there is none of this name."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,23 +122,108 @@ def optional_tensors(config: ModelConfig) -> frozenset[str]:
     return frozenset({LM_HEAD}) if config.tie_word_embeddings else frozenset()
 
 
+def fused_tensors(config: ModelConfig) -> tuple[FusedTensor, ...]:
+    """All weights in the form that the engine multiplies, in the order in which a forward pass meets them.
+
+    Together their parts are exactly `expected_tensors`.
+    """
+    shapes = expected_tensors(config)
+    found = [_fused(shapes, FUSED_EMBEDDING, (EMBEDDING,), Split.ROWS)]
+    for index in range(config.num_layers):
+        prefix, fused = _prefix(index), _fused_prefix(index)
+        found.append(_fused(shapes, f"{fused}input_norm", (f"{prefix}input_layernorm.weight",)))
+        found += _fused_linear(shapes, f"{fused}qkv", f"{prefix}self_attn.", ("q_proj", "k_proj", "v_proj"), Split.ROWS)
+        if config.qk_norm:
+            found.append(_fused(shapes, f"{fused}q_norm", (f"{prefix}self_attn.q_norm.weight",)))
+            found.append(_fused(shapes, f"{fused}k_norm", (f"{prefix}self_attn.k_norm.weight",)))
+        found += _fused_linear(shapes, f"{fused}attention_output", f"{prefix}self_attn.", ("o_proj",), Split.COLUMNS)
+        found.append(_fused(shapes, f"{fused}post_attention_norm", (f"{prefix}post_attention_layernorm.weight",)))
+        found += _fused_linear(shapes, f"{fused}gate_up", f"{prefix}mlp.", ("gate_proj", "up_proj"), Split.ROWS)
+        found += _fused_linear(shapes, f"{fused}down", f"{prefix}mlp.", ("down_proj",), Split.COLUMNS)
+    found.append(_fused(shapes, FUSED_FINAL_NORM, (_FINAL_NORM,)))
+    if not config.tie_word_embeddings:
+        found.append(_fused(shapes, FUSED_LM_HEAD, (LM_HEAD,), Split.ROWS))
+    return tuple(found)
+
+
 def load_weights(
     config: ModelConfig, source: WeightSource, ops: Ops, *, dtype: torch.dtype, device: torch.device
 ) -> DecoderWeights:
     """Reads, fuses and packs all weights. Errors are those of `source`."""
-    reader = _Reader(config, source, ops, dtype, device)
-    embedding_VD = reader.tensor(EMBEDDING)
-    lm_head = embedding_VD if config.tie_word_embeddings else reader.tensor(LM_HEAD)
+    shapes = expected_tensors(config)
+    fused = {tensor.name: tensor for tensor in fused_tensors(config)}
+
+    def read(name: str) -> Tensor:
+        tensor = fused[name]
+        stacked = torch.empty(tensor.shape, dtype=dtype)
+        rows = [shapes[part][0] for part in tensor.parts]
+        for part, target in zip(tensor.parts, torch.split(stacked, rows), strict=True):
+            source.read_into(part, target)
+        return stacked.to(device)
+
+    return bind_weights(config, read, ops)
+
+
+def bind_weights(config: ModelConfig, tensor: Callable[[str], Tensor], ops: Ops) -> DecoderWeights:
+    """Weights from fused tensors; `tensor` is asked once for each name of `fused_tensors`, in no promised order.
+
+    Nothing is copied that `ops.pack_linear` does not copy: where the tensors lie in memory that processes share, the
+    weights do.
+    """
+    embedding_VD = tensor(FUSED_EMBEDDING)
+    lm_head = embedding_VD if config.tie_word_embeddings else tensor(FUSED_LM_HEAD)
     return DecoderWeights(
         embedding_VD=embedding_VD,
-        layers=tuple(reader.layer(index) for index in range(config.num_layers)),
-        final_norm_D=reader.tensor(_FINAL_NORM),
+        layers=tuple(_bind_layer(config, index, tensor, ops) for index in range(config.num_layers)),
+        final_norm_D=tensor(FUSED_FINAL_NORM),
         lm_head=ops.pack_linear(lm_head, None),
     )
 
 
+def _bind_layer(config: ModelConfig, index: int, tensor: Callable[[str], Tensor], ops: Ops) -> LayerWeights:
+    biased = {name for name, _, _, has_bias in _linears(config) if has_bias}
+    prefix = _fused_prefix(index)
+
+    def linear(name: str, part: str) -> PackedLinear:
+        bias_O = tensor(f"{prefix}{name}.bias") if part in biased else None
+        return ops.pack_linear(tensor(f"{prefix}{name}.weight"), bias_O)
+
+    return LayerWeights(
+        input_norm_D=tensor(f"{prefix}input_norm"),
+        qkv=linear("qkv", "self_attn.q_proj"),
+        q_norm_E=tensor(f"{prefix}q_norm") if config.qk_norm else None,
+        k_norm_E=tensor(f"{prefix}k_norm") if config.qk_norm else None,
+        attention_output=linear("attention_output", "self_attn.o_proj"),
+        post_attention_norm_D=tensor(f"{prefix}post_attention_norm"),
+        gate_up=linear("gate_up", "mlp.gate_proj"),
+        down=linear("down", "mlp.down_proj"),
+        window=config.windows[index],
+    )
+
+
+def _fused(
+    shapes: dict[str, tuple[int, ...]], name: str, parts: tuple[str, ...], split: Split = Split.NONE
+) -> FusedTensor:
+    rows = sum(shapes[part][0] for part in parts)
+    return FusedTensor(name=name, parts=parts, shape=(rows, *shapes[parts[0]][1:]), split=split)
+
+
+def _fused_linear(
+    shapes: dict[str, tuple[int, ...]], name: str, prefix: str, parts: tuple[str, ...], split: Split
+) -> Iterator[FusedTensor]:
+    yield _fused(shapes, f"{name}.weight", tuple(f"{prefix}{part}.weight" for part in parts), split)
+    biases = tuple(f"{prefix}{part}.bias" for part in parts)
+    if biases[0] in shapes:
+        # What all ranks add up gets its bias once: who splits columns keeps it whole, and one rank adds it.
+        yield _fused(shapes, f"{name}.bias", biases, split if split is Split.ROWS else Split.NONE)
+
+
 def _prefix(layer: int) -> str:
     return f"model.layers.{layer}."
+
+
+def _fused_prefix(layer: int) -> str:
+    return f"layers.{layer}."
 
 
 def _linears(config: ModelConfig) -> list[tuple[str, int, int, bool]]:
@@ -113,52 +239,3 @@ def _linears(config: ModelConfig) -> list[tuple[str, int, int, bool]]:
         ("mlp.up_proj", inner, hidden, config.mlp_bias),
         ("mlp.down_proj", hidden, inner, config.mlp_bias),
     ]
-
-
-class _Reader:
-    """Fills fused tensors from a source; nothing but the loading of one model."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        source: WeightSource,
-        ops: Ops,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._config = config
-        self._shapes = expected_tensors(config)
-        self._source = source
-        self._ops = ops
-        self._dtype = dtype
-        self._device = device
-
-    def layer(self, index: int) -> LayerWeights:
-        prefix = _prefix(index)
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        qk_norm = self._config.qk_norm
-        return LayerWeights(
-            input_norm_D=self.tensor(f"{prefix}input_layernorm.weight"),
-            qkv=self._linear(attention, "q_proj", "k_proj", "v_proj"),
-            q_norm_E=self.tensor(f"{attention}q_norm.weight") if qk_norm else None,
-            k_norm_E=self.tensor(f"{attention}k_norm.weight") if qk_norm else None,
-            attention_output=self._linear(attention, "o_proj"),
-            post_attention_norm_D=self.tensor(f"{prefix}post_attention_layernorm.weight"),
-            gate_up=self._linear(mlp, "gate_proj", "up_proj"),
-            down=self._linear(mlp, "down_proj"),
-            window=self._config.windows[index],
-        )
-
-    def tensor(self, *names: str) -> Tensor:
-        """One tensor, or several stacked along their first axis."""
-        rows = [self._shapes[name][0] for name in names]
-        stacked = torch.empty((sum(rows), *self._shapes[names[0]][1:]), dtype=self._dtype)
-        for name, part in zip(names, torch.split(stacked, rows), strict=True):
-            self._source.read_into(name, part)
-        return stacked.to(self._device)
-
-    def _linear(self, prefix: str, *names: str) -> PackedLinear:
-        weight_OI = self.tensor(*(f"{prefix}{name}.weight" for name in names))
-        has_bias = f"{prefix}{names[0]}.bias" in self._shapes
-        bias_O = self.tensor(*(f"{prefix}{name}.bias" for name in names)) if has_bias else None
-        return self._ops.pack_linear(weight_OI, bias_O)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ import torch
 from contracts.errors import ConfigError
 from engine.checkpoint import Checkpoint, DummyWeights, model_fingerprint, stored_dtype
 from engine.model_config import load_model_config
-from engine.weights import expected_tensors, optional_tensors
-from tests.support.tiny_models import make_tiny_model
+from engine.ops.torch_ops import PlainLinear, TorchOps
+from engine.weights import bind_weights, expected_tensors, fused_tensors, optional_tensors
+from tests.support.tiny_models import TINY_MODELS, make_tiny_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -211,3 +212,41 @@ def test_dummy_weights_are_a_function_of_name_and_shape() -> None:
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert 0.015 < float(first.std()) < 0.025
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_fused_tensors_are_the_whole_checkpoint_once(name: str, pristine: Path) -> None:
+    config = load_model_config(make_tiny_model(name, pristine))
+    shapes = expected_tensors(config)
+    fused = fused_tensors(config)
+    assert sorted(part for tensor in fused for part in tensor.parts) == sorted(shapes)
+    assert len({tensor.name for tensor in fused}) == len(fused)
+    for tensor in fused:
+        assert tensor.shape == (sum(shapes[part][0] for part in tensor.parts), *shapes[tensor.parts[0]][1:])
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_decoder_is_bound_to_fused_tensors_without_a_copy(name: str, pristine: Path) -> None:
+    config = load_model_config(make_tiny_model(name, pristine))
+    given = {tensor.name: torch.randn(tensor.shape) for tensor in fused_tensors(config)}
+    asked = list[str]()
+
+    def tensor(name: str) -> torch.Tensor:
+        asked.append(name)
+        return given[name]
+
+    weights = bind_weights(config, tensor, TorchOps())
+    assert sorted(asked) == sorted(given)
+    bound = cast("PlainLinear", weights.layers[0].qkv)
+    assert bound.weight_OI.data_ptr() == given["layers.0.qkv.weight"].data_ptr()
+    assert weights.embedding_VD.data_ptr() == given["embedding"].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats_are_read_into_wider_ones(dtype: torch.dtype, tmp_path: Path) -> None:
+    stored = torch.randn(4, 8).to(dtype)
+    _safetensors.save_file({"w": stored}, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path, {"w": (4, 8)}) as checkpoint:
+        target = torch.empty(4, 8, dtype=torch.bfloat16)
+        checkpoint.read_into("w", target)
+    assert torch.equal(target, stored.to(torch.bfloat16))
