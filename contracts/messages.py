@@ -149,6 +149,9 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: Requests and leases (granted, and taken) that are not over: none of either where a drain has ended.
     open_requests: int = 0
     open_leases: int = 0
+    #: What keeps it from giving up reading, and from giving up writing (`worker.standing.OpenWork`).
+    open_prompts: int = 0
+    open_answers: int = 0
     #: KV blocks that the first of those that wait for some would take, and what all of them would.
     head_demand_blocks: int = 0
     queued_demand_blocks: int = 0
@@ -546,12 +549,16 @@ class MigrateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     max_requests: int = 1
     #: Those that wait here (for their prompts to be read, or preempted) may be chosen too.
     waiting: bool = True
-    #: Of prompts that wait, whether the first in line goes, for it is in the way; else the last.
+    #: Of prompts that wait, whether they go as they stand in line; else the last one first.
     first_in_line: bool = False
     #: Those that run may be.
     running: bool = True
     #: Of what is chosen: only priorities of at most this one; None: any.
     max_priority: int | None = None
+    #: What they may take there, all of them together: who would be too large is passed over; None: anything.
+    max_blocks: int | None = None
+    #: What is to come free here by answers that run leaving: the smallest that suffice go; 0: the shortest go.
+    need_blocks: int = 0
     mode: MoveMode = "auto"
     #: From here to there, as measured; None: not known.
     bandwidth_bytes_per_s: float | None = None
@@ -564,9 +571,9 @@ class MigrateReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     reason: str = ""
 
 
-class YieldRequest(msgspec.Struct, frozen=True, kw_only=True):
+class YieldRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The destination of a move has all but what the source wrote lately, and asks it to stop there. Answered once no
-    step computes the request any more. Idempotent.
+    step computes the request any more; at once, where there is more than `at_most`. Idempotent.
 
     Raises NotFound (the request is not on its way from here, or has ended here), StaleIncarnation.
     """
@@ -574,11 +581,29 @@ class YieldRequest(msgspec.Struct, frozen=True, kw_only=True):
     target: Incarnation
     #: The source's.
     key: RequestKey
+    #: Output tokens that the destination has.
+    num_known: int = 0
+    #: The source goes on if it has written more tokens than these beyond `num_known`; None: it stops in any case.
+    at_most: int | None = None
 
 
 class YieldReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: Output tokens since the move was offered; where KV moves they come with the lease's seal, too.
     delta: TokenDelta | None = None
+    #: It was too much to stop for: the source writes on, and is to be asked again.
+    goes_on: bool = False
+
+
+class DeclineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The destination of a move by tokens has let the request go, and never claimed it: the source need not wait for
+    it. Of a move that is not, or is to somebody else by now, nothing comes. Raises StaleIncarnation."""
+
+    target: Incarnation
+    #: The source's.
+    key: RequestKey
+    #: Who declines.
+    destination: Peer
+    reason: str
 
 
 class TakeOverRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -807,6 +832,7 @@ CANCEL = Method("worker/Cancel", CancelRequest, Empty)
 GRANT = Method("worker/Grant", GrantRequest, Empty)
 MIGRATE = Method("worker/Migrate", MigrateRequest, MigrateReply)
 YIELD = Method("worker/Yield", YieldRequest, YieldReply)
+DECLINE = Method("worker/Decline", DeclineRequest, Empty)
 TAKE_OVER = Method("worker/TakeOver", TakeOverRequest, Empty)
 AUDIT = Method("worker/Audit", Empty, AuditReply)
 FRAMES = StreamMethod("worker/Frames", FramesRequest, Frame)

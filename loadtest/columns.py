@@ -89,6 +89,8 @@ class RequestColumns(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     retry_after_s: Floats
     num_retries: Ints
     num_stale_connections: Ints
+    num_moves: Ints
+    num_replays: Ints
     #: By the name that the server gives the phase.
     server_phases_ms: dict[str, Floats]
 
@@ -163,6 +165,8 @@ def columns_of(records: Sequence[RequestRecord]) -> RequestColumns:
         retry_after_s=_times(math.nan if record.retry_after_s is None else record.retry_after_s for record in records),
         num_retries=_ints(record.num_retries for record in records),
         num_stale_connections=_ints(record.num_stale_connections for record in records),
+        num_moves=_ints(record.num_moves for record in records),
+        num_replays=_ints(record.num_replays for record in records),
         server_phases_ms={
             name: np.array([(record.server_phases_ms or {}).get(name, math.nan) for record in records], np.float64)
             for name in phases

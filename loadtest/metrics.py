@@ -82,6 +82,19 @@ class AnswerCounts(msgspec.Struct, frozen=True, kw_only=True):
     num_connected: int
 
 
+class Takeovers(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests that other workers went on with, as the server says (Tandem does, with `--server-timeline`)."""
+
+    #: Requests of which it says how often.
+    num_told: int = 0
+    #: Of these: moved while they were written, and how often all together.
+    num_moved: int = 0
+    num_moves: int = 0
+    #: Taken up again after their worker was lost or failed.
+    num_replayed: int = 0
+    num_replays: int = 0
+
+
 class Phases(msgspec.Struct, frozen=True, kw_only=True):
     """Of requests that finished and were sent once: what end-to-end time consists of. The means add up to its mean."""
 
@@ -160,6 +173,7 @@ class LoadMetrics(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_chunk: float
     #: Of the prompt tokens of answers that say it, those that the server had at hand.
     cached_prompt_share: float
+    takeovers: Takeovers = Takeovers()
 
 
 def measure(
@@ -231,6 +245,7 @@ def measure_columns(
         chunks_per_s=_ratio(int(columns.num_chunks[rows].sum()), duration_s),
         tokens_per_chunk=_ratio(output_tokens, chunks),
         cached_prompt_share=_cached_share(columns, rows),
+        takeovers=_takeovers(columns, rows),
     )
 
 
@@ -350,6 +365,19 @@ def _answers(columns: RequestColumns, rows: Bools, finished: Bools) -> AnswerCou
         num_retried=count(rows & (columns.num_retries > 0)),
         num_stale=count(rows & (columns.num_stale_connections > 0)),
         num_connected=count(rows & ~np.isnan(columns.connect_s)),
+    )
+
+
+def _takeovers(columns: RequestColumns, rows: Bools) -> Takeovers:
+    # What is not known is below 0.
+    moves, replays = (np.maximum(told[rows], 0) for told in (columns.num_moves, columns.num_replays))
+    is_told = (columns.num_moves != UNKNOWN) | (columns.num_replays != UNKNOWN)
+    return Takeovers(
+        num_told=int((rows & is_told).sum()),
+        num_moved=int((moves > 0).sum()),
+        num_moves=int(moves.sum()),
+        num_replayed=int((replays > 0).sum()),
+        num_replays=int(replays.sum()),
     )
 
 

@@ -125,6 +125,10 @@ class RequestRecord:
     counted_output_tokens: int | None = None
     #: The server's own account of its phases in milliseconds, where it gives one.
     server_phases_ms: dict[str, float] | None = None
+    #: How often another worker went on with it, and how often it was taken up again after a failure; None: the server
+    #: does not say it.
+    num_moves: int | None = None
+    num_replays: int | None = None
 
     @property
     def answered_tokens(self) -> int:

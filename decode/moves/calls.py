@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from contracts.errors import TandemError
     from contracts.ids import GatewayId
     from contracts.messages import (
+        DeclineRequest,
         HandoffReply,
         HandoffRequest,
         Peer,
@@ -32,6 +33,10 @@ class MoveCalls(Protocol):
 
     def ask_yield(self, peer: Peer, ask: YieldRequest, on_answer: Callable[[YieldReply | TandemError], None]) -> None:
         """`on_answer` is called once."""
+        ...
+
+    def decline(self, peer: Peer, ask: DeclineRequest) -> None:
+        """Tells the source of a move, as well as can be."""
         ...
 
     def cancel(self, peer: Peer, key: RequestKey, reason: str) -> None:

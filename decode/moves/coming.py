@@ -1,6 +1,7 @@
 """Requests on their way to this worker: asks for the rest of each, claims it, and writes it on or lets it go.
 
-What comes with its KV comes through `decode.handoffs`; what comes by its tokens is read here, as far as they go.
+What comes with its KV comes through `decode.handoffs`; what comes by its tokens is read here, as far as they go, and as
+far as those go that were written meanwhile, until the source has few more.
 Neither is written before the gateway has granted the claim.
 
 Not thread-safe: everything runs on the worker's loop. Nothing here waits or does I/O.
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from contracts.errors import BadRequest, Cancelled, NoCapacity, NotReady, TandemError
 from contracts.failpoints import RarePath
-from contracts.messages import YieldRequest
+from contracts.messages import DeclineRequest, YieldRequest
 from contracts.requests import TokenDelta
 from decode.answers import Answer
 from decode.moves import destination as mv
@@ -139,7 +140,8 @@ class MovesIn:
         self._check_new(request)
         self._check_gateway(request)
         answer = self._guest(request, now_s)
-        coming = _Coming(request=request, move=ask.move, machine=DestinationMove(now_s), answer=answer, by_tokens=True)
+        machine = DestinationMove(now_s, in_rounds=True)
+        coming = _Coming(request=request, move=ask.move, machine=machine, answer=answer, by_tokens=True)
         self._coming[key] = coming
         if ask.final:
             self._feed(key, mv.Complete())
@@ -206,7 +208,16 @@ class MovesIn:
                 self._feed(coming.key, mv.Look())
 
     def _yield_answered(self, key: RequestKey, reply: YieldReply | TandemError) -> None:
-        self._feed(key, mv.NotYielded(reply) if isinstance(reply, TandemError) else mv.Yielded(reply.delta))
+        coming = self._coming.get(key)
+        if coming is None:
+            return
+        if isinstance(reply, TandemError):
+            self._feed(key, mv.NotYielded(reply))
+        elif reply.goes_on and reply.delta is not None:
+            num_told = reply.delta.index + len(reply.delta.token_ids)
+            self._feed(key, mv.GoesOn(reply.delta, num_told - self._next_index(coming)))
+        else:
+            self._feed(key, mv.Yielded(reply.delta))
 
     # --- instructions -----------------------------------------------------------------------------
 
@@ -220,11 +231,18 @@ class MovesIn:
     def _carry_out(self, coming: _Coming, instruction: mv.DestinationInstruction) -> None:
         key, source = coming.key, coming.move.source
         match instruction:
-            case mv.AskYield():
-                ask = YieldRequest(target=source.incarnation, key=coming.move.key)
+            case mv.AskYield(at_most):
+                ask = YieldRequest(
+                    target=source.incarnation,
+                    key=coming.move.key,
+                    num_known=self._next_index(coming),
+                    at_most=at_most,
+                )
                 self._calls.ask_yield(source, ask, lambda reply: self._yield_answered(key, reply))
             case mv.TakeRest(rest):
                 self._take_rest(coming, rest)
+            case mv.TakeMore(more):
+                self._take_more(coming, more)
             case mv.ClaimIt():
                 assert coming.answer is not None, "claimed when it is here"
                 claim = claim_of(coming.request, coming.answer.sequence.output_count)
@@ -236,6 +254,12 @@ class MovesIn:
                 if instruction.was_claimed:
                     self._over.add(key)
                 self._let_go(coming, reason)
+                # Of a lease the source hears that it ended.
+                if instruction.tell_source and coming.by_tokens:
+                    decline = DeclineRequest(
+                        target=source.incarnation, key=coming.move.key, destination=self._own, reason=reason
+                    )
+                    self._calls.decline(source, decline)
             case mv.GiveUp(reason):
                 self._outcomes["not_answered"] += 1
                 self._over.add(key)
@@ -246,20 +270,30 @@ class MovesIn:
 
     def _take_rest(self, coming: _Coming, rest: TokenDelta | None) -> None:
         answer = coming.answer
-        if not coming.by_tokens or answer is None:
-            return
-        if rest is not None:
-            known = answer.sequence.output_count - rest.index
-            if known < 0:
-                # It is the rest for somebody who was told more: another move of it has begun since.
-                self._feed(coming.key, mv.Lost(f"{-known} tokens lack before the rest of it"))
-                return
-            answer.sequence.token_ids.extend(rest.token_ids[known:])
-        if self._answers.extend(answer.sequence):
+        if coming.by_tokens and answer is not None and self._has_room_for(coming, answer, rest):
             self._feed(coming.key, mv.Complete())
             self._on_change()
-        else:
+
+    def _take_more(self, coming: _Coming, more: TokenDelta) -> None:
+        answer = coming.answer
+        if answer is not None and self._has_room_for(coming, answer, more):
+            # It may be that all of it was known.
+            self.read(answer)
+            self._on_change()
+
+    def _has_room_for(self, coming: _Coming, answer: Answer, told: TokenDelta | None) -> bool:
+        """Adds what is new of these tokens; False where it is lost by that."""
+        if told is not None:
+            known = answer.sequence.output_count - told.index
+            if known < 0:
+                # They are for somebody who was told more: another move of it has begun since.
+                self._feed(coming.key, mv.Lost(f"{-known} tokens lack before the rest of it"))
+                return False
+            answer.sequence.token_ids.extend(told.token_ids[known:])
+        if not self._answers.extend(answer.sequence):
             self._feed(coming.key, mv.Lost("there are no blocks for the rest of it"))
+            return False
+        return True
 
     def _own_it(self, coming: _Coming, next_index: int) -> None:
         answer = coming.answer

@@ -1,6 +1,7 @@
 """The destination's side of a move: a machine from events to instructions.
 
     COMING --all but the rest is here--> ASKING --rest told--> REST --rest is here--> CLAIMING --granted--> OWNER
+    ASKING --too much to stop for: more told, the source writes on--> COMING
     any --refused / lost / cancelled--> ENDED
 
 While it comes, the request is another worker's, and nothing of it is written here. It is this worker's once the gateway
@@ -26,6 +27,12 @@ MOST_YIELD_ASKS = 3
 YIELD_AGAIN_AFTER_S = 0.1
 #: From the answer to that until the rest is here.
 REST_LIMIT_S = 10.0
+#: What is read here comes in rounds: each reads what the source wrote during the last one. The source stops for so few
+#: tokens: a step that reads these takes about as long as one that writes one (both read all weights once), and it runs
+#: while the claim is on its way. In fewer rounds than the limit the rest of an answer of any length shrinks to that, or
+#: it does not shrink any more.
+FEW_TOKENS = 4
+MOST_ROUNDS = 8
 
 _REFUSED = RarePath("decode.claim_refused", "a claim was refused: the request is another's, or over")
 _CLAIMED_AGAIN = RarePath("decode.claimed_again", "a claim was not answered and is repeated")
@@ -58,6 +65,16 @@ class Yielded:
     """The source has stopped. `rest`: the tokens that it wrote since it offered the request."""
 
     rest: TokenDelta | None
+
+
+@dataclass(frozen=True, slots=True)
+class GoesOn:
+    """The source has too much more to stop for it, and writes on."""
+
+    #: What it wrote since it offered the request.
+    more: TokenDelta
+    #: Tokens of these that are new here.
+    num_new: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +113,17 @@ class Look:
     """Time passed."""
 
 
-DestinationEvent = CaughtUp | Yielded | NotYielded | Complete | Gone | Lost | ClaimAnswered | Look
+DestinationEvent = CaughtUp | Yielded | GoesOn | NotYielded | Complete | Gone | Lost | ClaimAnswered | Look
 
 # --- instructions -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class AskYield:
-    """Answer with Yielded or NotYielded."""
+    """Answer with Yielded, GoesOn or NotYielded."""
+
+    #: The source is to go on if it has more tokens than these; None: to stop in any case.
+    at_most: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +131,13 @@ class TakeRest:
     """Note these tokens, if they do not come with the KV; answer with Complete when nothing else lacks."""
 
     rest: TokenDelta | None
+
+
+@dataclass(frozen=True, slots=True)
+class TakeMore:
+    """Note these tokens, and read them; answer with CaughtUp."""
+
+    more: TokenDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +158,8 @@ class Drop:
 
     reason: str
     was_claimed: bool = False
+    #: The source does not know, and waits for it.
+    tell_source: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +169,23 @@ class GiveUp:
     reason: str
 
 
-DestinationInstruction = AskYield | TakeRest | ClaimIt | Own | Drop | GiveUp
+DestinationInstruction = AskYield | TakeRest | TakeMore | ClaimIt | Own | Drop | GiveUp
 
 
 class DestinationMove:
     """One request on its way to here."""
 
-    def __init__(self, now_s: float) -> None:
+    def __init__(self, now_s: float, *, in_rounds: bool = False) -> None:
+        """`in_rounds`: its tokens are read here before the source is asked for more; else its KV comes."""
         self.state = DestinationState.COMING
         #: When `Look` is wanted; None once it is over.
         self.due_s: float | None = now_s + COPY_LIMIT_S
+        self._copy_end_s = now_s + COPY_LIMIT_S
+        self._in_rounds = in_rounds
+        self._num_rounds = 0
+        #: Tokens that the last round brought; None: there was none.
+        self._num_last: int | None = None
+        #: In this round.
         self._num_asks = 0
         #: The last question failed; the next is due at `due_s`.
         self._asks_again = False
@@ -171,7 +207,7 @@ class DestinationMove:
                 return self._drop(reason)
             case Lost(reason):
                 if self.state is not DestinationState.CLAIMING:
-                    return self._drop(reason)
+                    return self._drop(reason, tell_source=True)
                 # It may have been granted: nobody else would go on with it then.
                 self._end()
                 return [GiveUp(reason)]
@@ -182,6 +218,8 @@ class DestinationMove:
                     return []
                 self.state, self.due_s = DestinationState.REST, now_s + REST_LIMIT_S
                 return [TakeRest(rest)]
+            case GoesOn():
+                return self._goes_on(event) if self.state is DestinationState.ASKING else []
             case NotYielded(error):
                 return self._not_yielded(error, now_s) if self.state is DestinationState.ASKING else []
             case Complete():
@@ -203,11 +241,23 @@ class DestinationMove:
         self._num_asks += 1
         self._asks_again = False
         self.due_s = now_s + COPY_LIMIT_S
-        return [AskYield()]
+        return [AskYield(FEW_TOKENS if self._in_rounds else None)]
+
+    def _goes_on(self, told: GoesOn) -> list[DestinationInstruction]:
+        self.state, self.due_s = DestinationState.COMING, self._copy_end_s
+        self._num_asks = 0
+        self._num_rounds += 1
+        shrinks = self._num_last is None or told.num_new < self._num_last
+        self._num_last = told.num_new
+        if not shrinks or self._num_rounds >= MOST_ROUNDS:
+            # Further rounds would not bring it down: what is written during this one is waited for.
+            self._in_rounds = False
+        return [TakeMore(told.more)]
 
     def _not_yielded(self, error: TandemError, now_s: float) -> list[DestinationInstruction]:
-        if not isinstance(error, _RETRIED) or self._num_asks >= MOST_YIELD_ASKS:
-            return self._drop(f"its source does not yield it: {error.message}")
+        may_have_it = isinstance(error, _RETRIED)
+        if not may_have_it or self._num_asks >= MOST_YIELD_ASKS:
+            return self._drop(f"its source does not yield it: {error.message}", tell_source=may_have_it)
         self._asks_again = True
         self.due_s = now_s + YIELD_AGAIN_AFTER_S
         return []
@@ -233,12 +283,12 @@ class DestinationMove:
             case DestinationState.ASKING if self._asks_again:
                 return self._ask(now_s)
             case _:
-                return self._drop(f"it did not come in time: {self.state.value}")
+                return self._drop(f"it did not come in time: {self.state.value}", tell_source=True)
 
-    def _drop(self, reason: str) -> list[DestinationInstruction]:
+    def _drop(self, reason: str, *, tell_source: bool = False) -> list[DestinationInstruction]:
         was_claimed = self.state is DestinationState.CLAIMING
         self._end()
-        return [Drop(reason, was_claimed)]
+        return [Drop(reason, was_claimed, tell_source)]
 
     def _end(self) -> None:
         _NOT_COME.reached()

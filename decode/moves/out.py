@@ -187,14 +187,22 @@ class MovesOut:
 
     # --- what happens to them ---------------------------------------------------------------------
 
-    def yield_asked(self, key: RequestKey, on_rest: OnRest) -> None:
-        """`on_rest` is called once: when no step computes it any more, or with NotFound where it does not leave."""
+    def yield_asked(self, key: RequestKey, on_rest: OnRest, *, num_known: int = 0, at_most: int | None = None) -> None:
+        """As `contracts.messages.YieldRequest`. `on_rest` is called once: when no step computes it any more; at once,
+        where it is written on; or with NotFound, where it does not leave."""
         leaving = self._leaving.get(key)
         if leaving is None or leaving.answer.doomed:
             on_rest(NotFound(f"request {key.request_id} is not on its way from {self._own.worker_id}"))
             return
         leaving.waiting.append(on_rest)
-        self._feed(leaving, mv.YieldAsked())
+        num_lacking = leaving.answer.sequence.output_count - num_known
+        self._feed(leaving, mv.YieldAsked(num_lacking, at_most))
+
+    def declined(self, key: RequestKey, destination: Peer, reason: str) -> None:
+        """That destination has let it go, and did not claim it. Of a move that is not, or is to another: nothing."""
+        leaving = self._leaving.get(key)
+        if leaving is not None and leaving.destination == destination:
+            self._feed(leaving, mv.Declined(f"{destination.worker_id} gave it up: {reason}"))
 
     def advanced(self, answer: Answer) -> None:
         """A step has ended that may have filled a block, or was the last before it stops."""
@@ -246,6 +254,8 @@ class MovesOut:
                 if not answer.in_step:
                     self._answers.park(answer)
                     self._feed(leaving, mv.Stopped())
+            case mv.GiveMore():
+                self._answer(leaving, YieldReply(delta=leaving.rest(), goes_on=True))
             case mv.GiveRest():
                 self._give_rest(leaving)
             case mv.GoOn(claimed):

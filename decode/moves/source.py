@@ -3,12 +3,13 @@
     OFFERED --taken--> COPYING --yield asked--> STOPPING --out of the step--> PAUSED --told to stop--> ended LEFT
     PAUSED --outcome unknown for a while--> CLAIMING --granted--> ended STAYED    --refused--> ended LEFT
     OFFERED, COPYING, STOPPING --refused / outgrown / too slow / the answer ended--> ended STAYED (or with the answer)
-    PAUSED --the reader let the lease go before it confirmed--> ended STAYED
+    any but CLAIMING --the reader let the lease, or the tokens, go and never claims it--> ended STAYED
 
-The answer is written on until the destination asks for the rest. From then on it stands still, and who goes on is the
-gateway's to say: it grants the first claim. A source that is not told to stop claims its own request back; so whatever
-is lost on the way, exactly one side goes on. Where the gateway does not answer either, the source gives the answer up,
-and the gateway takes the request up again elsewhere when it hears of that.
+The answer is written on until the destination asks for the rest, and that is little: of much it is told, and asks again
+when it has read that. From then on the answer stands still, and who goes on is for the gateway to say: it grants the
+first claim. A source that is not told to stop claims its own request back; so whatever is lost on the way, exactly one
+side goes on. Where the gateway does not answer either, the source gives the answer up, and the gateway takes the
+request up again elsewhere when it hears of that.
 
 (Llumnix, OSDI'24, section 4.2: migration in stages. There the source commits, and an acknowledgement that comes too
 late leaves two owners.)
@@ -73,6 +74,11 @@ class NotTaken:
 class YieldAsked:
     """The destination has all but the rest."""
 
+    #: Tokens that it lacks.
+    num_lacking: int = 0
+    #: It is worth to stop for so many; None: for any number.
+    at_most: int | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
@@ -84,6 +90,13 @@ class LeaseOver:
     """The lease that its KV moves under has ended; with `confirmed` the destination has all of it."""
 
     confirmed: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """The destination has let it go, and did not claim it."""
+
     reason: str
 
 
@@ -110,7 +123,7 @@ class Look:
     """Time passed."""
 
 
-SourceEvent = Taken | NotTaken | YieldAsked | Stopped | LeaseOver | Gone | Outgrown | ClaimAnswered | Look
+SourceEvent = Taken | NotTaken | YieldAsked | Stopped | LeaseOver | Declined | Gone | Outgrown | ClaimAnswered | Look
 
 # --- instructions -----------------------------------------------------------------------------------
 
@@ -118,6 +131,11 @@ SourceEvent = Taken | NotTaken | YieldAsked | Stopped | LeaseOver | Gone | Outgr
 @dataclass(frozen=True, slots=True)
 class Stop:
     """No further step computes it; answer with Stopped, at once where none does."""
+
+
+@dataclass(frozen=True, slots=True)
+class GiveMore:
+    """Its tokens so far, to whoever asked; it is written on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +182,7 @@ class MoveOver:
     reason: str
 
 
-SourceInstruction = Stop | GiveRest | GoOn | TakeBack | ClaimBack | Discard | GiveUp | MoveOver
+SourceInstruction = Stop | GiveMore | GiveRest | GoOn | TakeBack | ClaimBack | Discard | GiveUp | MoveOver
 
 
 class SourceMove:
@@ -206,7 +224,10 @@ class SourceMove:
             case NotTaken(reason):
                 return self._stay(reason) if self.state is SourceState.OFFERED else []
             case YieldAsked():
-                return self._yield_asked()
+                return self._yield_asked(event)
+            case Declined(reason):
+                # What it claims back may be granted by now; that it hears in any case.
+                return [] if self.state is SourceState.CLAIMING else self._stay(reason)
             case Stopped():
                 return self._stopped(now_s)
             case Outgrown():
@@ -226,10 +247,12 @@ class SourceMove:
             self.state = SourceState.COPYING
         return []
 
-    def _yield_asked(self) -> list[SourceInstruction]:
+    def _yield_asked(self, asked: YieldAsked) -> list[SourceInstruction]:
         match self.state:
             case SourceState.OFFERED | SourceState.COPYING if not self._stands_still:
                 # The question may overtake the answer to the offer.
+                if asked.at_most is not None and asked.num_lacking > asked.at_most:
+                    return [GiveMore()]
                 self.state = SourceState.STOPPING
                 return [Stop()]
             case SourceState.PAUSED | SourceState.CLAIMING if not self._stands_still:

@@ -8,6 +8,7 @@ import msgspec
 
 #: Numbers of tokens, and tokens: others are an answer that cannot be.
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+_MAX_COUNT = 2**31
 #: More than the phases of any request.
 _MAX_PHASE_MS = 1e12
 
@@ -68,6 +69,13 @@ def phases_ms(event: Event) -> dict[str, float] | None:
         if name.endswith("_ms") and _is_phase(value)
     }
     return phases or None
+
+
+def told_count(event: Event, name: str) -> int | None:
+    """A whole number of the server's timeline; None where it does not say it."""
+    value = (event.timeline or {}).get(name)
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_COUNT
+    return value if is_count else None
 
 
 def _is_phase(value: object) -> bool:

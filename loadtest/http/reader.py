@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from loadtest.http.chunks import decode_event, phases_ms
+from loadtest.http.chunks import decode_event, phases_ms, told_count
 from loadtest.http.refusals import MAX_BODY_BYTES, detail_of, error_message, outcome_of_status, printable, retry_after_s
 from loadtest.http.sse import EventParser, MalformedStream
 from loadtest.prompts.bodies import Answer
@@ -166,6 +166,8 @@ class AnswerReader:
             self._take_usage(event.usage)
         if event.timeline is not None or event.timings is not None:
             self._record.server_phases_ms = phases_ms(event)
+            self._record.num_moves = told_count(event, "moves")
+            self._record.num_replays = told_count(event, "replays")
         if event.choices:
             carries_tokens = False
             for choice in event.choices:

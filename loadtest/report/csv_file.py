@@ -43,6 +43,8 @@ _COLUMNS = (
     "end_s",
     "num_retries",
     "num_stale_connections",
+    "num_moves",
+    "num_replays",
 )
 #: Property of the columns, in seconds -> column in milliseconds.
 _LATENCIES = {

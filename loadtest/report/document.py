@@ -37,6 +37,9 @@ MAX_REPORT_BYTES = 1 << 30
 #: A rate that is further from the planned one, relative, is another.
 _SAME_RATE = 0.05
 
+#: Columns that reports of earlier versions lack.
+_NEW_COLUMNS = ("num_moves", "num_replays")
+
 #: Points of a distribution that is kept as a curve.
 _QUANTILES = 401
 
@@ -218,6 +221,7 @@ def read_report(path: Path) -> LoadReport:
     document = read_json(path)
     if document.get("format") != FORMAT:
         raise ConfigError(f"{path}: no load test report: its format is {document.get('format')!r}, not {FORMAT!r}")
+    _add_new_columns(document)
     try:
         report = msgspec.convert(with_nan(document), LoadReport, dec_hook=_decode_array)
     except (msgspec.ValidationError, ValueError) as error:
@@ -225,6 +229,17 @@ def read_report(path: Path) -> LoadReport:
     for run in report.runs:
         _check_columns(run, path)
     return report
+
+
+def _add_new_columns(document: dict[str, Any]) -> None:
+    """To a report of an earlier version: nothing is known of what it does not tell."""
+    try:
+        for run in document["runs"]:
+            for name in _NEW_COLUMNS:
+                run["requests"].setdefault(name, [None] * len(run["requests"]["index"]))
+    except (KeyError, TypeError, AttributeError):
+        # It is no report: what is wrong with it is said where it is converted.
+        return
 
 
 def read_json(path: Path) -> dict[str, Any]:

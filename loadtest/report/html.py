@@ -146,6 +146,14 @@ def _figure_rows(runs: Sequence[ServerRun], beside: Sequence[Beside]) -> Iterato
     yield ("Output tokens/s", *(_figure(each.output_tokens_per_s, 0) for each in sides))
     none = (_NONE,) * len(beside)
     yield ("Prompt tokens cached", *(_percent(each.cached_prompt_share) for each in measured), *none)
+    if any(each.takeovers.num_told for each in measured):
+        told = [each.takeovers for each in measured]
+        for name, counts in (
+            ("Moves to other workers", [each.num_moves for each in told]),
+            ("Replays at other workers", [each.num_replays for each in told]),
+        ):
+            known = (f"{count:,}" if each.num_told else _NONE for count, each in zip(counts, told, strict=True))
+            yield (name, *known, *none)
     for phase in sorted({name for each in measured for name in each.server_phases}):
         means = (
             each.server_phases[phase].mean_ms if phase in each.server_phases else float("nan") for each in measured

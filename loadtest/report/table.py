@@ -10,7 +10,7 @@ from workload.tables import attainment_rows, facts, latency_rows, number, table
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from loadtest.metrics import LoadMetrics
+    from loadtest.metrics import LoadMetrics, Takeovers
     from loadtest.report.compare import Comparison
     from loadtest.report.document import Beside, LoadReport, RateResult, ServerRun
     from workload.figures import LatencySummary
@@ -62,6 +62,7 @@ def _run_sections(run: ServerRun) -> Iterator[str]:
         yield table(_error_rows(metrics))
     yield facts(
         ("tokens", _tokens(metrics)),
+        *((("workers", _takeovers(metrics.takeovers)),) if metrics.takeovers.num_told else ()),
         ("client", _client(run)),
         *(("note", note) for note in (*run.notes, *notes_on_rates(run.rates), *notes_on(metrics))),
     )
@@ -164,6 +165,13 @@ def _tokens(metrics: LoadMetrics) -> str:
         f"{number(metrics.prompt_tokens_per_s, 0)} prompt tokens/s{known} and "
         f"{number(metrics.output_tokens_per_s, 0)} output tokens/s in finished requests "
         f"({number(metrics.finished_rps, 3)}/s); {number(metrics.chunks_per_s, 0)} chunks/s"
+    )
+
+
+def _takeovers(told: Takeovers) -> str:
+    return (
+        f"{told.num_moved:,} of {told.num_told:,} requests moved to another one while they were written "
+        f"({told.num_moves:,} moves), {told.num_replayed:,} were taken up again ({told.num_replays:,} replays)"
     )
 
 

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
 
 from contracts.errors import TandemError
+from contracts.ids import OwnerEpoch
+from contracts.messages import RequestKey
 from contracts.requests import SamplingParams
 from kvtransfer.memory import PullFate, PullInfo
 from simulator import Program, run
+from simulator.clients import Answer, ask_into
 from simulator.cluster import ClusterSpec, SimulatedCluster
 from tests.support.workload import Ask, serve, workload
 
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     import random
 
     from contracts.messages import MoveMode, Role
+    from contracts.requests import TokenDelta
 
 ONE_READS_TWO_WRITE: dict[str, Role] = {"p0": "prefill", "d0": "decode", "d1": "decode"}
 TWO_READ_TWO_WRITE: dict[str, Role] = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
@@ -163,5 +169,74 @@ def test_a_request_goes_back_and_forth_and_stays_itself() -> None:
             assert answer.error is None, answer.error
             assert num_moves >= 20
             assert owned(cluster) >= 20
+
+    run(main, seed=1)
+
+
+@dataclass(slots=True, kw_only=True)
+class TimedAnswer(Answer):
+    """Notes when each token came."""
+
+    times_s: list[float] = field(default_factory=list[float])
+    #: Set once there are some.
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def take(self, delta: TokenDelta) -> None:
+        Answer.take(self, delta)
+        self.times_s.append(asyncio.get_running_loop().time())
+        if len(self.times_s) >= 50:
+            self.settled.set()
+
+    def longest_gap_s(self, since: int) -> float:
+        return max(after - before for before, after in pairwise(self.times_s[since:]))
+
+
+@pytest.mark.parametrize("context", [200, 6000])
+def test_a_move_by_tokens_costs_its_client_a_few_steps_however_long_it_is(context: int) -> None:
+    """Reading 6,000 tokens takes 250 of this model's decode steps, reading what is written meanwhile 10."""
+
+    async def main(program: Program) -> None:
+        spec = ClusterSpec(roles=ONE_READS_TWO_WRITE, num_blocks=1024, max_context_tokens=8192)
+        async with SimulatedCluster(program, spec) as cluster:
+            sampling = SamplingParams(temperature=0.0, max_tokens=1000)
+            answer = TimedAnswer(ask=Ask(at_s=0.0, token_ids=(7,) * context, sampling=sampling))
+            reading = asyncio.create_task(ask_into(cluster.core, answer))
+            async with asyncio.timeout(30.0):
+                await answer.settled.wait()
+            usual_s = answer.longest_gap_s(5)
+            source = "d0" if cluster.worker("d0").decode.running_count else "d1"
+            destination = "d1" if source == "d0" else "d0"
+            assert (await cluster.migrate(source, destination, mode="tokens")).started
+            await reading
+            assert answer.problems() == []
+            assert owned(cluster) == 1
+            assert answer.longest_gap_s(5) < 4 * usual_s
+
+    run(main, seed=1)
+
+
+def test_a_destination_that_gives_a_move_by_tokens_up_frees_its_source_at_once() -> None:
+    async def main(program: Program) -> None:
+        spec = ClusterSpec(roles=ONE_READS_TWO_WRITE, num_blocks=1024, max_context_tokens=8192)
+        async with SimulatedCluster(program, spec) as cluster:
+            sampling = SamplingParams(temperature=0.0, max_tokens=500)
+            answer = TimedAnswer(ask=Ask(at_s=0.0, token_ids=(7,) * 6000, sampling=sampling))
+            reading = asyncio.create_task(ask_into(cluster.core, answer))
+            async with asyncio.timeout(30.0):
+                await answer.settled.wait()
+            source = "d0" if cluster.worker("d0").decode.running_count else "d1"
+            destination = "d1" if source == "d0" else "d0"
+            (key,) = (await cluster.migrate(source, destination, mode="tokens")).started
+            # In the middle of what it has to read.
+            await asyncio.sleep(1.0)
+            leaving, coming = cluster.worker(source).moves, cluster.worker(destination).moves
+            assert (leaving.num_leaving, coming.num_coming) == (1, 1)
+            claimed_key = RequestKey(key.request_id, key.attempt, OwnerEpoch(key.owner_epoch + 1))
+            cluster.worker(destination).decode.moves_in.lost(claimed_key, "for the test")
+            await asyncio.sleep(0.1)
+            assert (leaving.num_leaving, leaving.outcomes["stayed"]) == (0, 1)
+            await reading
+            assert answer.problems() == []
+            assert len(answer.token_ids) == 500
 
     run(main, seed=1)

@@ -28,6 +28,8 @@ from tests.support.roles import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from contracts.ids import BlockId
     from contracts.requests import GenerateRequest
     from engine.plan import SequenceStep
@@ -44,6 +46,7 @@ class Side:
     num_blocks: int = 16
     growth_tokens: int = 4
     prefix_cache: bool = False
+    own: Peer = OWN
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.num_blocks)
@@ -65,7 +68,7 @@ class Side:
             reader=cast("Any", self.reader),
             room=self.room,
             holder=cast("Any", self.holder),
-            own=OWN,
+            own=self.own,
             move_calls=self.calls,
             limits=DecodeLimits(),
             emit=self.deltas,
@@ -104,17 +107,20 @@ class Side:
         self.clock.time_s = now_s
         self.reader.adopted(lease_id, blocks, seal)
 
-    def step(self, token_id: int = 8, now_s: float = 2.0) -> int:
-        """Everything that could run does, all of it; returns how many sequences sampled."""
+    def step(self, token_id: int | Callable[[int], int] = 8, now_s: float = 2.0) -> int:
+        """Everything that could run does, all of it; returns how many sequences were computed. `token_id`: what is
+        sampled, or that by its output index."""
         decodes, chunks = self.batch.candidates(now_s)
-        samples: set[int] = set()
+        samples: dict[int, int] = {}
         for candidate in (*decodes, *chunks):
             step = self.batch.build(candidate.sequence_id, candidate.num_tokens, now_s)
             self._write(step)
             if step.sample is not None:
-                samples.add(candidate.sequence_id)
+                index = step.sample.output_index
+                samples[candidate.sequence_id] = token_id if isinstance(token_id, int) else token_id(index)
         for candidate in (*decodes, *chunks):
-            sampled = Sampled(token_id=token_id) if candidate.sequence_id in samples else None
+            token = samples.get(candidate.sequence_id)
+            sampled = None if token is None else Sampled(token_id=token)
             self.batch.apply(candidate.sequence_id, candidate.num_tokens, sampled, now_s)
         self.ledger.check()
         return len(decodes) + len(chunks)

@@ -137,6 +137,7 @@ def _serve(record: RequestRecord, server: Server, free_s: list[float], noise: np
         "queue_ms": (start_s - record.headers_s) * 1e3,
         "prefill_ms": (first_s - start_s) * 1e3,
     }
+    record.num_moves, record.num_replays = int(record.index % 10 == 3), 2 * int(record.index % 50 == 7)
 
 
 def _spoil(record: RequestRecord, fate: float, *, cancelled: bool) -> None:
@@ -160,7 +161,7 @@ def _cut(record: RequestRecord, num_chunks: int) -> None:
     del record.chunk_s[num_chunks:]
     record.end_s = record.chunk_s[-1] if num_chunks else record.headers_s
     record.finish_reason = record.usage_prompt_tokens = record.usage_output_tokens = record.usage_cached_tokens = None
-    record.server_phases_ms = None
+    record.server_phases_ms = record.num_moves = record.num_replays = None
 
 
 def make_run(

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
 
     from contracts.errors import TandemError
     from contracts.ids import GatewayId
-    from contracts.messages import HandoffRequest, Peer, RequestKey, TakeOverRequest, YieldReply, YieldRequest
+    from contracts.messages import (
+        DeclineRequest,
+        HandoffRequest,
+        Peer,
+        RequestKey,
+        TakeOverRequest,
+        YieldReply,
+        YieldRequest,
+    )
     from contracts.requests import Claim
 
 
@@ -29,6 +37,7 @@ class RecordingCalls:
     yields: list[tuple[YieldRequest, Callable[[YieldReply | TandemError], None]]] = field(
         default_factory=list["tuple[YieldRequest, Callable[[YieldReply | TandemError], None]]"]
     )
+    declined: list[DeclineRequest] = field(default_factory=list["DeclineRequest"])
     cancelled: list[RequestKey] = field(default_factory=list["RequestKey"])
     claims: list[Claim] = field(default_factory=list["Claim"])
     #: Gateways that read no frames.
@@ -45,6 +54,9 @@ class RecordingCalls:
 
     def ask_yield(self, peer: Peer, ask: YieldRequest, on_answer: Callable[[YieldReply | TandemError], None]) -> None:
         self.yields.append((ask, on_answer))
+
+    def decline(self, peer: Peer, ask: DeclineRequest) -> None:
+        self.declined.append(ask)
 
     def cancel(self, peer: Peer, key: RequestKey, reason: str) -> None:
         self.cancelled.append(key)

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contracts.errors import DeadlineExceeded, NotFound, TandemError
+from contracts.ids import RequestId
+from contracts.requests import TokenDelta
 from decode.moves import destination as to
 from decode.moves import source as out
-from decode.moves.destination import DestinationMove, DestinationState
+from decode.moves.destination import FEW_TOKENS, MOST_ROUNDS, DestinationMove, DestinationState
 from decode.moves.source import CLAIM_BACK_AFTER_S, CLAIM_PATIENCE_S, COPY_LIMIT_S, SourceMove, SourceState
 
 if TYPE_CHECKING:
@@ -23,9 +25,12 @@ SOURCE_EVENTS: dict[str, out.SourceEvent] = {
     "taken": out.Taken(),
     "not taken": out.NotTaken("no room"),
     "yield": out.YieldAsked(),
+    "yield if few": out.YieldAsked(num_lacking=4, at_most=4),
+    "yield if few, of many": out.YieldAsked(num_lacking=5, at_most=4),
     "stopped": out.Stopped(),
     "confirmed": out.LeaseOver(confirmed=True, reason="acknowledged"),
     "lost": out.LeaseOver(confirmed=False, reason="expired"),
+    "declined": out.Declined("no room"),
     "gone": out.Gone("cancelled"),
     "outgrown": out.Outgrown(),
     "granted": out.ClaimAnswered(granted=True),
@@ -45,15 +50,21 @@ SOURCE_TABLE: dict[SourceState, dict[str, tuple[SourceState, tuple[str, ...]]]] 
         "taken": (SourceState.COPYING, ()),
         "not taken": (SourceState.ENDED, ("MoveOver",)),
         "yield": (SourceState.STOPPING, ("Stop",)),
+        "yield if few": (SourceState.STOPPING, ("Stop",)),
+        "yield if few, of many": (SourceState.OFFERED, ("GiveMore",)),
         "confirmed": (SourceState.ENDED, ("MoveOver",)),
         "lost": (SourceState.ENDED, ("MoveOver",)),
+        "declined": (SourceState.ENDED, ("MoveOver",)),
         "gone": (SourceState.ENDED, ("TakeBack", "MoveOver")),
         "outgrown": (SourceState.ENDED, ("TakeBack", "MoveOver")),
     },
     SourceState.COPYING: {
         "yield": (SourceState.STOPPING, ("Stop",)),
+        "yield if few": (SourceState.STOPPING, ("Stop",)),
+        "yield if few, of many": (SourceState.COPYING, ("GiveMore",)),
         "confirmed": (SourceState.ENDED, ("MoveOver",)),
         "lost": (SourceState.ENDED, ("MoveOver",)),
+        "declined": (SourceState.ENDED, ("MoveOver",)),
         "gone": (SourceState.ENDED, ("TakeBack", "MoveOver")),
         "outgrown": (SourceState.ENDED, ("TakeBack", "MoveOver")),
     },
@@ -61,17 +72,25 @@ SOURCE_TABLE: dict[SourceState, dict[str, tuple[SourceState, tuple[str, ...]]]] 
         "stopped": (SourceState.PAUSED, ("GiveRest",)),
         "confirmed": (SourceState.ENDED, ("GoOn", "MoveOver")),
         "lost": (SourceState.ENDED, ("GoOn", "MoveOver")),
+        "declined": (SourceState.ENDED, ("GoOn", "MoveOver")),
         "gone": (SourceState.ENDED, ("TakeBack", "MoveOver")),
         "outgrown": (SourceState.ENDED, ("TakeBack", "GoOn", "MoveOver")),
     },
     SourceState.PAUSED: {
+        # It has stopped: there will never be less.
         "yield": (SourceState.PAUSED, ("GiveRest",)),
+        "yield if few": (SourceState.PAUSED, ("GiveRest",)),
+        "yield if few, of many": (SourceState.PAUSED, ("GiveRest",)),
         "lost": (SourceState.ENDED, ("GoOn", "MoveOver")),
+        "declined": (SourceState.ENDED, ("GoOn", "MoveOver")),
         # It may be that it is gone because it is the destination's.
         "gone": (SourceState.ENDED, ("MoveOver",)),
     },
     SourceState.CLAIMING: {
         "yield": (SourceState.CLAIMING, ("GiveRest",)),
+        "yield if few": (SourceState.CLAIMING, ("GiveRest",)),
+        "yield if few, of many": (SourceState.CLAIMING, ("GiveRest",)),
+        # Its own claim may have been granted by now.
         "gone": (SourceState.ENDED, ("MoveOver",)),
         "granted": (SourceState.ENDED, ("TakeBack", "GoOn", "MoveOver")),
         "refused": (SourceState.ENDED, ("Discard", "MoveOver")),
@@ -161,9 +180,12 @@ def test_a_source_goes_on_or_lets_go_once(events: list[str], stands_still: bool)
 
 # --- the destination ------------------------------------------------------------------------------
 
+MORE = TokenDelta(request_id=RequestId("r"), index=2, token_ids=tuple(range(7)))
+
 DESTINATION_EVENTS: dict[str, to.DestinationEvent] = {
     "caught up": to.CaughtUp(),
     "yielded": to.Yielded(None),
+    "goes on": to.GoesOn(MORE, 7),
     "not found": to.NotYielded(NotFound("it does not leave")),
     "no answer": to.NotYielded(DeadlineExceeded("silence")),
     "complete": to.Complete(),
@@ -185,6 +207,7 @@ DESTINATION_TABLE: dict[DestinationState, dict[str, tuple[DestinationState, tupl
     },
     DestinationState.ASKING: {
         "yielded": (DestinationState.REST, ("TakeRest",)),
+        "goes on": (DestinationState.COMING, ("TakeMore",)),
         "not found": (DestinationState.ENDED, ("Drop",)),
         # The rest may overtake the answer that announces it.
         "complete": (DestinationState.CLAIMING, ("ClaimIt",)),
@@ -240,9 +263,76 @@ def test_a_claim_that_nobody_answers_is_given_up() -> None:
     assert set(found[:-1]) == {"ClaimIt"}
 
 
-@given(st.lists(st.sampled_from([*DESTINATION_EVENTS, "look"]), max_size=30))
-def test_a_destination_owns_or_lets_go_once(events: list[str]) -> None:
-    machine, now_s = DestinationMove(0.0), 0.0
+def rounds(sizes: list[int]) -> list[int | None]:
+    """For how much the source was to stop, ask by ask; it goes on as long as it may, with so many new tokens each."""
+    machine = DestinationMove(0.0, in_rounds=True)
+    asked: list[int | None] = []
+    for size in sizes:
+        (ask,) = machine.handle(to.CaughtUp(), 0.0)
+        assert isinstance(ask, to.AskYield)
+        asked.append(ask.at_most)
+        if ask.at_most is None:
+            return asked
+        assert names(machine.handle(to.GoesOn(MORE, size), 0.0)) == ("TakeMore",)
+    return asked
+
+
+def test_rounds_go_on_while_they_shrink() -> None:
+    assert rounds([150, 20, 9, 5]) == [FEW_TOKENS] * 4
+
+
+@pytest.mark.parametrize("sizes", [[150, 150, 1], [150, 151, 1], [150, 20, 20, 1]])
+def test_a_round_that_brought_no_less_is_the_last(sizes: list[int]) -> None:
+    assert rounds(sizes) == [*[FEW_TOKENS] * (len(sizes) - 1), None]
+
+
+def test_there_are_only_so_many_rounds() -> None:
+    asked = rounds(list(range(900, 0, -1)))
+    assert asked == [*[FEW_TOKENS] * MOST_ROUNDS, None]
+
+
+def test_the_rest_of_what_comes_with_its_kv_is_asked_for_once() -> None:
+    (ask,) = DestinationMove(0.0).handle(to.CaughtUp(), 0.0)
+    assert ask == to.AskYield(at_most=None)
+
+
+def test_all_rounds_together_have_the_time_of_one_copy() -> None:
+    machine, now_s = DestinationMove(0.0, in_rounds=True), 0.0
+    for size in (150, 20):
+        now_s += COPY_LIMIT_S / 3
+        machine.handle(to.CaughtUp(), now_s)
+        machine.handle(to.GoesOn(MORE, size), now_s)
+    assert machine.due_s == COPY_LIMIT_S
+    (drop,) = machine.handle(to.Look(), COPY_LIMIT_S)
+    assert isinstance(drop, to.Drop)
+    assert drop.tell_source
+
+
+@pytest.mark.parametrize(
+    ("state", "event", "told"),
+    [
+        (DestinationState.COMING, to.Lost("its deadline"), True),
+        (DestinationState.REST, to.Lost("no blocks"), True),
+        (DestinationState.COMING, to.Look(), True),
+        # These know.
+        (DestinationState.COMING, to.Gone("cancelled"), False),
+        (DestinationState.ASKING, to.NotYielded(NotFound("it does not leave")), False),
+        # It may have been granted: the source must not go on for a word from here.
+        (DestinationState.CLAIMING, to.ClaimAnswered(granted=False), False),
+        (DestinationState.CLAIMING, to.Gone("cancelled"), False),
+    ],
+)
+def test_a_source_is_told_of_what_it_waits_for_in_vain(
+    state: DestinationState, event: to.DestinationEvent, told: bool
+) -> None:
+    (drop,) = destination_in(state).handle(event, COPY_LIMIT_S)
+    assert isinstance(drop, to.Drop)
+    assert drop.tell_source is told
+
+
+@given(st.lists(st.sampled_from([*DESTINATION_EVENTS, "look"]), max_size=30), st.booleans())
+def test_a_destination_owns_or_lets_go_once(events: list[str], in_rounds: bool) -> None:
+    machine, now_s = DestinationMove(0.0, in_rounds=in_rounds), 0.0
     said: list[to.DestinationInstruction] = []
     for event in events:
         now_s += 0.3
@@ -253,6 +343,9 @@ def test_a_destination_owns_or_lets_go_once(events: list[str]) -> None:
     assert sum(found.count(end) for end in ("Own", "Drop", "GiveUp")) == 1
     if "Own" in found:
         assert "ClaimIt" in found[: found.index("Own")]
+    if "ClaimIt" in found:
+        # Whoever has claimed never tells the source to go on.
+        assert not any(isinstance(one, to.Drop) and one.tell_source for one in said)
 
 
 def test_errors_of_a_yield_are_told_in_words() -> None:

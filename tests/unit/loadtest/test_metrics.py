@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from contracts.errors import ConfigError
 from loadtest.columns import columns_of, token_gaps_s
-from loadtest.metrics import measure, wilson
+from loadtest.metrics import Takeovers, measure, wilson
 from loadtest.record import Outcome, RequestRecord
 from tests.support.load_records import SLOS, record, served
 from workload.slo import SloClass
@@ -141,6 +141,15 @@ def test_answers_that_are_not_as_planned_are_counted() -> None:
     assert metrics.tokens_per_chunk == pytest.approx(10 / 7)
     # What was sent again because the server had asked for it says as much about the client's lag, but has no phases.
     assert (metrics.send_lag.count, metrics.phases.send_lag.count) == (4, 3)
+
+
+def test_moves_and_replays_are_counted_where_the_server_tells_them() -> None:
+    told = [(2, 0), (0, 1), (None, None), (1, None), (0, 0)]
+    records = [replace(record(0.0, (0.1,)), num_moves=moves, num_replays=replays) for moves, replays in told]
+    warm_up = replace(record(0.0, (0.1,), is_warmup=True), num_moves=5, num_replays=5)
+    found = measure([*records, warm_up], [SLO]).takeovers
+    assert found == Takeovers(num_told=4, num_moved=2, num_moves=3, num_replayed=1, num_replays=1)
+    assert measure([record(0.0, (0.1,))], [SLO]).takeovers == Takeovers()
 
 
 def test_lag_is_until_the_client_takes_it_up_and_connecting_is_not_in_it() -> None:

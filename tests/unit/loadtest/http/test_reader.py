@@ -384,6 +384,18 @@ def test_the_servers_own_phases(name: str) -> None:
     assert record.server_phases_ms == {"queue": 1.5, "prefill": 20.0}
 
 
+def test_how_often_other_workers_took_it() -> None:
+    told = event(choices=[], timeline={"moves": 2, "replays": 0})
+    record = Exchange().stream(text(" a", "stop"), told, DONE)
+    assert (record.num_moves, record.num_replays) == (2, 0)
+
+
+@pytest.mark.parametrize("number", [None, True, -1, 1.5, "2", 2**31])
+def test_how_often_is_not_known_where_it_is_no_number(number: object) -> None:
+    record = Exchange().stream(text(" a", "stop"), event(choices=[], timeline={"moves": number}), DONE)
+    assert (record.outcome, record.num_moves, record.num_replays) == (Outcome.FINISHED, None, None)
+
+
 def test_no_phases_are_none() -> None:
     assert Exchange().stream(text(" a", "stop"), event(choices=[], timeline={}), DONE).server_phases_ms is None
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from contracts.errors import ConfigError
+from loadtest.columns import UNKNOWN
+from loadtest.metrics import Takeovers
 from loadtest.record import Outcome
 from loadtest.report.beside import read_beside
 from loadtest.report.compare import compare_runs
@@ -90,6 +92,16 @@ def test_what_is_not_known_is_null(tmp_path: Path) -> None:
     assert None in requests["connect_s"]
     assert -1 not in requests["usage_output_tokens"]
     assert document["runs"][0]["search"]["missed_rps"] is None
+
+
+def test_a_report_from_before_moves_were_told_is_read(tmp_path: Path) -> None:
+    document = cast("dict[str, Any]", json.loads(report_json(make_report(make_run([record(0.0, (0.1,))])))))
+    del document["runs"][0]["metrics"]["takeovers"]
+    for name in ("num_moves", "num_replays"):
+        del document["runs"][0]["requests"][name]
+    (run,) = read_report(written(tmp_path, document)).runs
+    assert run.metrics.takeovers == Takeovers()
+    assert run.requests.num_moves.tolist() == run.requests.num_replays.tolist() == [UNKNOWN]
 
 
 def _cut_column(document: dict[str, Any]) -> None:

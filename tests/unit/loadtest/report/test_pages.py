@@ -102,6 +102,15 @@ def test_the_table_says_what_was_measured() -> None:
     assert "INVALID" not in text
 
 
+def test_the_table_tells_moves_and_replays_where_the_server_does() -> None:
+    assert "replays" not in report_text(make_report(make_run(RECORDS)))
+    moved = replace(record(0.0, (0.1,)), num_moves=3, num_replays=0)
+    replayed = replace(record(0.0, (0.1,)), num_moves=1, num_replays=2)
+    text = report_text(make_report(make_run([moved, replayed, record(0.0, (0.1,))])))
+    assert "2 of 2 requests moved to another one while they were written (4 moves), 1 were taken up again" in text
+    assert "(2 replays)" in text
+
+
 def test_what_a_server_says_cannot_move_the_cursor() -> None:
     text = report_text(make_report(make_run(RECORDS)))
     assert "rejected: too many \N{REPLACEMENT CHARACTER}[31m requests" in text
@@ -221,13 +230,14 @@ def test_goodputs_of_servers_stand_side_by_side() -> None:
 def test_each_request_is_a_line() -> None:
     first = record(0.0, (0.2, 0.24, 0.28), usage=(100, 3), detail="=SUM(A1)")
     first.server_phases_ms = {"queue_ms": 12.5}
-    first.taken_s, first.part = 0.015, 2
+    first.taken_s, first.part, first.num_moves = 0.015, 2, 3
     lines = list(csv.DictReader(io.StringIO(requests_csv(make_report(make_run([first, *RECORDS[1:]]))))))
     assert len(lines) == 4
     assert (lines[0]["run"], lines[0]["outcome"], lines[0]["answered_tokens"]) == ("server", "finished", "3")
     assert (lines[0]["ttft_ms"], lines[0]["tpot_ms"], lines[0]["longest_gap_ms"]) == ("200.0", "40.0", "40.0")
     assert (lines[0]["taken_s"], lines[0]["send_lag_ms"], lines[0]["part"]) == ("0.015", "15.0", "2")
     assert (lines[0]["server_queue_ms"], lines[1]["server_queue_ms"]) == ("12.5", "")
+    assert (lines[0]["num_moves"], lines[0]["num_replays"], lines[1]["num_moves"]) == ("3", "", "")
     assert lines[0]["detail"] == "'=SUM(A1)"
     assert lines[2]["detail"] == RECORDS[2].detail
     assert (lines[3]["first_token_s"], lines[3]["usage_output_tokens"], lines[3]["end_s"]) == ("", "", "9.0")
@@ -310,6 +320,9 @@ def test_figures_of_the_page_are_those_of_the_report(two_servers: LoadReport, pa
     metrics = two_servers.runs[0].metrics
     assert f"TTFT p99, ms {metrics.ttft.p99_ms:,.1f} {metrics.ttft.p99_ms:,.1f} 398.0" in text
     assert f"Both targets met {100 * metrics.attainment.joint:.2f} %" in text
+    assert metrics.takeovers.num_moves > metrics.takeovers.num_replays > 0
+    assert f"Moves to other workers {metrics.takeovers.num_moves}" in text
+    assert f"Replays at other workers {metrics.takeovers.num_replays}" in text
 
 
 def test_what_others_wrote_is_escaped(tmp_path: Path) -> None:
