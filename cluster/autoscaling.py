@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coordinator.autoscaler import Autoscaler
 from coordinator.policy.lending import LendRules
 from coordinator.policy.scaling_terms import ScaleRules
 from coordinator.pool_views import ScaledPool
 from coordinator.scaling_settings import AutoscaleSettings
+from coordinator.scaling_wiring import ShellOperator, autoscaler_of
 from coordinator.split_applier import SplitApplier
-from coordinator.usage_rows import usage_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from contracts.clock import Clock
     from contracts.config import ClusterConfig, PoolConfig
-    from contracts.control_messages import Operation, OperationStatus, WorkerSlot
     from contracts.ids import WorkerId
     from contracts.messages import WorkerInfo
-    from coordinator.operations_shell import OperationsShell
-    from coordinator.policy.virtual_usage import UsageView
+    from coordinator.autoscaler import Autoscaler
     from coordinator.shell import CoordinatorShell
 
 #: Of the shortest TTFT target: what a prompt may wait before it is begun.
@@ -32,20 +29,8 @@ _QUEUE_DELAY_S = 1.0
 def autoscaler(
     config: ClusterConfig, shell: CoordinatorShell, clock: Clock, log: Callable[[str], None]
 ) -> Autoscaler | None:
-    """Of this coordinator, which hears of decisions from it. None where the coordinator gives no orders."""
-    operations = shell.operations
-    if operations is None:
-        return None
-    settings = autoscale_settings(config)
-
-    def usage() -> UsageView:
-        now_s = clock.now_s()
-        return usage_of(shell.conductor, shell.membership.standing(now_s), shell.closed(), {}, now_s)
-
-    scaler = Autoscaler(clock, settings, shell.conductor, _Operator(operations, clock), usage=usage, log=log)
-    if settings.is_on:
-        shell.scaler = shell.figures.scaler = scaler
-    return scaler
+    """As `coordinator.scaling_wiring.autoscaler_of`."""
+    return autoscaler_of(shell, autoscale_settings(config), clock, log)
 
 
 def split_applier(shell: CoordinatorShell, clock: Clock, log: Callable[[str], None]) -> SplitApplier | None:
@@ -61,25 +46,8 @@ def split_applier(shell: CoordinatorShell, clock: Clock, log: Callable[[str], No
         loads = zip(infos(), fleet.loads, strict=True)
         return {info.worker_id: load.open_requests for info, load in loads if load is not None}
 
-    operator = _Operator(shell.operations, clock)
+    operator = ShellOperator(shell.operations, clock)
     return SplitApplier(clock, infos=infos, requests=requests, operator=operator, log=log)
-
-
-class _Operator:
-    """A `coordinator.scaling_settings.Operator`."""
-
-    def __init__(self, shell: OperationsShell, clock: Clock) -> None:
-        self._shell = shell
-        self._clock = clock
-
-    def begin(self, operation: Operation, *, by: str = "operator") -> int:
-        return self._shell.begin(operation, by=by)
-
-    def statuses(self) -> tuple[OperationStatus, ...]:
-        return self._shell.machine.statuses(self._clock.now_s())
-
-    def slots(self) -> tuple[WorkerSlot, ...]:
-        return self._shell.agents.told(self._clock.now_s())
 
 
 def autoscale_settings(config: ClusterConfig) -> AutoscaleSettings:

@@ -92,7 +92,8 @@ def flip(
     coordinator: Coordinator = None,
     token_file: TokenFile = None,
 ) -> int:
-    """Drain a worker and give it another role, in the same process."""
+    """Give a worker another role, in the same process. What that role does not do leaves first; to become mixed
+    nothing has to."""
     from contracts.control_messages import FlipOperation
 
     operation = FlipOperation(worker_id=WorkerId(worker), role=role, force=force)

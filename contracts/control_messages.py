@@ -34,8 +34,9 @@ class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 class SetRoleRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The worker has this role from now on, and registers with it. Idempotent.
 
-    Raises NotReady, with numbers, while requests or leases are open; BadRequest where it cannot have the role;
-    StaleIncarnation.
+    To become `mixed` nothing has to leave, and from `mixed` only the requests of the kind that the role does not have.
+    Raises NotReady, with numbers, while there are some; between `prefill` and `decode` while any requests or leases are
+    open. Raises BadRequest where it cannot have the role, and StaleIncarnation.
     """
 
     target: Incarnation
@@ -138,7 +139,8 @@ class UndrainOperation(msgspec.Struct, frozen=True, kw_only=True, tag="undrain")
 
 
 class FlipOperation(msgspec.Struct, frozen=True, kw_only=True, tag="flip", omit_defaults=True):
-    """Drained, given the other role, and back to work: the same process."""
+    """Given another role: the same process. To become `mixed` it goes on meanwhile; else it takes nothing new until
+    what its next role does not do has left (all that it has, between `prefill` and `decode`)."""
 
     worker_id: WorkerId
     role: Role

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from contracts.control_messages import FlipOperation, RemoveOperation, StartOperation
 from contracts.errors import TandemError
+from contracts.failpoints import RarePath
 from contracts.ids import WorkerId
 from contracts.messages import PoolFigures
 from contracts.scale_messages import SCALING, PoolScaling, ScalingReply
@@ -47,6 +48,12 @@ _WAKE_INTERVAL_S = 0.5
 _WORTH_SAYING = frozenset({"at_maximum", "nothing_to_start"})
 #: Done or proposed ones that are told.
 _MAX_TOLD = 32
+
+_WOKEN = RarePath("coordinator.pool_woken", "a worker is started for a request that found nobody")
+_TO_ZERO = RarePath("coordinator.pool_to_zero", "an idle pool is left without its last worker")
+_LENT = RarePath("coordinator.worker_lent", "a worker is lent to the other phase")
+_RETURNED = RarePath("coordinator.worker_given_back", "a lent worker goes home")
+_REFUSED = RarePath("coordinator.scaling_refused", "an operation that scaling wants cannot be begun")
 
 
 class Autoscaler:
@@ -210,10 +217,16 @@ class Autoscaler:
         self._tell(f"pool {pool.name}: {decision.reason}", self._settings.mode, now_s)
         if self._settings.mode != "apply":
             return
+        if decision.why == "wake":
+            _WOKEN.reached()
+        elif decision.why == "idle" and decision.wanted == 0:
+            _TO_ZERO.reached()
         for spare in decision.flips:
             self._begin(FlipOperation(worker_id=WorkerId(spare.worker_id), role=pool.role))
+        roles = {slot.worker_id: slot.role for slot in cluster.slots}
         for worker_id in startable(pool, cluster)[: decision.num_starts]:
-            self._begin(StartOperation(worker_id=worker_id))
+            # Its last life may have ended in another pool's role, with which it would begin.
+            self._begin(StartOperation(worker_id=worker_id, role=None if roles[worker_id] == pool.role else pool.role))
         for victim in decision.remove:
             # An idle pool may leave the cluster without anybody: that is what was asked for.
             self._begin(RemoveOperation(worker_id=WorkerId(victim), force=decision.why == "idle"))
@@ -230,6 +243,7 @@ class Autoscaler:
             return
         self._tell(decision.reason, self._settings.lend_mode, now_s)
         if self._settings.lend_mode == "apply":
+            (_LENT if decision.kind == "lend" else _RETURNED).reached()
             self._begin(FlipOperation(worker_id=WorkerId(decision.worker_id), role=decision.role))
 
     # --- inside -----------------------------------------------------------------------------------
@@ -238,6 +252,7 @@ class Autoscaler:
         try:
             self._operator.begin(operation, by="autoscaler")
         except TandemError as error:
+            _REFUSED.reached()
             self._log(f"scaling cannot {title(operation)}: {error.message}")
 
     def _tell(self, text: str, mode: Mode, now_s: float) -> None:

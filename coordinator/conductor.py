@@ -111,7 +111,7 @@ class Conductor:
             settings.booking_grace_s,
             num_ranks=len(self._rank_targets_s) + 1,
             longest_wait_s=longest_target_s,
-            usage=UsageRules(headroom_tokens=settings.headroom_tokens),
+            usage=UsageRules(headroom_tokens=settings.headroom_tokens, queued="all"),
         )
         self.directory = Directory(settings.max_directory_blocks, seed=rng.getrandbits(64))
         self.margins = Margins(settings.admission, slos)

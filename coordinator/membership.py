@@ -156,10 +156,15 @@ class Membership:
             self._end(known, f"incarnation {info.incarnation} took its place", now_s)
         elif known is not None:
             self._take_out(known)
-        load = WorkerLoad(free_blocks=info.total_blocks)
-        self._entries[info.worker_id] = _Entry(info=info, load=load, heartbeat_s=now_s)
+        entry = _Entry(info=info, load=WorkerLoad(free_blocks=info.total_blocks), heartbeat_s=now_s)
+        self._entries[info.worker_id] = entry
         self._mark ^= _mark_of(info)
         self._listener.add(info, now_s)
+        if known is not None and msgspec.structs.replace(known.info, role=info.role) == info:
+            # The same life in another role has what it had: nobody is to think it empty until its next heartbeat.
+            entry.load, entry.transfers, entry.latency = known.load, known.transfers, known.latency
+            self._note_draining(info.worker_id, known.load.draining)
+            self._listener.report(info.worker_id, known.load, now_s, known.latency)
 
     def heartbeat(
         self,

@@ -26,7 +26,7 @@ from coordinator.operation_terms import Step, title
 if TYPE_CHECKING:
     from contracts.control_messages import Operation, OperationState
     from contracts.ids import Incarnation, WorkerId
-    from coordinator.operation_terms import CallBody, OperationLimits, Sight, SlotSeen, WorkerSeen
+    from coordinator.operation_terms import CallBody, Kind, OperationLimits, Sight, SlotSeen, WorkerSeen
 
 
 @dataclass(slots=True)
@@ -47,6 +47,8 @@ class Run:
     steps: deque[Step] = field(default_factory=deque[Step])
     #: The life that is drained, given a role or ended; None: there was none.
     life: Incarnation | None = None
+    #: What of it stays there while it drains.
+    keeps: Kind | None = None
     step_begun_s: float = 0.0
     #: Counts the steps.
     step_number: int = 0
@@ -125,7 +127,7 @@ def _worker_order(run: Run, worker: WorkerSeen, limits: OperationLimits, now_s: 
         case Step.OPEN, _:
             # Answered well and still draining: another word came between.
             return None if is_fresh else DrainRequest(target=worker.incarnation, draining=False, reason=why)
-        case Step.SET_ROLE, FlipOperation(role=role):
+        case Step.MIX | Step.SET_ROLE, FlipOperation(role=role):
             return SetRoleRequest(target=worker.incarnation, role=role)
         case Step.DRAIN, _:
             if is_fresh or (run.is_done and worker.draining and lasts):
@@ -158,7 +160,7 @@ def wording(run: Run, step: Step, worker: WorkerSeen | None, sight: Sight, misse
     """What it waits for; `missed`: why its worker cannot be spared now."""
     waits_for = ""
     if step is Step.DRAIN and worker is not None:
-        waits_for = f": {worker.left}" if worker.draining else ": it does not know yet"
+        waits_for = f": {worker.left(run.keeps)}" if worker.draining else ": it does not know yet"
     elif step is Step.WAIT:
         waits_for = f": {missed}"
     elif step in (Step.RENEW, Step.START, Step.STOP) and run.worker_id not in sight.slots:
@@ -175,8 +177,11 @@ def outcome(run: Run) -> str:
             return "nothing is left there"
         case UndrainOperation():
             return "it takes requests again"
+        case FlipOperation(role="mixed"):
+            return "it is a mixed worker now; nothing had to leave"
         case FlipOperation(role=role):
-            return f"it is a {role} worker now"
+            stayed = "" if run.keeps is None else f"; its {run.keeps} stayed"
+            return f"it is a {role} worker now{stayed}"
         case RestartOperation():
             return f"{run.num_workers} restarted"
         case StartOperation():

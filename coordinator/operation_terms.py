@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from contracts.control_messages import (
     RUNNING_SLOTS,
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from contracts.ids import Incarnation, WorkerId
     from contracts.layout import KvIdentity
     from contracts.messages import MemberRole
+
+
+#: Of the requests at a worker.
+Kind = Literal["prompts", "answers"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +79,31 @@ class WorkerSeen:
     draining: bool = False
     open_requests: int = 0
     open_leases: int = 0
+    #: As `WorkerLoad`.
+    open_prompts: int = 0
+    open_answers: int = 0
     #: Prompts that are being read elsewhere, and whose answers will be written here.
     awaited: int = 0
 
-    @property
-    def is_drained(self) -> bool:
-        return self.draining and not (self.open_requests or self.open_leases or self.awaited)
+    def is_drained(self, keeps: Kind | None = None) -> bool:
+        """It takes nothing new, and nothing is left but what it keeps."""
+        if not self.draining:
+            return False
+        match keeps:
+            case None:
+                return not (self.open_requests or self.open_leases or self.awaited)
+            case "answers":
+                return not self.open_prompts
+            case "prompts":
+                return not (self.open_answers or self.awaited)
 
-    @property
-    def left(self) -> str:
-        """What is there, in words."""
+    def left(self, keeps: Kind | None = None) -> str:
+        """What is there and has to leave, in words."""
+        if keeps == "answers":
+            return f"{self.open_prompts} prompts to leave, answers stay"
         parts = [f"{self.open_requests} requests", f"{self.open_leases} leases"]
+        if keeps == "prompts":
+            parts = [f"{self.open_answers} answers to leave, prompts stay"]
         if self.awaited:
             parts.append(f"{self.awaited} prompts read elsewhere for it")
         return ", ".join(parts)
@@ -118,6 +136,7 @@ class Step(Enum):
 
     WAIT = "waits for the others"
     DRAIN = "drains"
+    MIX = "takes on the other role beside its own"
     SET_ROLE = "takes its role"
     OPEN = "takes requests again"
     RENEW = "restarts"
@@ -223,14 +242,24 @@ def _in_turns(sight: Sight) -> tuple[WorkerId, ...]:
     return tuple(sorted(running, key=place.__getitem__))
 
 
-def steps_for(operation: Operation, role: MemberRole) -> list[Step]:
-    """For one worker of this role."""
+def kept_by(operation: Operation, role: MemberRole) -> Kind | None:
+    """Of what a worker of this role has, what stays there while it drains for this operation: who gives up one of two
+    roles goes on with the other."""
+    if not isinstance(operation, FlipOperation) or role != "mixed":
+        return None
+    return "answers" if operation.role == "decode" else "prompts"
+
+
+def steps_for(operation: Operation, role: MemberRole, *, draining: bool = False) -> list[Step]:
+    """For one worker of this role; `draining`: it takes nothing new as it is."""
     is_store = role == "store"
     match operation:
         case DrainOperation():
             return [Step.DRAIN]
         case UndrainOperation():
             return [Step.OPEN]
+        case FlipOperation(role="mixed"):
+            return [Step.MIX, Step.OPEN] if draining else [Step.MIX]
         case FlipOperation():
             return [Step.DRAIN, Step.SET_ROLE, Step.OPEN]
         case RestartOperation(force=force):
@@ -271,6 +300,9 @@ def _check_one(operation: Operation, worker_id: WorkerId, sight: Sight, leaving:
     if isinstance(operation, FlipOperation) and worker.role == operation.role:
         raise BadRequest(f"{worker_id} is a {operation.role} worker already", param="role")
     if isinstance(operation, UndrainOperation | StartOperation) or operation.force or worker.role == "store":
+        return
+    if isinstance(operation, FlipOperation) and operation.role == "mixed":
+        # It goes on, and can do more than before.
         return
     if (problem := who_would_be_missed(worker_id, sight, leaving)) is not None:
         raise BadRequest(f"{problem} (forced, requests are refused meanwhile)", param="worker_id")

@@ -34,6 +34,7 @@ from coordinator.operation_terms import (
     Sight,
     Step,
     check,
+    kept_by,
     steps_for,
     title,
     who_would_be_missed,
@@ -77,6 +78,15 @@ class Operations:
         """The workers that an operation keeps new requests from."""
         return frozenset(
             run.worker_id for run in self._runs.values() if run.worker_id is not None and run.step in LEAVING
+        )
+
+    @property
+    def keep_answers(self) -> frozenset[WorkerId]:
+        """Of these, the ones whose answers stay there: only prompts have to leave."""
+        return frozenset(
+            run.worker_id
+            for run in self._runs.values()
+            if run.worker_id is not None and run.step in LEAVING and run.keeps == "answers"
         )
 
     @property
@@ -174,7 +184,9 @@ class Operations:
         worker, slot = sight.workers.get(worker_id), sight.slots.get(worker_id)
         life = worker or slot
         run.life = None if life is None else life.incarnation
-        run.steps = deque(steps_for(run.operation, "mixed" if life is None else life.role))
+        role = "mixed" if life is None else life.role
+        run.steps = deque(steps_for(run.operation, role, draining=worker is not None and worker.draining))
+        run.keeps = kept_by(run.operation, role)
         run.is_asked = False
         run.begin_step(now_s)
         return True
@@ -191,7 +203,7 @@ class Operations:
                 return self._late(run, self._limits.safe_s, missed, now_s)
             case Step.DRAIN:
                 return self._is_drained(run, worker if is_same else None, now_s)
-            case Step.SET_ROLE:
+            case Step.MIX | Step.SET_ROLE:
                 if worker is None or not is_same:
                     return self._fail(run, "its life ended before it had the role", now_s)
                 if isinstance(run.operation, FlipOperation) and worker.role == run.operation.role:
@@ -228,7 +240,7 @@ class Operations:
             if isinstance(operation, RestartOperation | RemoveOperation) or run.empty_since_s is not None:
                 return True
             return self._fail(run, f"its life ended before it was drained ({run.text})", now_s)
-        if not worker.is_drained:
+        if not worker.is_drained(run.keeps):
             run.empty_since_s = None
         elif run.empty_since_s is None:
             run.empty_since_s = now_s
@@ -241,9 +253,9 @@ class Operations:
             return True
         if isinstance(operation, DrainOperation):
             # Whoever asked said that the worker dies now: nothing is to come back to it.
-            self._end(run, "failed", f"after {within_s:g} s there are {worker.left}", now_s)
+            self._end(run, "failed", f"after {within_s:g} s there are {worker.left(run.keeps)}", now_s)
             return False
-        return self._fail(run, f"not drained after {within_s:g} s: there are {worker.left}", now_s)
+        return self._fail(run, f"not drained after {within_s:g} s: there are {worker.left(run.keeps)}", now_s)
 
     def _drain_limit_s(self, operation: Operation) -> float:
         if isinstance(operation, DrainOperation):

@@ -94,6 +94,11 @@ class OperationsShell:
         """The workers that are to get no new request, whether they know it yet or not."""
         return self.machine.leaving
 
+    @property
+    def keep_answers(self) -> frozenset[WorkerId]:
+        """Of these, the ones whose answers stay there: only prompts have to leave."""
+        return self.machine.keep_answers
+
     def begin(self, operation: Operation, *, by: str = "operator") -> int:
         """Its number. Raises NotFound, BadRequest and NoCapacity: see `OperateRequest`."""
         now_s = self._clock.now_s()
@@ -195,6 +200,8 @@ def sight_of(members: tuple[Member, ...], agents: Agents, now_s: float) -> Sight
             draining=member.load.draining,
             open_requests=member.load.open_requests,
             open_leases=member.load.open_leases,
+            open_prompts=member.load.open_prompts,
+            open_answers=member.load.open_answers,
             awaited=awaited[member.info.worker_id],
         )
         for member in members

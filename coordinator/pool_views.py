@@ -103,18 +103,12 @@ class PoolSight:
 
 
 def pool_view(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterSeen, sight: PoolSight) -> PoolView:
-    running = [status.operation for status in cluster.operations if status.state == "running"]
     workers = pool_workers(pool, pools, cluster)
-    present = {info.worker_id for info in cluster.infos}
-    held = {worker_id for operation in running for worker_id in _workers_of(operation)}
-    slots = [slot for slot in cluster.slots if slot.pool == pool.name and slot.role == pool.role]
     return PoolView(
         pool=pool.name,
         workers=workers,
         starting=_starting(pool, pools, cluster, workers, sight),
-        num_startable=sum(
-            slot.state in _STARTABLE and slot.worker_id not in held and slot.worker_id not in present for slot in slots
-        ),
+        num_startable=len(startable(pool, cluster)),
         start_s=sight.start.mean_s,
         start_spread_s=sight.start.spread_s,
         spares=sight.spares,
@@ -164,7 +158,7 @@ def pool_workers(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: Cluster
 
 
 def startable(pool: ScaledPool, cluster: ClusterSeen) -> list[WorkerId]:
-    """Slots that could be started, in order of their numbers."""
+    """Slots that could be started, in order of their numbers, whatever role their last lives ended with."""
     held = {
         worker_id
         for status in cluster.operations

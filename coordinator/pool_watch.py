@@ -10,6 +10,7 @@ import msgspec
 
 from contracts.control_messages import FlipOperation
 from contracts.errors import NotReady
+from contracts.failpoints import RarePath
 from coordinator.decision import Refused
 from coordinator.policy.scaling_terms import ScaleMemory
 from coordinator.pool_history import Durations, PoolHistory
@@ -34,7 +35,9 @@ WARM_UP_S = 10.0
 #: A request that waits for a worker is told to come again no sooner.
 SHORTEST_WAIT_S = 0.5
 #: Of slots: nobody comes from there.
-_NEVER_READY = frozenset({"given_up", "ending"})
+_NEVER_READY = frozenset({"given_up"})
+
+_WAITS = RarePath("coordinator.waits_for_start", "a request that found nobody is told to wait for a start")
 
 
 @dataclass(slots=True)
@@ -112,16 +115,18 @@ class PoolWatch:
         if decision.why not in ("no_prefill", "no_decode") or self._settings.mode != "apply":
             return rejection
         waits_s: dict[str, float] = {}
+        serving = self._serving_now()
         for name, each in self.pools.items():
             is_asked = each.pool.reads if decision.why == "no_prefill" else each.pool.writes
             states = [slot.state for slot in slots if slot.pool == name]
-            if is_asked and each.pool.is_scaled and not each.ready and set(states) - _NEVER_READY:
+            if is_asked and each.pool.is_scaled and name not in serving and set(states) - _NEVER_READY:
                 ages_s = [
                     slot.age_s or 0.0 for slot in slots if slot.pool == name and slot.state in ("new", "starting")
                 ]
                 waits_s[name] = max(SHORTEST_WAIT_S, each.start.mean_s - max(ages_s, default=0.0))
         if not waits_s:
             return rejection
+        _WAITS.reached()
         wait_s = max(waits_s.values())
         return msgspec.structs.replace(
             rejection,
@@ -130,6 +135,13 @@ class PoolWatch:
             reason="waking",
             retry_after_s=wait_s,
         )
+
+    def _serving_now(self) -> set[str]:
+        """Pools with a worker that is there to stay. Not as of the last look: one that left since is not waited for."""
+        fleet = self._conductor.fleet
+        loads = zip(range(len(fleet)), fleet.loads, strict=True)
+        stays = [fleet.info_at(row).worker_id for row, load in loads if load is None or not load.draining]
+        return {self._name_of(worker_id) for worker_id in stays}
 
     def _name_of(self, worker_id: WorkerId) -> str:
         return self._pool_names.get(worker_id, worker_id.rpartition("-")[0])
@@ -146,7 +158,10 @@ class PoolWatch:
             each.start.note(slot.start_s)
         ended = {one.operation_id: one for one in cluster.operations if one.state == "done"}
         for operation_id, status in ended.items():
-            if isinstance(status.operation, FlipOperation) and operation_id not in self._noted_flips:
+            operation = status.operation
+            # To become mixed nothing has to leave: that says nothing of flips from pool to pool.
+            is_flip = isinstance(operation, FlipOperation) and operation.role != "mixed"
+            if is_flip and operation_id not in self._noted_flips:
                 self.flip.note(status.age_s)
         self._noted_flips = set(ended)
         infos = {info.worker_id: info for info in cluster.infos}

@@ -73,11 +73,13 @@ class _Ask:
         is_source = worker_id == self.source.worker_id
         if self.source_told if is_source else self.destination_told:
             return NOTHING
-        is_prompt = self.move.waiting and not self.move.num_blocks
+        is_prompt = self.move.are_prompts
+        # Prompts that move are nothing that leaves room behind, and no bound counts them.
+        number = 0 if is_prompt else self.number
         sign = -1 if is_source else 1
         return Expected(
-            moving_out=self.number if is_source else 0,
-            moving_in=0 if is_source else self.number,
+            moving_out=number if is_source else 0,
+            moving_in=0 if is_source else number,
             arriving_blocks=0 if is_source else round(share * self.move.num_blocks),
             prompts=sign * self.number if is_prompt else 0,
             reading_s=sign * share * self.move.reading_s,
@@ -96,10 +98,11 @@ class Rebalancer:
         *,
         standing: Callable[[], Standing],
         closed: Callable[[], frozenset[WorkerId]],
+        keep_answers: Callable[[], frozenset[WorkerId]] = frozenset,
         bandwidth: Bandwidth | None = None,
         log: Callable[[str], None],
     ) -> None:
-        """`closed`: who drains, or is about to."""
+        """`closed`: who drains, or is about to; `keep_answers`: of whom only prompts are to leave."""
         self.figures = RebalanceFigures()
         self._clock = clock
         self._network = network
@@ -107,6 +110,7 @@ class Rebalancer:
         self._conductor = conductor
         self._standing = standing
         self._closed = closed
+        self._keep_answers = keep_answers
         self._bandwidth = bandwidth
         self._log = log
         self._history = MoveHistory()
@@ -146,7 +150,14 @@ class Rebalancer:
     def _look(self) -> None:
         now_s = self._looked_s = self._clock.now_s()
         self._forget_settled(now_s)
-        view = usage_of(self._conductor, self._standing(), self._closed(), self._expected(), now_s)
+        view = usage_of(
+            self._conductor,
+            self._standing(),
+            self._closed(),
+            self._expected(),
+            now_s,
+            keep_answers=self._keep_answers(),
+        )
         found = pair(view, self._settings.rules, self._history, now_s)
         self.figures.withheld_total.update(found.not_moved)
         for move in found.moves:
@@ -191,6 +202,8 @@ class Rebalancer:
             first_in_line=move.purpose == "defragment",
             running=move.running,
             max_priority=move.max_priority,
+            max_blocks=move.max_blocks,
+            need_blocks=move.need_blocks,
             mode=move.mode,
             bandwidth_bytes_per_s=bandwidth,
             reason=f"{move.purpose}: {move.reason}",
@@ -213,6 +226,8 @@ class Rebalancer:
         self.figures.begun_total[move.purpose] += number
         if number < move.max_requests:
             self.figures.refused_total[move.purpose] += move.max_requests - number
+        # How many prompts fit was a guess.
+        if not number or (number < move.max_requests and not move.are_prompts):
             self._history.refused(source_id, destination_id, now_s)
         if not number:
             _REFUSED.reached()

@@ -133,6 +133,7 @@ class CoordinatorShell:
                 conductor,
                 standing=lambda: self.membership.standing(clock.now_s()),
                 closed=self.closed,
+                keep_answers=self._keep_answers,
                 bandwidth=bandwidth,
                 log=log,
             )
@@ -291,6 +292,10 @@ class CoordinatorShell:
         if self.operations is None or not self.operations.leaving:
             return draining
         return draining | self.operations.leaving
+
+    def _keep_answers(self) -> frozenset[WorkerId]:
+        """Of those: whose answers stay there all the same."""
+        return frozenset() if self.operations is None else self.operations.keep_answers
 
     def _decide_warily(
         self, item: DispatchItem, match: Match | None, standing: Standing, closed: frozenset[WorkerId], now_s: float

@@ -8,7 +8,7 @@ from coordinator.policy.fleet_view import count_of
 from coordinator.policy.virtual_usage import WorkerUse, usage_view
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from contracts.ids import WorkerId
     from contracts.messages import WorkerInfo, WorkerLoad
@@ -48,10 +48,12 @@ def use_of(
     model_class: int = 0,
     is_up: bool = True,
     is_draining: bool = False,
+    keeps_answers: bool = False,
     queue_s: float = 0.0,
     expected: Expected = NOTHING,
 ) -> WorkerUse:
-    """`queue_s`: until it will have read the prompts that it has. `is_draining`: it drains, whatever it tells."""
+    """`queue_s`: until it will have read the prompts that it has. `is_draining`: it drains, whatever it tells;
+    `keeps_answers`: only its prompts are to leave then."""
     writes, reads = info.role in ("decode", "mixed"), info.role in ("prefill", "mixed")
     preempted, waiting_prompts = count_of(load.preempted_answers), count_of(load.waiting_prompts)
     return WorkerUse(
@@ -65,6 +67,7 @@ def use_of(
         writes=writes,
         is_up=is_up,
         is_draining=is_draining or load.draining,
+        keeps_answers=keeps_answers,
         priorities=load.priorities,
         preempted_answers=preempted,
         head_blocks=count_of(load.head_demand_blocks),
@@ -85,9 +88,11 @@ def usage_of(
     closed: frozenset[WorkerId],
     expected: Mapping[WorkerId, Expected],
     now_s: float,
+    *,
+    keep_answers: Collection[WorkerId] = (),
 ) -> UsageView:
     """The workers that have told of their load, in order of their ids. Suspects, and whoever is not heard, are not up;
-    those in `closed` drain."""
+    those in `closed` drain, but the answers of those in `keep_answers` stay."""
     fleet = conductor.fleet
     outlook = fleet.outlook()
     queue_s = outlook.queue_s(-1, now_s).tolist()
@@ -107,6 +112,7 @@ def usage_of(
                 model_class=model_classes.setdefault(info.identity.model_fingerprint, len(model_classes)),
                 is_up=info.worker_id not in away,
                 is_draining=info.worker_id in closed,
+                keeps_answers=info.worker_id in keep_answers,
                 queue_s=queue_s[row] if outlook.knows_reading else 0.0,
                 expected=expected.get(info.worker_id, NOTHING),
             )

@@ -58,6 +58,9 @@ _DROPPED_IN_STEP = RarePath("prefill.dropped_in_step", "a prompt was dropped whi
 _DEADLINE_PASSED = RarePath(
     "prefill.deadline_passed", "a deadline passed before the KV was read, or before it was taken"
 )
+_KEPT = RarePath(
+    "prefill.kept_for_its_size", "a prompt too large to be handed over waited when the worker became mixed"
+)
 _HANDOFF_FAILED = RarePath("prefill.handoff_failed", "a lease ended without its KV having been taken")
 
 
@@ -183,6 +186,11 @@ class PrefillQueue:
         return len(self._prompts)
 
     @property
+    def own_count(self) -> int:
+        """Of those that are open: whose answers this worker writes itself, or that end with their first token."""
+        return sum(prompt.reader is None for prompt in self._prompts.values())
+
+    @property
     def running_count(self) -> int:
         return len(self._running)
 
@@ -228,11 +236,27 @@ class PrefillQueue:
         return key in self._prompts or key in self._over
 
     def set_also_writes(self, also_writes: bool) -> None:
-        """The worker's role has changed. Raises ValueError while prompts are open."""
-        if self._prompts:
-            raise ValueError(f"{self._own_worker_id} has {len(self._prompts)} prompts open")
-        self._also_writes = also_writes
-        self._turns.also_writes = also_writes
+        """The worker's role has changed; what is open goes on.
+
+        What has blocks keeps its reader, and its lease. Of what has none, a worker that writes too keeps what is larger
+        than the whole budget of handoffs, as if it had come now (`hands_over`): under that budget it would never get
+        its turn.
+        """
+        if also_writes == self._also_writes:
+            return
+        self._also_writes = self._turns.also_writes = also_writes
+        if also_writes:
+            for prompt in self._prompts.values():
+                if prompt.num_blocks > self._budget_blocks and not self._has_blocks(prompt):
+                    _KEPT.reached()
+                    prompt.reader = None
+        # Another budget holds up the next one, or does so no more; and who waited behind it may go on.
+        self._turns.note_head()
+        self._on_blocks_freed()
+
+    def _has_blocks(self, prompt: Prompt) -> bool:
+        """It was admitted."""
+        return prompt.sealed or prompt.sequence.sequence_id in self._running
 
     def keys_of(self, gateway_id: GatewayId) -> list[RequestKey]:
         """The tries whose tokens go to this gateway."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import Counter
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -25,6 +25,7 @@ from contracts.messages import AUDIT, MEMBERS, MIGRATE, Empty, MigrateRequest, P
 from coordinator import CoordinatorShell
 from coordinator.live_costs import LiveCosts
 from coordinator.policy.settings import ConductorSettings
+from coordinator.scaling_wiring import autoscaler_of
 from coordinator.shell import default_conductor
 from decode import DecodeLimits
 from engine.compose import StepBudget
@@ -37,6 +38,7 @@ from prefill import PrefillLimits
 from rpc import MemoryNetwork
 from rpc.memory import loopback_latency
 from simulator.agent import SimulatedAgent
+from simulator.elastic import ElasticAgent, ElasticSpec, Starts
 from simulator.engine import ModelledEngine, StepCosts, StepTiming, modelled_identity
 from simulator.faults.clocks import MachineClock, ProcessClock
 from simulator.faults.network import FaultyNetwork
@@ -50,12 +52,13 @@ from worker import WorkerLimits, WorkerShell
 from worker.store_shell import StoreShell, StoreShellLimits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
     from types import TracebackType
 
     from contracts.config import EvictionPolicyName
-    from contracts.control_messages import Operation, OperationsReply
+    from contracts.control_messages import Operation, OperationsReply, OperationStatus
     from contracts.messages import AuditReply, Member, MemberRole, MigrateReply, MoveMode, Role
+    from coordinator.autoscaler import Autoscaler
     from coordinator.conductor import Conductor
     from coordinator.policy import FleetView
     from coordinator.rebalancer import RebalanceSettings
@@ -118,6 +121,8 @@ class ClusterSpec:
     #: Whether there is a node agent, which operations can have start and end workers; it is down where the test crashes
     #: it.
     agent: bool = False
+    #: Pools that follow the load, with an agent of their own; None: all of `roles` run from the start.
+    elastic: ElasticSpec | None = None
     #: When requests move between workers by themselves; None: they do not.
     rebalancing: RebalanceSettings | None = None
     #: A line of the trace for every message and pull.
@@ -150,6 +155,7 @@ class _CoordinatorLife:
     program: MemoryProcess
     clock: ProcessClock
     shell: CoordinatorShell
+    scaler: Autoscaler | None
     task: asyncio.Task[None]
 
 
@@ -173,7 +179,8 @@ class SimulatedCluster:
         self._fabric = MemoryFabric(pull_fate)
         #: By host.
         self._clocks = {
-            host: self._make_clock(host) for host in (*spec.roles, *spec.stores, COORDINATOR_HOST, GATEWAY_HOST)
+            host: self._make_clock(host)
+            for host in (*spec.roles, *spec.stores, COORDINATOR_HOST, GATEWAY_HOST, AGENT_HOST)
         }
         #: Outlast the lives of their stores.
         self.disks = {
@@ -204,14 +211,23 @@ class SimulatedCluster:
         #: The agent's program and task; None while it is down.
         self._agent: tuple[MemoryProcess, asyncio.Task[None]] | None = None
         self._agent_lives = 0
+        #: What the agent's present life is, where pools follow the load.
+        self._elastic_agent: ElasticAgent | None = None
+        self._starts = None if spec.elastic is None else Starts(spec.elastic, program.rng("starts"))
+        #: Lives that begin or end because the agent wanted it.
+        self._changing: dict[str, asyncio.Task[None]] = {}
+        #: Workers that the agent ended, and the requests that they had then.
+        self.stopped: list[tuple[str, int]] = []
         #: Of those that were killed: what still runs until it hears of it.
         self._dying: dict[asyncio.Task[Any], None] = {}
 
     async def __aenter__(self) -> Self:
         await self.start_coordinator()
         await self.start_gateway()
-        await asyncio.gather(*(self.start(worker_id) for worker_id in (*self._spec.roles, *self._spec.stores)))
-        if self._spec.agent:
+        elastic = self._spec.elastic
+        initial = [each for each in self._spec.roles if elastic is None or each in elastic.initial]
+        await asyncio.gather(*(self.start(worker_id) for worker_id in (*initial, *self._spec.stores)))
+        if self._spec.agent or elastic is not None:
             self.start_agent()
         return self
 
@@ -224,6 +240,8 @@ class SimulatedCluster:
         for restart in list(self._restarts):
             restart.cancel()
         self._restarting = False
+        if self._changing:
+            await asyncio.wait(list(self._changing.values()))
         while self._lives:
             await self.stop(next(iter(self._lives)))
         await self.crash_coordinator()
@@ -306,9 +324,12 @@ class SimulatedCluster:
             server, self._prefix_holders, rng=self._program.rng(f"hints of {host}"), chance=self._spec.hint_chance
         )
         shell.register_on(hinting)
-        task = asyncio.get_running_loop().create_task(_keep_open(shell), name=host, context=context.copy())
+        scaler = None
+        if self._spec.elastic is not None:
+            scaler = autoscaler_of(shell, self._spec.elastic.settings, clock, self._log(COORDINATOR_HOST))
+        task = asyncio.get_running_loop().create_task(_keep_open(shell, scaler), name=host, context=context.copy())
         task.add_done_callback(_raise_failure)
-        self._coordinator = _CoordinatorLife(host, program, clock, shell, task)
+        self._coordinator = _CoordinatorLife(host, program, clock, shell, scaler, task)
         await server.start()
 
     async def crash_coordinator(self) -> None:
@@ -339,7 +360,18 @@ class SimulatedCluster:
         context.run(HOST.set, name)
         program = self._network.process(AGENT_HOST, context)
         server = program.server(f"{AGENT_HOST}:1")
-        agent = SimulatedAgent(self, server, program, COORDINATOR, Incarnation(self._agent_lives))
+        incarnation = Incarnation(self._agent_lives)
+        agent: SimulatedAgent
+        if self._spec.elastic is None or self._starts is None:
+            agent = SimulatedAgent(self, server, program, COORDINATOR, incarnation)
+        else:
+            worker_ids = tuple(self._spec.roles)
+            agent = self._elastic_agent = ElasticAgent(
+                *(self, server, program, COORDINATOR, incarnation),
+                spec=self._spec.elastic,
+                worker_ids=worker_ids,
+                starts=self._starts,
+            )
         task = asyncio.get_running_loop().create_task(agent.run(), name=name, context=context.copy())
         task.add_done_callback(_raise_failure)
         self._agent = program, task
@@ -348,8 +380,9 @@ class SimulatedCluster:
         """SIGKILL, which its workers survive here; of one that is down: nothing."""
         if self._agent is not None:
             program, task = self._agent
-            self._agent = None
+            self._agent = self._elastic_agent = None
             program.kill()
+            _loop().thaw(task.get_name())
             task.cancel()
             self._clear_away(task)
 
@@ -361,9 +394,92 @@ class SimulatedCluster:
             for worker_id, role in roles.items()
         ]
 
+    @property
+    def agent_is_up(self) -> bool:
+        return self._agent is not None
+
+    @property
+    def elastic_agent(self) -> ElasticAgent | None:
+        """Where pools follow the load, and it is up; looked at from outside."""
+        return self._elastic_agent
+
+    def freeze_agent(self) -> str:
+        """SIGSTOP, as `freeze` of a worker. Returns the life's host, for `thaw_host`."""
+        assert self._agent is not None, "the agent is down"
+        host = self._agent[1].get_name()
+        self._log(host)("freezes")
+        _loop().freeze(host)
+        return host
+
+    def elastic_workers_up(self) -> list[str]:
+        """Those that the agent keeps, where pools follow the load."""
+        return [worker_id for worker_id in self._lives if worker_id in self._spec.roles]
+
+    def is_up(self, worker_id: str) -> bool:
+        return worker_id in self._lives
+
+    def note_lost_life(self, worker_id: str) -> None:
+        """As `simulator.elastic.ElasticMachine` says."""
+        self._incarnations[worker_id] += 1
+
+    def begin_life(self, worker_id: str) -> asyncio.Task[None]:
+        """As `simulator.elastic.ElasticMachine` says."""
+        return self._change(worker_id, self._launch_where_down(worker_id))
+
+    def end_life(self, worker_id: str) -> asyncio.Task[None]:
+        """As `simulator.elastic.ElasticMachine` says."""
+        return self._change(worker_id, self._stop_where_up(worker_id))
+
+    def _change(self, worker_id: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """One after the other, in nobody's context: who asked may be frozen or killed."""
+        before = self._changing.get(worker_id)
+
+        async def in_turn() -> None:
+            if before is not None:
+                await asyncio.wait([before])
+            await work
+
+        context = contextvars.Context()
+        task = asyncio.get_running_loop().create_task(in_turn(), name=f"change of {worker_id}", context=context)
+        self._changing[worker_id] = task
+        task.add_done_callback(_raise_failure)
+
+        def forget(ended: asyncio.Task[None]) -> None:
+            if self._changing.get(worker_id) is ended:
+                del self._changing[worker_id]
+
+        task.add_done_callback(forget)
+        return task
+
+    async def _launch_where_down(self, worker_id: str) -> None:
+        if worker_id not in self._lives:
+            await self.launch(worker_id)
+
+    async def _stop_where_up(self, worker_id: str) -> None:
+        if worker_id in self._lives:
+            self.stopped.append((worker_id, self.worker(worker_id).standing.open_work().requests))
+            await self.stop(worker_id)
+
     def take_role(self, worker_id: str, role: Role) -> None:
         """The worker's next lives begin with it."""
         self._roles[worker_id] = role
+
+    def operation_statuses(self) -> tuple[OperationStatus, ...]:
+        """As the coordinator has them; looked at from outside, at once. None while it is down."""
+        life = self._coordinator
+        if life is None or life.shell.operations is None:
+            return ()
+        return life.shell.operations.statuses()
+
+    @property
+    def coordinator_life(self) -> str:
+        """A name of its present life; empty while it is down."""
+        return "" if self._coordinator is None else self._coordinator.host
+
+    @property
+    def scaler(self) -> Autoscaler | None:
+        """What lets pools follow the load; None where none does, and while the coordinator is down."""
+        return None if self._coordinator is None else self._coordinator.scaler
 
     async def operate(self, operation: Operation) -> int:
         """Asks the coordinator for it; its number."""
@@ -395,6 +511,12 @@ class SimulatedCluster:
         return await self._network.channel(f"{source}:1").call(MIGRATE, ask, timeout_s=1.0)
 
     # --- workers ----------------------------------------------------------------------------------
+
+    async def revive(self, worker_id: str) -> None:
+        """The next life of one that is down, where no agent sees to that."""
+        is_kept = self._spec.elastic is not None and worker_id in self._spec.roles
+        if not is_kept and worker_id not in self._lives:
+            await self.launch(worker_id)
 
     async def start(self, worker_id: str) -> None:
         """A new life of a worker; returns once the coordinator knows it."""
@@ -654,8 +776,7 @@ class SimulatedCluster:
 
     async def _restart(self, worker_id: str) -> None:
         await asyncio.sleep(RESTART_S)
-        if worker_id not in self._lives:
-            await self.launch(worker_id)
+        await self.revive(worker_id)
 
     def _make_clock(self, host: str) -> MachineClock:
         largest = self._spec.clock_drift
@@ -669,9 +790,9 @@ class SimulatedCluster:
         return lambda line: self._program.trace.add(f"{name:14s} {line}")
 
 
-async def _keep_open(shell: CoordinatorShell) -> None:
+async def _keep_open(shell: CoordinatorShell, scaler: Autoscaler | None) -> None:
     """Until cancelled; a bug of the shell's own is raised."""
-    async with shell:
+    async with shell, scaler or nullcontext():
         await asyncio.Event().wait()
 
 

@@ -10,6 +10,7 @@ from contracts.errors import DeadlineExceeded, NotReady, StaleIncarnation, Tande
 from contracts.failpoints import Failpoint, RarePath
 from contracts.messages import (
     CANCEL,
+    DECLINE,
     GRANT,
     HANDOFF,
     MIGRATE,
@@ -22,6 +23,7 @@ from contracts.messages import (
 )
 from contracts.requests import ErrorInfo, TokenDelta, counted_priority
 from decode.moves.choice import choose_mode, costs_of, spare_blocks
+from decode.moves.victims import Candidate, Kind, begin_some, wanted_of
 from prefill.prompts import Prompt
 from worker.prompt_moves import PromptMoves
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from contracts.ids import GatewayId
     from contracts.messages import (
         ClaimVerdict,
+        DeclineRequest,
         GrantRequest,
         HandoffReply,
         HandoffRequest,
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
         TakeOverRequest,
         YieldRequest,
     )
-    from contracts.requests import Claim, GenerateRequest
+    from contracts.requests import Claim
     from decode import DecodeBatch
     from decode.answers import Answer
     from engine.plan import Engine
@@ -132,6 +135,7 @@ class Moves:
         """`guarded` wraps handlers: one that finds state which cannot be ends the worker."""
         server.register(MIGRATE, guarded(self._on_migrate))
         server.register(YIELD, guarded(self._on_yield))
+        server.register(DECLINE, guarded(self._on_decline))
         server.register(TAKE_OVER, guarded(self._on_take_over))
         server.register(GRANT, guarded(self._on_grant))
 
@@ -166,11 +170,9 @@ class Moves:
         self._require(ask.target, "Migrate")
         started: list[RequestKey] = []
         why_not = "" if ask.max_requests > 0 else "none was wanted"
-        waiting, running = self._answers_to_move(ask)
-        candidates: list[Answer | Prompt] = [*waiting, *self._prompts_to_move(ask), *running]
-        for one in candidates:
-            if len(started) >= ask.max_requests:
-                break
+
+        def begin(one: Answer | Prompt) -> bool:
+            nonlocal why_not
             key = one.sequence.key
             problem = None
             if isinstance(one, Prompt):
@@ -182,6 +184,9 @@ class Moves:
                 started.append(key)
             else:
                 why_not = problem
+            return problem is None
+
+        begin_some(self._candidates(ask), wanted_of(ask), begin)
         self._busy.set()
         if len(started) < ask.max_requests and not why_not:
             why_not = "no other request here may move"
@@ -195,7 +200,7 @@ class Moves:
             if not told.done():
                 told.set_result(answer)
 
-        self._decode.moves_out.yield_asked(ask.key, on_rest)
+        self._decode.moves_out.yield_asked(ask.key, on_rest, num_known=ask.num_known, at_most=ask.at_most)
         # What it wrote last must not wait for the next step's frame.
         self._outbox.flush()
         try:
@@ -208,6 +213,11 @@ class Moves:
         if isinstance(answer, TandemError):
             raise answer
         return answer
+
+    async def _on_decline(self, ask: DeclineRequest, context: CallContext) -> Empty:
+        self._require(ask.target, "Decline")
+        self._decode.moves_out.declined(ask.key, ask.destination, ask.reason)
+        return Empty()
 
     async def _on_take_over(self, ask: TakeOverRequest, context: CallContext) -> Empty:
         self._require(ask.target, "TakeOver")
@@ -269,18 +279,21 @@ class Moves:
 
     # --- which, and how ---------------------------------------------------------------------------
 
-    def _prompts_to_move(self, ask: MigrateRequest) -> list[Prompt]:
-        if not ask.waiting:
-            return []
-        found = [prompt for prompt in self._prefill.movable() if _is_meant(ask, prompt.sequence.request)]
-        return found[::-1] if ask.first_in_line else found
+    def _candidates(self, ask: MigrateRequest) -> list[Candidate[Answer | Prompt]]:
+        """Those that are here and asked for by name, if any are; which of them may go is asked of `wanted_of`."""
+        found: list[Candidate[Answer | Prompt]] = []
 
-    def _answers_to_move(self, ask: MigrateRequest) -> tuple[list[Answer], list[Answer]]:
-        """Those that wait, and those that run; of each the lowest priority first, and among these the shortest."""
-        found = [answer for answer in self._decode.answers() if _is_meant(ask, answer.sequence.request)]
-        found.sort(key=lambda one: (counted_priority(one.sequence.request.priority), len(one.sequence.token_ids)))
-        waiting = [one for one in found if ask.waiting and not one.sequence.block_ids]
-        return waiting, [one for one in found if ask.running and one.sequence.block_ids]
+        def add(one: Answer | Prompt, kind: Kind, place: int = 0) -> None:
+            request, num_tokens = one.sequence.request, len(one.sequence.token_ids)
+            if not ask.request_ids or request.request_id in ask.request_ids:
+                num_blocks = self._engine.identity.layout.blocks_for(num_tokens)
+                found.append(Candidate(one, kind, counted_priority(request.priority), num_tokens, num_blocks, place))
+
+        for answer in self._decode.answers():
+            add(answer, Kind.RUNNING if answer.sequence.block_ids else Kind.PREEMPTED)
+        for place, prompt in enumerate(reversed(self._prefill.movable()) if ask.waiting else ()):
+            add(prompt, Kind.PROMPT, place)
+        return found
 
     def _send(self, answer: Answer, ask: MigrateRequest) -> str | None:
         """Begins a move; None, or why not."""
@@ -359,6 +372,16 @@ class Moves:
 
         self._spawn(call(), lambda: on_answer(NotReady(f"{self._own.worker_id} is stopping")))
 
+    def decline(self, peer: Peer, ask: DeclineRequest) -> None:
+        async def call() -> None:
+            try:
+                await self._network.channel(peer.address).call(DECLINE, ask, timeout_s=CALL_TIMEOUT_S)
+            except TandemError as error:
+                # It takes the move back by itself, when that has taken too long.
+                self._log(f"{peer.worker_id} could not be told that {ask.key.request_id} is not taken: {error.message}")
+
+        self._spawn(call(), lambda: None)
+
     def cancel(self, peer: Peer, key: RequestKey, reason: str) -> None:
         async def call() -> None:
             try:
@@ -388,9 +411,3 @@ class Moves:
             pass
         work.close()
         otherwise()
-
-
-def _is_meant(ask: MigrateRequest, request: GenerateRequest) -> bool:
-    if ask.request_ids and request.request_id not in ask.request_ids:
-        return False
-    return ask.max_priority is None or counted_priority(request.priority) <= ask.max_priority

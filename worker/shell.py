@@ -535,13 +535,18 @@ class WorkerShell:
             await self._network.drop(old)
 
     def _open_work(self) -> OpenWork:
+        num_coming = self.moves.num_coming
+        # A prompt on its way may be one that is to be written here.
+        answers = self.prefill.own_count + self.decode.open_count + num_coming
         return OpenWork(
-            requests=self.prefill.open_count + self.decode.open_count + self.moves.num_coming,
+            requests=self.prefill.open_count + self.decode.open_count + num_coming,
             leases=self.holder.num_leases + self.reader.num_leases,
+            prompts=self.prefill.open_count + num_coming - len(self.decode.moves_in),
+            answers=answers,
         )
 
     def _serve_as(self, info: WorkerInfo) -> None:
-        """The role has changed; nothing is open."""
+        """The role has changed. What is open goes on: both sides are there in every role."""
         self._log(f"{info.worker_id} is a {info.role} worker from now on")
         self.prefill.set_also_writes(self.standing.also_writes)
         self._peers.role_changed(info)
@@ -654,6 +659,8 @@ class WorkerShell:
             draining=self.standing.draining,
             open_requests=work.requests,
             open_leases=work.leases,
+            open_prompts=work.prompts,
+            open_answers=work.answers,
             head_demand_blocks=wanted.head,
             queued_demand_blocks=wanted.all,
             priorities=self.decode.priorities,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from contracts.control_messages import DrainRequest, SetRoleRequest
-    from contracts.messages import Role, WorkerInfo
+    from contracts.messages import MemberRole, Role, WorkerInfo
 
 #: When whoever is refused may ask here again; elsewhere at once.
 RETRY_AFTER_S = 1.0
@@ -33,9 +33,24 @@ class OpenWork(NamedTuple):
     requests: int
     #: Granted, and taken.
     leases: int
+    #: Of the requests: prompts that are read here, or come to be; and answers that are written here, or will be where
+    #: their prompts are read. One that is read here to be written here counts as both.
+    prompts: int = 0
+    answers: int = 0
 
     def __str__(self) -> str:
         return f"{self.requests} requests and {self.leases} leases"
+
+    def against(self, role: MemberRole, wanted: Role) -> str:
+        """What has to leave before a worker of this role can have the wanted one, in words; empty: nothing. Who reads
+        and writes already gives up one of them; who begins to do both gives up nothing."""
+        if wanted == "mixed":
+            return ""
+        if role != "mixed":
+            return str(self) if self.requests or self.leases else ""
+        if wanted == "decode":
+            return f"{self.prompts} prompts" if self.prompts else ""
+        return f"{self.answers} answers" if self.answers else ""
 
 
 class Standing:
@@ -73,7 +88,8 @@ class Standing:
     @property
     def is_drained(self) -> bool:
         """Nothing new is taken, and nothing is left."""
-        return self.draining and not any(self.open_work())
+        work = self.open_work()
+        return self.draining and not (work.requests or work.leases)
 
     def check_open(self, what: str) -> None:
         """Raises NotReady while it drains."""
@@ -107,16 +123,16 @@ class Standing:
             self._on_change()
 
     def set_role(self, ask: SetRoleRequest) -> None:
-        """Raises NotReady while anything is open, BadRequest for what is no worker's role."""
+        """Raises NotReady, with numbers, while something is open that stands against it (`OpenWork.against`),
+        BadRequest for what is no worker's role. It need not drain: what comes later is served in whatever role."""
         role: Role = ask.role
         if self.info.role == "store":
             raise BadRequest(f"{self.info.worker_id} is a store, and cannot be a {role} worker", param="role")
         if role == self.info.role:
             return
-        work = self.open_work()
-        if any(work):
+        if against := self.open_work().against(self.info.role, role):
             raise NotReady(
-                f"{self.info.worker_id} cannot become a {role} worker: {work} are open", retry_after_s=RETRY_AFTER_S
+                f"{self.info.worker_id} cannot become a {role} worker: {against} are open", retry_after_s=RETRY_AFTER_S
             )
         self.info = msgspec.structs.replace(self.info, role=role)
         self._on_role(self.info)

@@ -1,22 +1,25 @@
 """Who gives requests to whom: Llumnix' pairing with its `balanced` condition (OSDI'24, section 4.4.3; defaults of the
 released code differ), one rule for each purpose, the most urgent first.
 
-- **draining**: everything leaves a worker that drains, to whoever has room.
+- **draining**: everything leaves a worker that drains, to whoever has room; only its prompts, where its answers are to
+  stay.
 - **memory**: answers that were preempted, or will soon be for want of blocks to grow into, go where they can go on.
 - **priority**: answers of low priority leave a worker whose high ones lack their headroom.
-- **defragment**: where the first in line waits for more blocks than are free, though others together have as many, it
-  goes where it fits; where it cannot, small answers leave the worker that lacks least.
+- **defragment**: where the first in line waits for more blocks than are free, prompts go on to whoever has room for them
+  now; where the first fits nowhere, though others together have as many, answers leave the worker that lacks least.
 - **balance**: answers leave workers with a freeness below `low`, to those above `high`, the fullest to the emptiest.
 - **prompts**: those that nobody has begun to read go where they are predicted to be read notably sooner.
 
 Each on its own, with what was decided before counted already. Whoever gives something away gets nothing in the same
-round. But for draining, a move must leave the giver better off than it was, the taker better off than the giver then
-(`0 < diff_after < diff_before`), and the taker above `low`: applied again and again to a load that does not change it
-comes to an end.
+round. But for draining and defragmenting, a move must leave the giver better off than it was, the taker better off than
+the giver then (`0 < diff_after < diff_before`), and the taker above `low`: applied again and again to a load that does
+not change it comes to an end. So does defragmenting: whoever takes has nobody waiting for blocks, and what it takes it
+can begin with at once.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,7 +54,7 @@ def pair(view: UsageView, rules: MoveRules, history: MoveHistory, now_s: float) 
 def _drain(look: Round) -> None:
     view = look.view
     anybody = np.ones(len(view), np.bool_)
-    for source in _rising(look, view.is_draining & view.writes):
+    for source in _rising(look, view.is_draining & view.writes & ~view.keeps_answers):
         while look.may_give(source):
             victim = _preempted(look, source) or look.victim(source)
             if victim is None:
@@ -107,20 +110,78 @@ def _balance(look: Round) -> None:
 def _defragment(look: Round) -> None:
     view = look.view
     missing = _missing(look)
-    waits = _givers(look) & (view.head_blocks > 0) & (missing > 0) & (view.preempted_answers == 0)
-    for source in _rising(look, waits, missing):
-        head = view.head_blocks.item(source)
-        why = f"{head} blocks are wanted at {_name(look, source)}, where {look.available[source]:.0f} are available"
-        if view.head_moves[source] and look.may_give(source):
-            victim = Victim(_COMMON_LEVEL, head, waits=True)
-            if _give(look, source, victim, "defragment", why, look.low):
-                continue
-        if missing[source] > _spare(look, source):
+    waits = _givers(look) & (view.head_blocks > 0) & ((missing > 0) | (view.preempted_answers > 0))
+    rows = list(_rising(look, waits, missing))
+    left = [source for source in rows if not _send_on(look, source, waits)]
+    for source in left:
+        # Where all prompts were asked to go, what was told of the first in line is out of date.
+        is_waiting = look.waiting_prompts[source] > 0 or not view.head_moves[source]
+        if is_waiting and not view.preempted_answers[source]:
+            _make_room(look, source, waits)
+
+
+def _send_on(look: Round, source: int, waits: Flags) -> bool:
+    """Prompts wait for blocks here: those that can be read somewhere at once go there. Whether the first of them does."""
+    view = look.view
+    head = view.head_blocks.item(source) if view.head_moves[source] and not view.preempted_answers[source] else 0
+    others = look.waiting_prompts.item(source) - (1 if head else 0)
+    behind = max(0, view.queued_blocks.item(source) - view.head_blocks.item(source))
+    mean = max(1.0, behind / others) if others > 0 else math.inf
+    takers = (view.kv_class == view.kv_class[source]) & view.reads & view.writes & view.is_up & ~view.is_draining
+    takers &= ~waits & ~look.are_sources & (view.preempted_answers == 0) & ~look.kept_apart(source, is_urgent=False)
+    room, is_head_sent = look.room(), False
+    for taker in _rising(look, takers & (room >= 1.0), -room):
+        if not (head or others > 0) or not look.may_give_prompt(source):
+            break
+        room_blocks = int(room[taker])
+        takes_head = 0 < head <= room_blocks
+        blocks = float(head) if takes_head else 0.0
+        behind_it = max(0, min(others, look.rules.max_prompts, int((room_blocks - blocks) / mean)))
+        number = behind_it + takes_head
+        if not number:
+            break
+        if behind_it:
+            blocks += behind_it * mean
+        why = f"{view.head_blocks.item(source)} blocks are wanted at {_name(look, source)}, where"
+        reason = f"{why} {look.available[source]:.0f} are available; {_name(look, taker)} has room for {room_blocks}"
+        look.send_on(source, taker, number, round(blocks), room_blocks, reason)
+        others -= behind_it
+        if takes_head:
+            head, is_head_sent = 0, True
+    return is_head_sent
+
+
+def _make_room(look: Round, source: int, waits: Flags) -> None:
+    """The first in line fits nowhere: answers leave, so that it fits here."""
+    view = look.view
+    head = view.head_blocks.item(source)
+    kind = _givers(look) & (view.kv_class == view.kv_class[source]) & (view.preempted_answers == 0) & ~waits
+    kind[source] = False
+    while look.may_give(source):
+        missing = float(_missing(look)[source])
+        if missing <= 0:
+            return
+        spare = np.where(kind & ~look.are_sources, np.maximum(look.room() - look.growth, 0.0), 0.0)
+        if missing > spare.sum():
             look.stays("not_enough")
-            continue
-        while _missing(look)[source] > 0 and look.may_give(source):
-            if not _give(look, source, None, "defragment", why, look.low):
-                break
+            return
+        can = np.where(look.in_left > 0, spare, 0.0)
+        taker = int(can.argmax())
+        room_blocks = int(can[taker])
+        if room_blocks < 1:
+            look.stays("busy")
+            return
+        victim = look.victim(source)
+        if victim is None:
+            look.stays("nothing_to_move")
+            return
+        num_blocks = min(room_blocks, max(victim.num_blocks, int(missing)))
+        victim = victim._replace(num_blocks=num_blocks, max_blocks=room_blocks, makes_room=True)
+        reason = (
+            f"{head} blocks are wanted at {_name(look, source)}, where {look.available[source]:.0f} are available; "
+            f"{_name(look, taker)} has room for {room_blocks}"
+        )
+        look.move(source, taker, victim, "defragment", reason, below_level=None)
 
 
 def _missing(look: Round) -> Blocks:
@@ -190,9 +251,11 @@ def _move_prompts(look: Round) -> None:
 
 def _move_prompts_of(look: Round, rows: Flags, purpose: Purpose) -> None:
     view, rules = look.view, look.rules
-    anybody = np.ones(len(view), np.bool_)
     drains = purpose == "draining"
-    waits = rows & view.reads & (view.waiting_prompts > 0)
+    # Where the first in line waits for blocks, others wait behind it, however short the reading.
+    stuck = view.writes & (view.head_blocks > 0) & (_missing(look) > 0)
+    anybody = np.ones(len(view), np.bool_) if drains else ~stuck
+    waits = rows & view.reads & (view.waiting_prompts > 0) & anybody
     for source in _rising(look, waits, -look.queue_s):
         each_s = look.queue_s.item(source) / view.waiting_prompts.item(source)
         for _ in range(min(view.waiting_prompts.item(source), rules.max_prompts)):

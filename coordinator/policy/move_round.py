@@ -24,6 +24,10 @@ class Victim(NamedTuple):
     num_blocks: int
     #: A preempted answer, or a prompt that nobody has begun to read: it holds nothing where it waits.
     waits: bool = False
+    #: What it may take at most where the size is a guess; None: no matter.
+    max_blocks: int | None = None
+    #: It is to be about as large as that, not as short as possible: something is to come free.
+    makes_room: bool = False
 
 
 class Round:
@@ -95,6 +99,14 @@ class Round:
     def may_give_prompt(self, row: int) -> bool:
         return bool(self.view.is_up[row]) and not self._are_destinations[row]
 
+    def room(self) -> Blocks:
+        """What each could take at once and still give all that is there then what it is promised."""
+        return self.available - self.growth * (self.num_answers + 1)
+
+    @property
+    def are_sources(self) -> Flags:
+        return self._are_sources
+
     # --- where to ---------------------------------------------------------------------------------
 
     def destination(self, source: int, victim: Victim | None, is_free: Flags, *, is_urgent: bool = False) -> int | None:
@@ -133,13 +145,13 @@ class Round:
             takers &= (self.in_left_draining if view.is_draining[source] else self.in_left) > 0
             if not takers.any():
                 return "busy"
-        takers &= ~self._kept_apart(source, is_urgent=is_urgent)
+        takers &= ~self.kept_apart(source, is_urgent=is_urgent)
         if not takers.any():
             return "cooldown"
         takers &= is_free
         return takers if takers.any() else "not_free"
 
-    def _kept_apart(self, source: int, *, is_urgent: bool) -> Flags:
+    def kept_apart(self, source: int, *, is_urgent: bool) -> Flags:
         marked = np.zeros(len(self.view), np.bool_)
         if not self._history:
             return marked
@@ -191,6 +203,18 @@ class Round:
         priority = None if below_level is None else LEVELS[below_level - 1]
         self._note(source, destination, victim, purpose, reason, max_priority=priority, reading_s=0.0)
 
+    def send_on(
+        self, source: int, destination: int, number: int, num_blocks: int, room_blocks: int, reason: str
+    ) -> None:
+        """Of prompts that wait for blocks: as many as fit there, in the order of their line. They cost no more than
+        messages: no bound of moves counts them."""
+        self.available[destination] -= num_blocks
+        self.free[destination] -= num_blocks
+        self.num_answers[destination] += number
+        self.waiting_prompts[source] -= number
+        prompts = Victim(0, num_blocks, waits=True, max_blocks=room_blocks)
+        self._note(source, destination, prompts, "defragment", reason, max_priority=None, reading_s=0.0, number=number)
+
     def move_prompt(self, source: int, destination: int, reading_s: float, purpose: Purpose, reason: str) -> None:
         """Of a prompt that nobody has begun to read. It costs no more than a message: no bound of moves counts it."""
         self.queue_s[source] -= reading_s
@@ -218,15 +242,17 @@ class Round:
         *,
         max_priority: int | None,
         reading_s: float,
+        number: int = 1,
     ) -> None:
         self._are_sources[source] = self._are_destinations[destination] = True
         key = (source, destination, purpose, victim.waits)
         known = self._moves.get(key)
         if known is not None:
             self._moves[key] = known._replace(
-                max_requests=known.max_requests + 1,
+                max_requests=known.max_requests + number,
                 num_blocks=known.num_blocks + victim.num_blocks,
                 reading_s=known.reading_s + reading_s,
+                need_blocks=known.need_blocks + (victim.num_blocks if victim.makes_room else 0),
             )
             return
         view = self.view
@@ -234,10 +260,12 @@ class Round:
             source=source,
             destination=destination,
             purpose=purpose,
-            max_requests=1,
+            max_requests=number,
             running=not victim.waits,
             waiting=victim.waits,
             max_priority=max_priority,
+            max_blocks=victim.max_blocks,
+            need_blocks=victim.num_blocks if victim.makes_room else 0,
             mode="auto" if view.kv_class[source] == view.kv_class[destination] else "tokens",
             num_blocks=victim.num_blocks,
             reading_s=reading_s,

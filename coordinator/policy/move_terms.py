@@ -34,7 +34,7 @@ class MoveRules:
     high_tokens: float = 512.0
     purposes: frozenset[Purpose] = frozenset(PURPOSES)
     #: Moves that a worker takes part in, each way; of one that drains; and of all workers.
-    max_moving: int = 1
+    max_moving: int = 2
     max_moving_draining: int = 4
     max_moving_total: int = 32
     #: After a move from one worker to another none goes the other way for so long, unless memory runs out or it drains.
@@ -69,6 +69,10 @@ class MovePair(NamedTuple):
     waiting: bool
     #: Only priorities of at most this one; None: any.
     max_priority: int | None
+    #: What those that are chosen may take there, all together (None: anything); and what is to come free here by
+    #: running ones leaving, 0 where the quickest are to leave.
+    max_blocks: int | None
+    need_blocks: int
     #: "tokens" where the two understand KV differently.
     mode: MoveMode
     #: Expected of all of them together: what they take there, and how long reading them takes.
@@ -76,6 +80,11 @@ class MovePair(NamedTuple):
     reading_s: float
     #: With the numbers it rests on.
     reason: str
+
+    @property
+    def are_prompts(self) -> bool:
+        """That nobody has begun to read: they hold nothing where they are, and are gone after a message."""
+        return self.waiting and (self.purpose == "defragment" or not self.num_blocks)
 
 
 class Pairing(NamedTuple):

@@ -79,6 +79,8 @@ class WorkerUse(NamedTuple):
     #: It is heard: it may be asked for something, and given something.
     is_up: bool = True
     is_draining: bool = False
+    #: It drains, but the answers that it writes stay.
+    keeps_answers: bool = False
     priorities: Sequence[PriorityUse] = ()
     preempted_answers: int = 0
     head_blocks: int = 0
@@ -106,6 +108,7 @@ class UsageView:
     writes: Flags
     is_up: Flags
     is_draining: Flags
+    keeps_answers: Flags
     #: `[row, level]`: running answers, and the blocks that they hold; see `LEVELS`.
     answers: Counts
     answer_blocks: Counts
@@ -159,6 +162,7 @@ def usage_view(uses: Sequence[WorkerUse]) -> UsageView:
         writes=flags("writes"),
         is_up=flags("is_up"),
         is_draining=flags("is_draining"),
+        keeps_answers=flags("keeps_answers"),
         answers=answers,
         answer_blocks=blocks,
         preempted_answers=counts("preempted_answers"),

@@ -12,6 +12,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from contracts.errors import NoCapacity, TandemError
+from simulator.chaos.pools import PoolAuditor
 from simulator.chaos.scenario import Weather
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ class Auditor:
         self.problems: list[str] = []
         #: Sentences found by looks, to say each once.
         self._said: set[str] = set()
+        elastic = scenario.cluster.elastic
+        self._pools: PoolAuditor | None = None
+        if elastic is not None:
+            is_calm = scenario.weather is Weather.CALM
+            self._pools = PoolAuditor(elastic, cluster, self._say_once, is_calm=is_calm)
 
     async def watch(self) -> None:
         """Looks at the books until cancelled, and where there are stores at what stands under which key."""
@@ -74,6 +80,8 @@ class Auditor:
         for host, problems in self._cluster.problems().items():
             for problem in problems:
                 self._say_once(f"{host}: {problem}")
+        if self._pools is not None:
+            self._pools.look()
 
     def _say_once(self, sentence: str) -> None:
         if sentence not in self._said:
@@ -113,7 +121,8 @@ class Auditor:
             # A full worker's request may go to another one.
             if code != NoCapacity.code:
                 self.problems.append(f"{count} requests were taken up again without a fault: {code}")
-        if stats.lost_streams:
+        # That of a worker that was stopped ends with it.
+        if stats.lost_streams > len(self._cluster.stopped):
             self.problems.append(f"{stats.lost_streams} streams of frames ended without a fault")
         for worker_id, reason in self._cluster.ended:
             self.problems.append(f"{worker_id} ended its life without a fault: {reason}")
@@ -121,7 +130,8 @@ class Auditor:
     @property
     def _patience_s(self) -> float:
         """What a cluster may take until it is as if nothing had been."""
-        return 2 * self._scenario.cluster.lease_ttl_s + RECOVERY_S
+        pools_s = 0.0 if self._pools is None else self._pools.patience_s
+        return 2 * self._scenario.cluster.lease_ttl_s + RECOVERY_S + pools_s
 
     def compare_copies(self) -> None:
         """Blocks with one key are equal, wherever they stand, and written to the end: whoever finds one goes on from
@@ -151,6 +161,9 @@ class Auditor:
     async def _remains(self) -> list[str]:
         """What still keeps the cluster from being clean."""
         members = {*self._scenario.cluster.roles, *self._scenario.cluster.stores}
+        if self._pools is not None:
+            # How many there are is the pools' business.
+            members = {*self._cluster.up(), *self._scenario.cluster.stores}
         down = sorted(members - set(self._cluster.up()))
         remains = [f"{worker_id} is down" for worker_id in down]
         if not self._cluster.gateway_is_up:
@@ -168,6 +181,8 @@ class Auditor:
         for worker_id, audit in audits.items():
             remains.extend(f"{worker_id}: {each}" for each in _unclean(audit))
         remains.extend(_still_placed(self._cluster.fleet()))
+        if self._pools is not None:
+            remains.extend(self._pools.remains())
         for store in [each for each in self._scenario.cluster.stores if each in self._cluster.up()]:
             if num_windows := self._cluster.store(store).machine.num_windows:
                 remains.append(f"{store} reads ahead for {num_windows} workers where nothing waits")

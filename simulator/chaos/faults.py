@@ -72,8 +72,7 @@ class CrashWorker(_OfWorker):
         if self.worker_id in cluster.up():
             cluster.crash(self.worker_id)
             await asyncio.sleep(self.for_s)
-        if self.worker_id not in cluster.up():
-            await cluster.launch(self.worker_id)
+        await cluster.revive(self.worker_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +103,7 @@ class HangWorker(_OfWorker):
         if cluster.host_of(self.worker_id) == host:
             cluster.crash(self.worker_id)
             await asyncio.sleep(self.for_s)
-            if self.worker_id not in cluster.up():
-                await cluster.launch(self.worker_id)
+            await cluster.revive(self.worker_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +120,7 @@ class StickEngine(_OfWorker):
         await asyncio.sleep(self.for_s)
         if cluster.host_of(self.worker_id) == host:
             cluster.crash(self.worker_id)
-            await cluster.launch(self.worker_id)
+            await cluster.revive(self.worker_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

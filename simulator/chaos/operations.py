@@ -35,6 +35,8 @@ OPERATED_CHANCE = 0.35
 #: Chance that the coordinator balances a cluster by moves.
 REBALANCED_CHANCE = 0.6
 MOST_OPERATIONS = 3
+#: Chance that a worker becomes mixed in the middle of its work, and goes back.
+MIXED_CHANCE = 0.35
 #: Chance that the coordinator is lost in the middle of an operation.
 LEFT_ALONE_CHANCE = 0.15
 #: After its time an operation is ended, or its effect undone; that is asked for again after so long, and so often.
@@ -149,18 +151,34 @@ def draw_rebalancing(rng: random.Random) -> RebalanceSettings | None:
 
 
 def draw_operations(rng: random.Random, roles: dict[str, Role], *, over_s: float) -> tuple[Fault, ...]:
-    """None in most trials."""
-    if rng.random() >= OPERATED_CHANCE:
-        return ()
+    """None in many trials."""
     drawn: list[Fault] = []
-    for _ in range(rng.randint(1, MOST_OPERATIONS)):
+    for _ in range(rng.randint(1, MOST_OPERATIONS) if rng.random() < OPERATED_CHANCE else 0):
         operation = _draw_operation(rng, WorkerId(rng.choice(list(roles))))
         at_s, for_s = rng.uniform(0.0, 0.7) * over_s, rng.choice([0.3, 1.0, 3.0, 12.0])
         drawn.append(Operate(at_s=at_s, for_s=for_s, operation=operation))
         if rng.random() < LEFT_ALONE_CHANCE:
             # In the middle of it, and away for longer than a drain lasts that nobody renews.
             drawn.append(CrashCoordinator(at_s=at_s + rng.uniform(0.1, 1.0), for_s=10.0))
-    return tuple(drawn)
+    return (*drawn, *_draw_mixing(rng, roles, over_s=over_s))
+
+
+def _draw_mixing(rng: random.Random, roles: dict[str, Role], *, over_s: float) -> list[Fault]:
+    """Flips to mixed while requests come, and back to what the worker was, or to what it was not."""
+    single = [worker_id for worker_id, role in roles.items() if role != "mixed"]
+    if not single or rng.random() >= MIXED_CHANCE:
+        return []
+    worker_id = WorkerId(rng.choice(single))
+    back: Role = roles[worker_id] if rng.random() < 0.8 else rng.choice(["prefill", "decode"])
+    at_s, mixed_s = rng.uniform(0.0, 0.6) * over_s, rng.choice([0.05, 0.5, 2.0])
+    return [
+        Operate(at_s=at_s, for_s=mixed_s, operation=FlipOperation(worker_id=worker_id, role="mixed")),
+        Operate(
+            at_s=at_s + mixed_s + 0.1,
+            for_s=rng.choice([1.0, 3.0, 12.0]),
+            operation=FlipOperation(worker_id=worker_id, role=back),
+        ),
+    ]
 
 
 def _draw_operation(rng: random.Random, worker_id: WorkerId) -> Operation:

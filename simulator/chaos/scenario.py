@@ -19,9 +19,10 @@ from gateway.limits import GatewayLimits
 from prefill import PrefillLimits
 from simulator.chaos.drawing import Victims, draw_faults, draw_loss, draw_power_cut
 from simulator.chaos.operations import draw_moves, draw_operations, draw_rebalancing
+from simulator.chaos.scaling import draw_bursts, draw_pools, draw_scaling_faults, is_elastic
 from simulator.chaos.stores import draw_chats, draw_rush, draw_stores
 from simulator.clients import Ask
-from simulator.cluster import COORDINATOR_HOST, GATEWAY_HOST, ClusterSpec
+from simulator.cluster import AGENT_HOST, COORDINATOR_HOST, GATEWAY_HOST, ClusterSpec
 from simulator.engine import StepTiming
 
 if TYPE_CHECKING:
@@ -95,9 +96,17 @@ class Scenario:
         roles = " ".join(f"{worker_id}:{role}" for worker_id, role in self.cluster.roles.items())
         return (
             f"{self.weather.value}; {roles}; {self.cluster.num_blocks} blocks of {self.cluster.block_tokens}, "
-            f"leases of {self.cluster.lease_ttl_s:g} s{self._describe_store()}; {len(self.asks)} requests, "
+            f"leases of {self.cluster.lease_ttl_s:g} s{self._describe_store()}{self._describe_pools()}; "
+            f"{len(self.asks)} requests, "
             f"{len(self.faults)} faults, {len(self.failpoints)} failpoints"
         )
+
+    def _describe_pools(self) -> str:
+        elastic = self.cluster.elastic
+        if elastic is None:
+            return ""
+        limits = [f"{one.name} {one.rules.min_workers} to {one.rules.max_workers}" for one in elastic.settings.pools]
+        return f"; pools: {', '.join(limits)}{', lending' if elastic.settings.lend_mode == 'apply' else ''}"
 
     def _describe_store(self) -> str:
         cluster = self.cluster
@@ -117,17 +126,27 @@ def draw(seed: int) -> Scenario:
     cluster = replace(cluster, gateway=replace(cluster.gateway, snapshot_ttl_s=snapshot_ttl_s))
     cluster = draw_stores(random.Random(f"{seed}/stores"), cluster)
     cluster = replace(cluster, rebalancing=draw_rebalancing(random.Random(f"{seed}/rebalancing")))
-    asks = _begin_alike(random.Random(f"{seed}/beginnings"), _draw_asks(random.Random(f"{seed}/asks"), cluster))
+    is_calm, is_survivable = seed % CALM_IN == 0, seed % SURVIVABLE_IN == SURVIVABLE_IN // 2
+    pools_rng = random.Random(f"{seed}/pools")
+    has_pools = not is_survivable and is_elastic(pools_rng, calm=is_calm)
+    if has_pools:
+        cluster = draw_pools(pools_rng, cluster, calm=is_calm)
+        drawn = draw_bursts(random.Random(f"{seed}/bursts"))
+    else:
+        drawn = _draw_asks(random.Random(f"{seed}/asks"), cluster)
+    asks = _begin_alike(random.Random(f"{seed}/beginnings"), drawn)
     asks = draw_chats(random.Random(f"{seed}/chats"), asks, cluster)
     # Where nothing may fail, it may not by a short deadline either.
     patient = tuple(replace(ask, deadline_s=PATIENT_DEADLINE_S) for ask in asks)
     moves_rng = random.Random(f"{seed}/moves")
-    if seed % CALM_IN == 0:
+    if is_calm and has_pools:
+        return Scenario(seed=seed, weather=Weather.CALM, cluster=cluster, asks=patient, faults=(), failpoints={})
+    if is_calm:
         calm = _leave_long_answers(random.Random(f"{seed}/long answers"), patient, cluster)
         # That its request moves is noticed by no client.
         moves = draw_moves(moves_rng, cluster.roles, over_s=max(ask.at_s for ask in asks) + 2.0)
         return Scenario(seed=seed, weather=Weather.CALM, cluster=cluster, asks=calm, faults=moves, failpoints={})
-    if seed % SURVIVABLE_IN == SURVIVABLE_IN // 2:
+    if is_survivable:
         return _draw_survivable(seed, cluster, patient)
     over_s = max(ask.at_s for ask in asks) + 2.0
     readers = tuple(worker_id for worker_id, role in cluster.roles.items() if role != "prefill")
@@ -135,15 +154,21 @@ def draw(seed: int) -> Scenario:
         worker_ids=tuple(cluster.roles),
         stores=cluster.stores,
         readers=(*readers, *cluster.stores),
-        hosts=(*cluster.roles, *cluster.stores, COORDINATOR_HOST, GATEWAY_HOST),
+        hosts=(
+            *(*cluster.roles, *cluster.stores, COORDINATOR_HOST, GATEWAY_HOST),
+            *((AGENT_HOST,) if has_pools else ()),
+        ),
     )
     faults = draw_faults(random.Random(f"{seed}/faults"), victims, over_s=over_s, most=MAX_FAULTS)
     power_cut = draw_power_cut(random.Random(f"{seed}/power cut"), victims, over_s=over_s)
-    operations = draw_operations(random.Random(f"{seed}/operations"), cluster.roles, over_s=over_s)
-    cluster = replace(cluster, agent=bool(operations))
+    if has_pools:
+        operations = draw_scaling_faults(random.Random(f"{seed}/scaling faults"), cluster, over_s=over_s)
+    else:
+        operations = draw_operations(random.Random(f"{seed}/operations"), cluster.roles, over_s=over_s)
+        cluster = replace(cluster, agent=bool(operations))
     moves = draw_moves(moves_rng, cluster.roles, over_s=over_s)
     faults = tuple(sorted((*faults, *power_cut, *operations, *moves), key=lambda fault: fault.at_s))
-    if power_cut:
+    if power_cut and not has_pools:
         rush_rng = random.Random(f"{seed}/rush")
         asks = draw_rush(rush_rng, asks, cluster, cut_s=power_cut[0].at_s, until_s=LONGEST_WORKLOAD_S)
     return Scenario(

@@ -178,6 +178,9 @@ class _Trial:
 def _last_asks(rng: random.Random, cluster: ClusterSpec) -> list[Ask]:
     roles = list(cluster.roles.values())
     num_at_once = len(roles) - min(roles.count("prefill"), roles.count("decode"))
+    if cluster.elastic is not None:
+        # Of pools at rest one worker each may be up, or none.
+        num_at_once = 1
     return [
         Ask(
             at_s=1.0 * number,

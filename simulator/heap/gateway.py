@@ -17,6 +17,7 @@ from simulator.heap.results import Outcome
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from contracts.messages import Role
     from coordinator.decision import Refused
     from simulator.heap.context import Context
     from simulator.heap.worker import Worker
@@ -56,10 +57,12 @@ class Gateway:
     def start(self) -> None:
         self._await_next()
 
-    def names(self, worker: Worker) -> bool:
-        """A request that is not over will be read or written there, as far as is known."""
+    def names(self, worker: Worker, role: Role | None = None) -> bool:
+        """A request that is not over will be read or written there, as far as is known; with `role`, what a worker of
+        that role does not do."""
         return any(
-            request.decode is worker or (request.prefill is worker and math.isnan(request.first_token_s))
+            (role != "decode" and request.decode is worker)
+            or (role != "prefill" and request.prefill is worker and math.isnan(request.first_token_s))
             for request in self._deadlines
             if not request.over
         )

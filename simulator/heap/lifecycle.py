@@ -1,6 +1,7 @@
 """Workers of a study that come, drain, change their roles and go.
 
-Who leaves a role is drained first. Drained is who has nothing left, and is named by no request that still runs. A start
+Who leaves a role is drained first. Drained is who has nothing left, and is named by no request that still runs. Who
+begins to do both goes on meanwhile, and who gives up one of both keeps what it has of the other, as live. A start
 and a change of role take the time that they are said to; a worker costs from the moment in which its start is asked for
 to that in which it is gone.
 """
@@ -47,6 +48,11 @@ class Member:
         self.next_role: Role | None = None
         self.costs_since_s = 0.0
 
+    @property
+    def gives_up_one(self) -> bool:
+        """It reads and writes, and is to do one of both."""
+        return self.next_role is not None and self.worker.role == "mixed"
+
 
 class Lifecycle:
     def __init__(
@@ -54,14 +60,13 @@ class Lifecycle:
         context: Context,
         workers: Sequence[Worker],
         *,
-        is_named: Callable[[Worker], bool],
+        is_named: Callable[[Worker, Role | None], bool],
         on_changed: Callable[[Worker], None],
         is_over: Callable[[], bool],
     ) -> None:
-        """`is_named`: a request that runs will come back to it. `on_changed` is told whenever a worker's flags or role
-        are others."""
+        """`is_named`: a request that runs will come back to it; with a role, one that it has no more in that role.
+        `on_changed` is told whenever a worker's flags or role are others."""
         self._heap = context.heap
-        self._mixes_at_once = context.spec.mixes_at_once
         self._is_named = is_named
         self._on_changed = on_changed
         self._is_over = is_over
@@ -97,10 +102,10 @@ class Lifecycle:
             self.num_stops += 1
 
     def flip(self, worker_id: str, role: Role, takes_s: float) -> None:
-        """Drained first; but who takes on the other role beside its own has it at once, unless the spec says otherwise.
-        Of one that is not ready nothing changes."""
+        """Drained first; but who takes on the other role beside its own has it at once, and who gives up one of two is
+        drained of that alone. Of one that is not ready nothing changes."""
         member = self.members[worker_id]
-        if role == "mixed" and self._mixes_at_once and member.phase is Phase.READY:
+        if role == "mixed" and member.phase is Phase.READY:
             self.num_flips += 1
             member.worker.mix()
             self._on_changed(member.worker)
@@ -122,8 +127,12 @@ class Lifecycle:
             self._heap.overtaken()
             return
         worker.sync()
-        if not worker.is_empty or self._is_named(worker):
+        if not self._is_drained(member):
             self._heap.after(_LOOK_INTERVAL_S, self._look, member)
+            return
+        if member.gives_up_one:
+            # It works on.
+            self._heap.after(member.takes_s, self._unmix, member)
             return
         if member.next_role is None:
             self._paid_s += self._heap.now_s - member.costs_since_s
@@ -131,6 +140,22 @@ class Lifecycle:
             return
         self._enter(member, Phase.CHANGING)
         self._heap.after(member.takes_s, self._ready, member)
+
+    def _is_drained(self, member: Member) -> bool:
+        worker, role = member.worker, member.next_role
+        if member.gives_up_one:
+            return role is not None and worker.has_left_to(role) and not self._is_named(worker, role)
+        return worker.is_empty and not self._is_named(worker, None)
+
+    def _unmix(self, member: Member) -> None:
+        if self._is_over():
+            self._heap.overtaken()
+        elif not self._is_drained(member):
+            self._look(member)
+        elif member.next_role is not None:
+            member.worker.unmix(member.next_role)
+            member.next_role = None
+            self._enter(member, Phase.READY)
 
     def _ready(self, member: Member) -> None:
         if member.next_role is None:
@@ -146,4 +171,5 @@ class Lifecycle:
         worker = member.worker
         worker.is_up = phase in (Phase.READY, Phase.DRAINING)
         worker.is_draining = phase is Phase.DRAINING
+        worker.keeps_answers = worker.is_draining and member.gives_up_one and member.next_role == "decode"
         self._on_changed(worker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from contracts.ids import WorkerId
@@ -86,6 +87,11 @@ class Prompts:
         return self.num_waiting + len(self.running)
 
     @property
+    def num_own(self) -> int:
+        """Of these, whose answers are written here."""
+        return sum(not request.hands_over for request in (*self.waiting(), *self.running.values()))
+
+    @property
     def untaken_blocks(self) -> int:
         """Of prompts that were read whole and that their readers have not taken."""
         return self._untaken_blocks
@@ -138,6 +144,7 @@ class Prompts:
     def _enqueue(self, request: Request) -> None:
         """It waits for blocks from now on."""
         request.prompt_stage = PromptStage.WAITING
+        self._keep_if_large(request)
         self._count(request, self._cached(request))
         num_left = request.prompt_tokens - request.counted_tokens
         read_s = 0.0
@@ -194,6 +201,22 @@ class Prompts:
         if request.decode is self._worker or request.output_tokens == 1:
             return False
         return not (self._worker.writes and request.num_blocks > self._budget_blocks)
+
+    def role_changed(self) -> None:
+        """As `PrefillQueue.set_also_writes`: what is open goes on."""
+        for request in self.waiting():
+            self._keep_if_large(request)
+        self._worker.room.prompt = None
+        self.note_head()
+
+    def _keep_if_large(self, request: Request) -> None:
+        """Of one without blocks that was to be handed over: a worker that writes too keeps what is larger than the
+        whole budget, also where it only read when the prompt came."""
+        if request.hands_over and not self._hands_over(request):
+            assert request.prompt_demand is not None, "made with its place in the queue"
+            growth_blocks = self._worker.growth_blocks_of(request, request.num_blocks)
+            request.hands_over = False
+            request.prompt_demand = replace(request.prompt_demand, growth_blocks=growth_blocks)
 
     def give_up(self, request: Request) -> None:
         """The request is over: forgets it, after the steps that write its blocks."""

@@ -12,6 +12,8 @@ from coordinator.policy.migration_pairs import pair
 from coordinator.policy.move_terms import MoveHistory
 from coordinator.rebalancer import SETTLED_AFTER_S
 from coordinator.usage_rows import NOTHING, Expected, usage_of
+from decode.moves.victims import Candidate, Kind, Wanted, begin_some
+from simulator.heap.request import AnswerStage, PromptStage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -67,8 +69,10 @@ class Rebalancing:
         workers = self._workers.items()
         away = frozenset(worker_id for worker_id, worker in workers if not worker.is_up)
         closed = frozenset(worker_id for worker_id, worker in workers if worker.is_draining)
+        keep_answers = frozenset(worker_id for worker_id, worker in workers if worker.keeps_answers)
         expected = {worker_id: _sum_of(asks) for worker_id, asks in self._asks.items() if asks}
-        view = usage_of(self._conductor, Standing(unheard=away), closed, expected, self._heap.now_s)
+        now_s, standing = self._heap.now_s, Standing(unheard=away)
+        view = usage_of(self._conductor, standing, closed, expected, now_s, keep_answers=keep_answers)
         pairing = pair(view, self._rules, self._history, self._heap.now_s)
         self._moves.tallies.not_moved.update(pairing.not_moved)
         for move in pairing.moves:
@@ -78,9 +82,11 @@ class Rebalancing:
     def _ask(self, move: MovePair, source: WorkerId, target: WorkerId) -> None:
         number, now_s = move.max_requests, self._heap.now_s
         self._moves.tallies.asked[move.purpose] += number
-        prompts = number if move.waiting and not move.num_blocks else 0
-        leaving = Expected(moving_out=number, prompts=-prompts, reading_s=-move.reading_s)
-        coming = Expected(moving_in=number, arriving_blocks=move.num_blocks, prompts=prompts, reading_s=move.reading_s)
+        prompts = number if move.are_prompts else 0
+        # Prompts that move are nothing that leaves room behind, and no bound counts them.
+        moving = number - prompts
+        leaving = Expected(moving_out=moving, prompts=-prompts, reading_s=-move.reading_s)
+        coming = Expected(moving_in=moving, arriving_blocks=move.num_blocks, prompts=prompts, reading_s=move.reading_s)
         self._asks[source].append((now_s, leaving))
         self._asks[target].append((now_s, coming))
         self._heap.after(self._spec.message_s, self._asked, (move, source, target))
@@ -93,43 +99,49 @@ class Rebalancing:
             self._history.refused(source_id, target_id, self._heap.now_s)
             return
         source.sync()
-        left = move.max_requests
-        if move.waiting:
-            left -= _move_some(source.answers.preempted(), self._moves.move_preempted, target, left)
-            left -= _move_some(_from_the(source, move), self._moves.move_prompt, target, left)
-        if move.running and left:
-            left -= _move_some(_least_first(source, move), self._moves.move_answer, target, left)
-        if left:
+        wanted = Wanted(
+            max_requests=move.max_requests,
+            waiting=move.waiting,
+            running=move.running,
+            first_in_line=move.purpose == "defragment",
+            max_priority=move.max_priority,
+            max_blocks=move.max_blocks,
+            need_blocks=move.need_blocks,
+        )
+        number = begin_some(
+            _candidates(source, move, self._spec.block_tokens), wanted, lambda one: self._begin(one, target)
+        )
+        # How many prompts fit was a guess.
+        if not number or (number < move.max_requests and not move.are_prompts):
             self._history.refused(source_id, target_id, self._heap.now_s)
-        if left < move.max_requests:
+        if number:
             self._history.moved(source_id, target_id, self._heap.now_s)
 
-
-def _move_some(requests: Iterable[Request], begin: Callable[[Request, Worker], bool], target: Worker, most: int) -> int:
-    """How many of them, in this order, begin to move."""
-    begun = 0
-    for request in list(requests):
-        if begun >= most:
-            break
-        begun += begin(request, target)
-    return begun
+    def _begin(self, request: Request, target: Worker) -> bool:
+        if request.prompt_stage is PromptStage.WAITING:
+            return self._moves.move_prompt(request, target)
+        if request.answer_stage is AnswerStage.PREEMPTED:
+            return self._moves.move_preempted(request, target)
+        return self._moves.move_answer(request, target)
 
 
-def _from_the(source: Worker, move: MovePair) -> list[Request]:
-    """Waiting prompts: the first in line where that is in the way, else the last."""
-    waiting = source.prompts.waiting()
-    return waiting if move.purpose == "defragment" else waiting[::-1]
-
-
-def _least_first(source: Worker, move: MovePair) -> list[Request]:
-    """Answers: the lowest priority first, of one priority the shortest."""
+def _candidates(source: Worker, move: MovePair, block_tokens: int) -> list[Candidate[Request]]:
+    found: list[Candidate[Request]] = []
     answers = source.answers
-    running = [
-        request
-        for request in answers.running()
-        if move.max_priority is None or counted_priority(request.priority) <= move.max_priority
-    ]
-    return sorted(running, key=lambda one: (counted_priority(one.priority), answers.tokens_of(one), one.sequence_id))
+
+    def add(request: Request, kind: Kind, num_tokens: int, place: int = 0) -> None:
+        num_blocks = -(-num_tokens // block_tokens)
+        found.append(Candidate(request, kind, counted_priority(request.priority), num_tokens, num_blocks, place))
+
+    if move.waiting:
+        for request in answers.preempted():
+            add(request, Kind.PREEMPTED, request.num_tokens)
+        for place, request in enumerate(source.prompts.waiting()):
+            add(request, Kind.PROMPT, request.prompt_tokens, place)
+    if move.running:
+        for request in sorted(answers.running(), key=lambda one: one.sequence_id):
+            add(request, Kind.RUNNING, answers.tokens_of(request))
+    return found
 
 
 def _sum_of(asks: Iterable[tuple[float, Expected]]) -> Expected:

@@ -84,8 +84,6 @@ class StudySpec:
     #: How workers come, go and change their roles with the load; its pools are named as the groups. None: they stay as
     #: they are.
     autoscale: AutoscaleSettings | None = None
-    #: A worker takes on the other role beside its own while it goes on; else it is drained before that, too.
-    mixes_at_once: bool = True
     #: Of the dispatch policy `random`.
     seed: int = 0
     heartbeat_interval_s: float = 0.5

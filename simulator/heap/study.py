@@ -108,7 +108,7 @@ class _Study:
         self._lifecycle = Lifecycle(
             context,
             self._workers,
-            is_named=lambda worker: self._gateway.names(worker),
+            is_named=lambda worker, role: self._gateway.names(worker, role),
             on_changed=self._coordinator.changed,
             is_over=is_over,
         )

@@ -81,6 +81,8 @@ class Worker:
         self.is_up = is_up
         #: It gets nothing new, and gives away what it has.
         self.is_draining = False
+        #: While it drains: but for its answers, which stay.
+        self.keeps_answers = False
         #: Its reports have what moves are decided by.
         self.tells_moves = tells_moves(context.spec)
         self.room = Room(
@@ -138,7 +140,24 @@ class Worker:
         """It reads and writes from now on, and goes on with what it has."""
         self.sync()
         self.role = "mixed"
-        self.prompts.note_head()
+        self.prompts.role_changed()
+
+    def unmix(self, role: Role) -> None:
+        """It gives up reading, or writing, and goes on with what it has of the other. Nothing of that may be here."""
+        if self.role != "mixed" or not self.has_left_to(role):
+            raise InvariantBroken(f"{self} becomes a {role} worker before it can be one")
+        self.sync()
+        self.role = role
+        self.prompts.role_changed()
+
+    def has_left_to(self, role: Role) -> bool:
+        """Whether nothing is here that a worker of this single role does not have."""
+        if self.moving_out or self.moving_in:
+            return False
+        if role == "decode":
+            return not (self.prompts.num_open or self.prompts.untaken_blocks)
+        answers = self.answers
+        return not (answers.num_running or answers.num_preempted or self.incoming.num_open or self.prompts.num_own)
 
     def begin_anew(self, role: Role) -> None:
         self.set_role(role)

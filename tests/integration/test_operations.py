@@ -162,6 +162,15 @@ async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.1)
 
 
+async def counted(base_url: str, family: str) -> float:
+    """The sum of a counter over its labels, as the gateway tells it."""
+    async with httpx.AsyncClient(base_url=base_url) as client:
+        text = (await client.get("/metrics")).text
+    assert f"# TYPE {family.removesuffix('_total')}" in text
+    found = [line for line in text.splitlines() if line.startswith((f"{family} ", f"{family}{{"))]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+
 async def members_of(cluster: ClusterProcess) -> dict[str, Member]:
     state = cluster.state
     return await members(state.coordinator_address, state.cluster_token)
@@ -181,6 +190,35 @@ async def test_a_decode_worker_is_flipped_and_back_under_load(cluster: ClusterPr
                 return cluster.worker("decode-pair-1").role == role
 
             await eventually(is_told)
+
+
+async def test_a_decode_worker_becomes_mixed_with_its_streams_and_back(cluster: ClusterProcess) -> None:
+    async with loaded(cluster.base_url) as load:
+        state, name = cluster.state, "decode-pair-1"
+        before = (await members_of(cluster))[name].info
+
+        async def writes() -> bool:
+            return (await members_of(cluster))[name].load.running_decodes > 0
+
+        await eventually(writes)
+        families = ("tandem_requests_moved_total", "tandem_request_replays_total")
+        counts = [await counted(cluster.base_url, family) for family in families]
+        status, output = await command("flip", name, "mixed", state_file=cluster.state_file)
+        assert (status, load.problems) == (0, []), output
+        assert "it is a mixed worker now; nothing had to leave" in output
+        assert "drains" not in output
+        assert [await counted(cluster.base_url, family) for family in families] == counts
+        await load.more()
+        status, output = await command("flip", name, "decode", state_file=cluster.state_file)
+        assert (status, load.problems) == (0, []), output
+        assert "it is a decode worker now; its answers stayed" in output
+        after = (await members_of(cluster))[name].info
+        assert (after.role, after.incarnation, after.pid) == (before.role, before.incarnation, before.pid)
+        found = (await operations(state.coordinator_address, state.cluster_token)).operations[-2:]
+        assert [one.text for one in found] == [
+            "it is a mixed worker now; nothing had to leave",
+            "it is a decode worker now; its answers stayed",
+        ]
 
 
 @only_long

@@ -25,6 +25,8 @@ FOUND_WITHIN = {
     "name-before-it-is-read": 40,
     "skip-one-too-many": 30,
     "keep-by-block-id": 40,
+    "count-no-starts": 120,
+    "forget-who-asked": 60,
 }
 
 #: It takes a quarter of a minute until they are.

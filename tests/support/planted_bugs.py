@@ -13,9 +13,11 @@ import itertools
 import re
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import coordinator.autoscaler
+import coordinator.pool_views
 import decode.batch
 import kvtransfer.holder_service
 import kvtransfer.reader_service
@@ -26,6 +28,7 @@ import worker.store_shell
 from contracts.errors import TandemError
 from contracts.ids import LeaseId
 from contracts.messages import ConfirmReply
+from coordinator.policy.scaling import decide
 from decode import DecodeBatch
 from decode.prefixes import AnswerPrefixes
 from engine.sequence import request_key
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 
     from contracts.ids import BlockId
     from contracts.messages import ConfirmRequest, PrefillRequest
+    from coordinator.policy.scaling_terms import PoolView, ScaleDecision, ScaleMemory, ScaleRules, StartingWorker
     from decode.incoming import Incoming
     from engine.plan import Sampled
     from kvstore.tiers.events import ReadDisk
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     from kvtransfer.reader_lease import ReaderLease
     from prefill.prefixes import Found
     from prefill.prompts import Prompt
+    from simulator.cluster import ClusterSpec
 
 
 class SkipsGenerationCheck(Holder):
@@ -252,6 +257,25 @@ class _NotedPlaces(PrefixCache):
         return self._prefixes.num_held(blocks)
 
 
+def _counts_no_starts(*_: Any) -> tuple[StartingWorker, ...]:
+    """Of a pool: only who is ready counts, so that every look before a start has ended starts more.
+
+    What autoscalers without start-up times do in a burst (the Kubernetes HPA's readiness delay is for this). Shows as
+    a pool that is larger than it may be.
+    """
+    return ()
+
+
+def _forgets_who_asked(
+    view: PoolView, rules: ScaleRules, now_s: float, memory: ScaleMemory
+) -> tuple[ScaleDecision, ScaleMemory]:
+    """Scales by the load of workers that there are, and nobody tells it of requests that found none.
+
+    The classic of scaling from zero: an empty pool has no load. Shows as requests that wait until they fail.
+    """
+    return decide(replace(view, unserved_requests=0), rules, now_s, memory)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlantedBug:
     #: Where production code finds what it is made of, under which name, and what it finds there instead.
@@ -262,6 +286,8 @@ class PlantedBug:
     symptom: str
     #: Only trials with a store are played: it is in what those alone run, or shows there first.
     of_stores: bool = False
+    #: Only trials whose pools follow the load are played.
+    of_pools: bool = False
 
 
 _WRONG_TOKEN = r"token \d+ is \d+, not \d+"
@@ -329,6 +355,20 @@ BUGS: Mapping[str, PlantedBug] = {
         instead=KeepsByBlockId,
         symptom=rf"pin for lease|{_DIFFER}",
     ),
+    "count-no-starts": PlantedBug(
+        of_pools=True,
+        module=coordinator.pool_views,
+        attribute="_starting",
+        instead=_counts_no_starts,
+        symptom=r"pool \w+ has \d+ workers, \d+ at most",
+    ),
+    "forget-who-asked": PlantedBug(
+        of_pools=True,
+        module=coordinator.autoscaler,
+        attribute="decide",
+        instead=_forgets_who_asked,
+        symptom=r"request \d+: failed with (not_ready|deadline_exceeded)|asked after recovery: .*one is being started",
+    ),
 }
 
 
@@ -353,7 +393,7 @@ def find(name: str, seeds: Iterable[int], *, on_verdict: Callable[[Verdict], Non
     """The verdict of the first seed that shows the bug; None where none does. Seeds that cannot are passed over."""
     with planted(name):
         for seed in seeds:
-            if BUGS[name].of_stores and not draw(seed).cluster.stores:
+            if not _may_show(BUGS[name], draw(seed).cluster):
                 continue
             verdict = try_seed(seed)
             if on_verdict is not None:
@@ -361,6 +401,10 @@ def find(name: str, seeds: Iterable[int], *, on_verdict: Callable[[Verdict], Non
             if shows(name, verdict):
                 return verdict
     return None
+
+
+def _may_show(bug: PlantedBug, cluster: ClusterSpec) -> bool:
+    return bool(cluster.stores or not bug.of_stores) and (cluster.elastic is not None or not bug.of_pools)
 
 
 def main() -> int:

@@ -261,6 +261,22 @@ def test_another_registration_is_another_worker(membership: Membership, roll: Ro
     assert [member.load for member in membership.members(0.7)] == [WorkerLoad(free_blocks=20)]
 
 
+def test_a_life_in_another_role_keeps_what_it_told(membership: Membership, roll: Roll) -> None:
+    """It took the role with its work in it: until its next heartbeat nobody may think that it has none, or that it
+    takes requests when it drains."""
+    load = WorkerLoad(context_tokens=5, draining=True)
+    beat(membership, 0.6, load=load)
+    mark = membership.mark
+    membership.register(msgspec.structs.replace(life(1), role="decode"), 0.7)
+    assert [info.role for info in roll.infos.values()] == ["decode"]
+    assert roll.loads == {"p0": load}
+    assert [member.load for member in membership.members(0.7)] == [load]
+    assert membership.draining == {"p0"}
+    assert membership.mark != mark
+    beat(membership, 0.8)
+    assert membership.draining == frozenset()
+
+
 def test_what_steps_took_is_passed_on(membership: Membership, roll: Roll) -> None:
     fit = LatencyFit(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 9, 9)
     membership.heartbeat(P0, Incarnation(1), WorkerLoad(), 0.5, latency=fit)

@@ -40,11 +40,12 @@ from coordinator.operation_terms import (
 )
 from coordinator.operations import Operations
 from tests.support.roles import IDENTITY
+from worker.standing import OpenWork
 
 if TYPE_CHECKING:
     from contracts.control_messages import Operation, OperationStatus, SlotState
     from contracts.errors import TandemError
-    from contracts.messages import MemberRole
+    from contracts.messages import MemberRole, Role
 
 LIMITS = OperationLimits(
     drain_s=60.0, settle_s=1.0, drain_lasts_s=15.0, renew_s=3.0, safe_s=20.0, role_s=10.0, open_s=10.0, end_s=10.0,
@@ -65,6 +66,8 @@ class Worker:
     is_up: bool = True
     is_wanted: bool = True
     requests: int = 0
+    prompts: int = 0
+    answers: int = 0
     draining: bool = False
     drain_ends_s: float = float("inf")
     #: Starts so many seconds from now; None: it does not start.
@@ -73,6 +76,7 @@ class Worker:
 
     def end(self, *, again_in_s: float | None) -> None:
         self.is_up, self.requests, self.draining = False, 0, False
+        self.prompts = self.answers = 0
         self.starts_in_s = again_in_s
 
 
@@ -114,6 +118,8 @@ class World:
                 address=f"{each.worker_id}:1",
                 draining=each.draining,
                 open_requests=each.requests,
+                open_prompts=each.prompts,
+                open_answers=each.answers,
             )
             for each in self.workers.values()
             if each.is_up
@@ -167,8 +173,11 @@ class World:
                 each.drain_ends_s = float("inf") if for_s is None else self.now_s + for_s
             case SetRoleRequest(target=target, role=role):
                 each = self.workers[WorkerId(call.address.removesuffix(":1"))]
-                if not each.is_up or each.incarnation != target or each.requests:
-                    return "it is not empty"
+                if not each.is_up or each.incarnation != target:
+                    return "it is gone"
+                work = OpenWork(each.requests, 0, each.prompts, each.answers)
+                if against := work.against(each.role, role):
+                    return f"{against} are open"
                 each.role = role
             case StartWorkerRequest(worker_id=worker_id):
                 each = self.workers[worker_id]
@@ -226,9 +235,9 @@ def test_prompts_that_are_read_elsewhere_for_a_worker_keep_it_from_being_drained
     drained = WorkerSeen(
         worker_id=D0, incarnation=Incarnation(1), role="decode", identity=IDENTITY, address="d0:1", draining=True
     )
-    assert drained.is_drained
-    assert not replace(drained, awaited=1).is_drained
-    assert replace(drained, awaited=1).left == "0 requests, 0 leases, 1 prompts read elsewhere for it"
+    assert drained.is_drained()
+    assert not replace(drained, awaited=1).is_drained()
+    assert replace(drained, awaited=1).left() == "0 requests, 0 leases, 1 prompts read elsewhere for it"
 
 
 def test_a_drain_with_a_deadline_fails_there_and_the_worker_stays_drained() -> None:
@@ -244,6 +253,96 @@ def test_a_flip_takes_the_role_and_then_requests() -> None:
     number = world.begin(FlipOperation(worker_id=D0, role="prefill"))
     assert world.ended(number).text == "it is a prefill worker now"
     assert (world.workers[D0].role, world.workers[D0].draining, world.workers[D0].incarnation) == ("prefill", False, 1)
+
+
+@pytest.mark.parametrize("worker_id", [P0, D0])
+def test_a_worker_becomes_mixed_with_its_work_and_takes_requests_all_the_time(worker_id: WorkerId) -> None:
+    world = World()
+    worker = world.workers[worker_id]
+    worker.requests = worker.prompts = worker.answers = 3
+    number = world.begin(FlipOperation(worker_id=worker_id, role="mixed"))
+    while world.status(number).state == "running":
+        world.tick()
+        assert not worker.draining
+        assert world.machine.leaving == frozenset()
+    status = world.status(number)
+    assert (status.state, status.text) == ("done", "it is a mixed worker now; nothing had to leave")
+    assert status.age_s <= 3 * TICK_S
+    assert (worker.role, worker.requests, worker.incarnation) == ("mixed", 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("role", "text", "outcome"),
+    [("decode", "d0 drains: 2 prompts to leave, answers stay", "it is a decode worker now; its answers stayed"),
+     ("prefill", "d0 drains: 3 answers to leave, prompts stay", "it is a prefill worker now; its prompts stayed")],
+)  # fmt: skip
+def test_a_mixed_worker_gives_up_only_what_its_next_role_does_not_do(role: Role, text: str, outcome: str) -> None:
+    world = World()
+    worker = world.workers[D0]
+    worker.role, worker.requests, worker.prompts, worker.answers = "mixed", 5, 2, 3
+    number = world.begin(FlipOperation(worker_id=D0, role=role))
+    world.run(3.0)
+    assert world.status(number).text == text
+    assert world.machine.leaving == {D0}
+    assert world.machine.keep_answers == ({D0} if role == "decode" else frozenset())
+    if role == "decode":
+        worker.prompts = 0
+    else:
+        worker.answers = 0
+    world.run(0.75)
+    assert worker.role == "mixed", "one that was placed before the drain was known may still come"
+    assert world.ended(number).text == outcome
+    assert (worker.role, worker.draining, worker.requests) == (role, False, 5)
+    assert (world.machine.leaving, world.machine.keep_answers) == (frozenset(), frozenset())
+
+
+def test_prompts_read_elsewhere_for_it_are_answers_that_a_mixed_worker_is_about_to_have() -> None:
+    seen = replace(
+        World().sight().workers[D0], role="mixed", draining=True, open_requests=4, open_leases=4, awaited=1
+    )  # fmt: skip
+    assert seen.is_drained("answers")
+    assert not seen.is_drained("prompts")
+    assert replace(seen, awaited=0).is_drained("prompts")
+    assert not replace(seen, draining=False, open_requests=0, awaited=0).is_drained("answers")
+
+
+def test_a_mixed_worker_whose_prompts_stay_on_is_taken_back_in_time() -> None:
+    world = World()
+    worker = world.workers[D0]
+    worker.role, worker.requests, worker.prompts = "mixed", 1, 1
+    status = world.ended(world.begin(FlipOperation(worker_id=D0, role="decode")))
+    assert (status.state, status.text) == (
+        "failed", "d0: not drained after 60 s: there are 1 prompts to leave, answers stay"
+    )  # fmt: skip
+    assert (worker.role, worker.draining) == ("mixed", False)
+
+
+def test_one_that_was_drained_takes_requests_again_once_it_is_mixed() -> None:
+    world = World()
+    assert world.ended(world.begin(DrainOperation(worker_id=D0))).state == "done"
+    assert world.workers[D0].draining
+    assert world.ended(world.begin(FlipOperation(worker_id=D0, role="mixed"))).state == "done"
+    assert (world.workers[D0].role, world.workers[D0].draining) == ("mixed", False)
+
+
+def test_becoming_mixed_needs_an_answer_and_the_same_life() -> None:
+    world = World(lost={"SetRoleRequest"})
+    status = world.ended(world.begin(FlipOperation(worker_id=D0, role="mixed")))
+    assert (status.state, status.text) == ("failed", "d0: nobody answers (within 10 s)")
+    assert not world.workers[D0].draining
+    number = world.begin(FlipOperation(worker_id=D0, role="mixed"))
+    world.tick()
+    world.workers[D0].incarnation += 1
+    status = world.ended(number)
+    assert (status.state, status.text) == ("failed", "d0: its life ended before it had the role")
+
+
+def test_the_last_writer_may_become_mixed_for_it_writes_all_the_same() -> None:
+    world = World()
+    world.workers[D1].end(again_in_s=None)
+    with pytest.raises(BadRequest, match="without d0 nobody could serve requests"):
+        world.begin(FlipOperation(worker_id=D0, role="prefill"))
+    assert world.ended(world.begin(FlipOperation(worker_id=D0, role="mixed"))).state == "done"
 
 
 def test_a_flip_that_is_not_drained_in_time_is_taken_back() -> None:

@@ -12,8 +12,9 @@ from engine.room import Demand
 from kvstore.prefix_cache import PrefixCache
 from kvtransfer import LeaseOutcome
 from prefill.read_ahead import AHEAD_SHARE, split
+from tests.support.prefill_side import Side
 from tests.support.roles import IDENTITY, generate, key
-from tests.unit.prefill.test_queue import Side, from_source
+from tests.unit.prefill.test_queue import from_source
 
 #: 10 full blocks of 4 and a tail.
 PROMPT = 42

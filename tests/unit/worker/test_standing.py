@@ -20,7 +20,7 @@ from contracts.control_messages import (
 )
 from contracts.errors import BadRequest, DeadlineExceeded, NotReady
 from contracts.ids import Incarnation, WorkerId
-from contracts.messages import WorkerInfo
+from contracts.messages import Role, WorkerInfo
 from simulator import VirtualClock, run
 from tests.support.roles import IDENTITY
 from worker.retiring import SETTLE_S, retire
@@ -101,7 +101,7 @@ def test_who_leaves_drains_whatever_anybody_says() -> None:
 
 
 @pytest.mark.parametrize("work", [OpenWork(1, 0), OpenWork(0, 2)])
-def test_a_role_is_taken_only_by_the_empty(work: OpenWork) -> None:
+def test_the_other_role_is_taken_only_by_the_empty(work: OpenWork) -> None:
     side = Side()
     side.work = work
     with pytest.raises(NotReady, match=f"d0 cannot become a prefill worker: {work} are open"):
@@ -109,9 +109,35 @@ def test_a_role_is_taken_only_by_the_empty(work: OpenWork) -> None:
     side.standing.set_role(SetRoleRequest(target=LIFE, role="decode"))
     assert side.roles == []
     side.work = OpenWork(0, 0)
+    side.standing.set_role(SetRoleRequest(target=LIFE, role="prefill"))
+    assert (side.roles, side.standing.info.role) == (["prefill"], "prefill")
+    assert side.standing.info.incarnation == LIFE
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_whoever_begins_to_do_both_gives_up_nothing(role: Role) -> None:
+    side = Side(msgspec.structs.replace(INFO, role=role))
+    side.work = OpenWork(5, 3, prompts=2, answers=3)
+    side.standing.set_role(SetRoleRequest(target=LIFE, role="mixed"))
     side.standing.set_role(SetRoleRequest(target=LIFE, role="mixed"))
     assert (side.roles, side.standing.info.role, side.standing.also_writes) == (["mixed"], "mixed", True)
-    assert side.standing.info.incarnation == LIFE
+    assert side.changes == 0, "it was open all the time"
+
+
+@pytest.mark.parametrize(
+    ("role", "against", "left"),
+    [("decode", OpenWork(5, 3, prompts=2, answers=3), "2 prompts"),
+     ("prefill", OpenWork(5, 3, prompts=2, answers=3), "3 answers")],
+)  # fmt: skip
+def test_whoever_gives_up_one_of_both_keeps_what_the_other_has(role: Role, against: OpenWork, left: str) -> None:
+    side = Side(msgspec.structs.replace(INFO, role="mixed"))
+    side.work = against
+    with pytest.raises(NotReady, match=f"d0 cannot become a {role} worker: {left} are open"):
+        side.standing.set_role(SetRoleRequest(target=LIFE, role=role))
+    assert (side.roles, side.standing.info.role) == ([], "mixed")
+    side.work = against._replace(prompts=0) if role == "decode" else against._replace(answers=0)
+    side.standing.set_role(SetRoleRequest(target=LIFE, role=role))
+    assert side.roles == [role]
 
 
 def test_a_store_has_no_other_role() -> None:

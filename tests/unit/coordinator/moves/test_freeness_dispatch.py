@@ -19,14 +19,15 @@ from tests.support.conductors import conductor_of, info_of, item_of
 _BLOCKS = 1000
 
 
-def _load(free_blocks: int, answers: int, *, priority: int = 0, head: int = 0) -> WorkerLoad:
+def _load(free_blocks: int, answers: int, *, priority: int = 0, queued: int = 0) -> WorkerLoad:
     return WorkerLoad(
         free_blocks=free_blocks,
         owned_blocks=_BLOCKS - free_blocks,
         running_decodes=answers,
         context_tokens=answers,
         priorities=(PriorityUse(priority, answers, _BLOCKS - free_blocks),) if answers else (),
-        head_demand_blocks=head,
+        head_demand_blocks=min(1, queued),
+        queued_demand_blocks=queued,
     )
 
 
@@ -55,11 +56,11 @@ _IDLE = WorkerLoad(free_blocks=_BLOCKS)
         # 30 blocks each, 50 each: not who holds fewest tokens.
         (_load(600, 20), _load(500, 10), "d1"),
         (_load(600, 10), _load(500, 10), "d0"),
-        # 550 are wanted by the first in line.
-        (_load(600, 10, head=550), _load(500, 10), "d1"),
+        # 550 are wanted by those that wait, 1 of these by the first in line.
+        (_load(600, 10, queued=550), _load(500, 10), "d1"),
         (_load(600, 10), _load(600, 10), "d0"),
     ],
-    ids=["fewer answers", "more memory", "head of line", "equal"],
+    ids=["fewer answers", "more memory", "queued", "equal"],
 )
 def test_an_answer_goes_where_each_has_most(d0: WorkerLoad, d1: WorkerLoad, chosen: str) -> None:
     assert _where(_fleet({"p0": _IDLE, "d0": d0, "d1": d1})) == ("p0", chosen)

@@ -249,14 +249,26 @@ def test_high_ones_alone_are_not_torn_apart_for_their_headroom() -> None:
 # --- defragmentation ----------------------------------------------------------------------------------
 
 
-def test_small_answers_make_room_for_the_first_in_line() -> None:
+def test_answers_make_room_for_the_first_in_line_that_lacks_least() -> None:
     waits = _use("waits", 40, (0, 6, 60))._replace(head_blocks=50)
     nearer = _use("nearer", 45, (0, 5, 55))._replace(head_blocks=50)
     other = _use("other", 60, (0, 4, 40))
-    found = _look(waits, nearer, other, rules=_only("defragment"))
-    # The nearer one lacks 50 + 2*6 - 45 = 17 blocks, two answers; that is all that the third may take at a time.
-    assert _ways(found) == [("defragment", 1, 2, 2)]
-    assert "50 blocks are wanted at nearer, where 45 are available" in found.moves[0].reason
+    first, second = _look(waits, nearer, other, rules=_only("defragment")).moves
+    # The nearer one lacks 50 + 2*6 - 45 = 17 blocks: one answer that is as large, of those that fit.
+    assert (first.source, first.destination, first.max_requests) == (1, 2, 1)
+    # 60 less two for each of four, for the one that comes, and once more.
+    assert (first.need_blocks, first.max_blocks) == (17, 48)
+    assert "50 blocks are wanted at nearer, where 45 are available; other has room for 48" in first.reason
+    # The other lacks 24, and has what is left there.
+    assert (second.source, second.destination, second.need_blocks) == (0, 2, 24)
+
+
+def test_several_takers_make_room_together_each_with_what_it_has() -> None:
+    waits = _use("waits", 40, (0, 6, 60))._replace(head_blocks=76)
+    takers = [_use(f"taker-{number}", 45, (0, 2, 55)) for number in range(2)]
+    moves = _look(waits, *takers, rules=_only("defragment")).moves
+    # 76 + 2*7 - 40 = 50 are missing, 37 is what the first has room for.
+    assert [(move.destination, move.need_blocks, move.max_blocks) for move in moves] == [(1, 37, 37), (2, 11, 37)]
 
 
 def test_nothing_moves_for_a_demand_that_would_not_fit_even_so() -> None:
@@ -264,14 +276,61 @@ def test_nothing_moves_for_a_demand_that_would_not_fit_even_so() -> None:
     assert _look(waits, _HALF, rules=_only("defragment")).not_moved == {"not_enough": 1}
 
 
-def test_what_can_wait_elsewhere_goes_where_it_fits() -> None:
-    waits = _use("waits", 40, (0, 6, 60))._replace(head_blocks=60, head_moves=True)
-    move = _the_move(_look(waits, _HALF, _EMPTY, rules=_only("defragment")))
-    assert (move.destination, move.waiting, move.running, move.num_blocks) == (2, True, False, 60)
-    # A prompt goes to those that read.
-    prompt = waits._replace(reads=True, waiting_prompts=1)
+def _stuck(name: str, available: int, *prompts: int) -> WorkerUse:
+    """With six answers, and prompts that wait for so many blocks each."""
+    use = _use(name, available, (0, 6, 100 - available))
+    return use._replace(
+        reads=True, head_blocks=prompts[0], queued_blocks=sum(prompts), head_moves=True, waiting_prompts=len(prompts)
+    )
+
+
+def test_a_prompt_that_waits_for_blocks_goes_where_it_can_be_read_at_once() -> None:
     reader = _use("reader", 95, (0, 1, 5))._replace(reads=True)
-    assert _the_move(_look(prompt, _EMPTY, reader, rules=_only("defragment"))).destination == 2
+    move = _the_move(_look(_stuck("waits", 40, 60), _EMPTY, reader, rules=_only("defragment")))
+    assert (move.destination, move.waiting, move.running, move.max_requests) == (2, True, False, 1)
+    # All but two for each of one, and for the one that comes.
+    assert (move.num_blocks, move.max_blocks) == (60, 91)
+    # It costs no more than messages: other moves do not keep it here. One the other way just now does.
+    busy = reader._replace(moving_in=2)
+    assert _look(_stuck("waits", 40, 60), busy, rules=_only("defragment")).moves
+    history = MoveHistory()
+    history.moved(WorkerId("reader"), WorkerId("waits"), 100.0)
+    stays = _look(_stuck("waits", 40, 60), reader, rules=_only("defragment"), history=history, at_s=100.1)
+    assert not [move for move in stays.moves if move.waiting]
+
+
+def test_nothing_makes_room_for_prompts_that_were_asked_to_go() -> None:
+    gone = _stuck("waits", 40, 60)._replace(waiting_prompts=0)
+    taker = _use("taker", 60, (0, 4, 40))
+    assert not _look(gone, taker, rules=_only("defragment")).moves
+    assert _look(gone._replace(waiting_prompts=1), taker, rules=_only("defragment")).moves
+
+
+def test_prompts_behind_one_that_fits_nowhere_go_where_they_fit() -> None:
+    reader = _use("reader", 50, (0, 4, 50))._replace(reads=True)
+    (move,) = _look(_stuck("waits", 30, 80, 10, 4), reader, rules=_only("defragment")).moves
+    # The two of 7 blocks in the mean; which of them fit the source knows.
+    assert (move.max_requests, move.num_blocks, move.max_blocks) == (2, 14, 40)
+
+
+@pytest.mark.parametrize(
+    "taker",
+    [
+        _stuck("reader", 60, 70),
+        _use("reader", 95, (0, 1, 5))._replace(reads=True, preempted_answers=1),
+        _use("reader", 95, (0, 1, 5))._replace(reads=True, is_draining=True),
+        _use("reader", 95, (0, 1, 5))._replace(reads=True, kv_class=1, model_class=1),
+    ],
+    ids=["waits itself", "preempts", "drains", "another model"],
+)
+def test_where_a_prompt_would_wait_as_well_it_is_not_sent(taker: WorkerUse) -> None:
+    assert not [move for move in _look(_stuck("waits", 10, 20), taker, rules=_only("defragment")).moves if move.waiting]
+
+
+def test_prompts_leave_a_worker_whose_preempted_answer_comes_first() -> None:
+    starves = _stuck("waits", 30, 12, 5, 5)._replace(preempted_answers=1, waiting_prompts=2)
+    (move,) = _look(starves, _EMPTY._replace(reads=True), rules=_only("defragment")).moves
+    assert (move.max_requests, move.num_blocks) == (2, 10)
 
 
 # --- draining -----------------------------------------------------------------------------------------
@@ -282,6 +341,15 @@ def test_whoever_drains_gives_all_it_may_to_whoever_has_room() -> None:
     # The half full one is not above `high`, and that does not matter.
     assert _ways(found)[0] == ("draining", 0, 2, 3)
     assert "ends is draining" in found.moves[0].reason
+
+
+def test_answers_stay_where_only_prompts_are_to_leave() -> None:
+    ends = _use("ends", 90, (0, 3, 45))._replace(is_draining=True, keeps_answers=True, reads=True, waiting_prompts=3)
+    other = _use("other", 90)._replace(reads=True)
+    move = _the_move(_look(ends, other, rules=_only("draining")))
+    assert (move.max_requests, move.waiting, move.running) == (3, True, False)
+    moves = _look(ends._replace(keeps_answers=False), other, rules=_only("draining")).moves
+    assert {(move.waiting, move.running) for move in moves} == {(True, False), (False, True)}
 
 
 def test_draining_uses_several_takers_and_stops_where_nobody_has_room() -> None:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 BLOCKS = 1000
 INTERVAL_S = 0.2
-RULES = MoveRules(low_tokens=64.0, high_tokens=512.0, purposes=frozenset({"draining", "balance"}))
+RULES = MoveRules(low_tokens=64.0, high_tokens=512.0, max_moving=1, purposes=frozenset({"draining", "balance"}))
 
 FULL = WorkerLoad(free_blocks=20, owned_blocks=980, priorities=(PriorityUse(0, 10, 980),), open_requests=10)
 EMPTY = WorkerLoad(free_blocks=BLOCKS)

@@ -60,6 +60,16 @@ def test_whatever_a_worker_tells_a_column_holds_it(name: str) -> None:
     assert (use.preempted_answers, use.waiting_prompts) == (0, 0)
 
 
+def test_whose_answers_stay_while_it_drains_is_told() -> None:
+    conductor = conductor_of(["d0", "m0", "m1"])
+    for name in ("d0", "m0", "m1"):
+        conductor.report(WorkerId(name), _LOAD, 1.0)
+    closed = frozenset({WorkerId("d0"), WorkerId("m1")})
+    view = usage_of(conductor, ALL_UP, closed, {}, 2.0, keep_answers={WorkerId("m1")})
+    assert view.is_draining.tolist() == [True, False, True]
+    assert view.keeps_answers.tolist() == [False, False, True]
+
+
 def test_the_fleet_is_who_told_of_itself_in_order_of_ids() -> None:
     conductor = conductor_of(["p0", "d0", "d1", "d2", "m0", "s0"])
     conductor.add(info_of("d3"), 1.0)
@@ -71,6 +81,7 @@ def test_the_fleet_is_who_told_of_itself_in_order_of_ids() -> None:
     assert view.worker_ids == ("d0", "d1", "d2", "m0", "p0")
     assert view.is_up.tolist() == [True, False, False, True, True]
     assert view.is_draining.tolist() == [True, False, False, False, False]
+    assert not view.keeps_answers.any()
     assert view.writes.tolist() == [True, True, True, True, False]
     assert view.reads.tolist() == [False, False, False, True, True]
     assert view.moving_in.tolist() == [0, 0, 0, 1, 0]

@@ -14,6 +14,7 @@ from contracts.requests import SamplingParams
 from simulator.chaos import draw
 from simulator.chaos import faults as faults_module
 from simulator.chaos import operations as operations_module
+from simulator.chaos import scaling as scaling_module
 from simulator.chaos.drawing import Victims, draw_faults, draw_power_cut
 from simulator.chaos.faults import (
     CrashWorker,
@@ -51,7 +52,7 @@ WITH_STORES = [scenario for scenario in SCENARIOS if scenario.cluster.stores]
 
 def kinds() -> set[type[Fault]]:
     """Every kind of fault that can strike."""
-    modules = (faults_module, operations_module)
+    modules = (faults_module, operations_module, scaling_module)
     found = [
         each
         for module in modules
@@ -182,7 +183,8 @@ def test_the_work_is_bounded_and_fits_the_cluster() -> None:
         cluster = scenario.cluster
         assert 0 < len(scenario.asks) <= 80
         assert [ask.at_s for ask in scenario.asks] == sorted(ask.at_s for ask in scenario.asks)
-        assert 0 <= scenario.asks[0].at_s <= scenario.asks[-1].at_s <= LONGEST_WORKLOAD_S
+        latest_s = LONGEST_WORKLOAD_S if cluster.elastic is None else scaling_module.LATEST_ASK_S
+        assert 0 <= scenario.asks[0].at_s <= scenario.asks[-1].at_s <= latest_s
         for ask in scenario.asks:
             longest = len(ask.token_ids) + ask.sampling.max_tokens
             assert longest <= cluster.num_blocks * cluster.block_tokens

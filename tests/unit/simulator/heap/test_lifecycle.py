@@ -18,6 +18,7 @@ from tests.support.heap_studies import audit, colocated, disaggregated, study
 from workload.request import WorkloadRequest
 
 if TYPE_CHECKING:
+    from contracts.messages import Role
     from simulator.heap.study import Controls
 
 #: Every step takes a tenth of a second.
@@ -104,4 +105,59 @@ def test_only_an_empty_worker_changes_its_role() -> None:
         controls.heap.at(4.0, lambda _: controls.workers["d-0"].set_role("prefill"), None)
 
     with pytest.raises(InvariantBroken, match="d-0"):
+        simulate(study(disaggregated(TENTH, budget=BUDGET)), REQUESTS, script=script)
+
+
+@pytest.mark.parametrize(("name", "back"), [("d-0", "decode"), ("p-0", "prefill")])
+def test_a_worker_does_both_with_its_work_in_it_and_then_one_again(name: str, back: Role) -> None:
+    spec = replace(study(disaggregated(TENTH, num_prefill=2, num_decode=2, budget=BUDGET)), moves=MoveRules())
+    seen: list[tuple[Phase, Role, int]] = []
+
+    def script(controls: Controls) -> None:
+        lifecycle, worker = controls.lifecycle, controls.workers[name]
+
+        def look(_: None) -> None:
+            worker.sync()
+            seen.append((lifecycle.members[name].phase, worker.role, worker.answers.num_running))
+
+        controls.heap.at(6.05, lambda _: lifecycle.flip(name, "mixed", 0.5), None)
+        controls.heap.at(14.05, lambda _: lifecycle.flip(name, back, 0.5), None)
+        for time_s in (6.05, 14.05, 16.0, 24.0):
+            controls.heap.at(time_s, look, None)
+
+    result = simulate(spec, REQUESTS, script=script)
+    columns = result.requests
+    row = [worker.worker_id for worker in result.workers].index(name)
+    assert (columns.outcome == Outcome.FINISHED).all()
+    assert ((columns.prefill_worker == row) & (columns.decode_worker == row)).any(), "it did both for some"
+    assert seen[0][:2] == (Phase.READY, "mixed"), "at once"
+    assert seen[1][:2] == (Phase.DRAINING, "mixed")
+    assert seen[-1][:2] == (Phase.READY, back)
+    if back == "decode":
+        assert seen[0][2] > 0, "it wrote when it began to read, too"
+        # It has few prompts to read, and keeps its answers.
+        assert seen[2][:2] == (Phase.READY, "decode")
+        assert seen[2][2] > 0
+    audit(result)
+
+
+def test_a_prompt_larger_than_the_budget_of_a_mixed_worker_is_written_there_once_it_is_one() -> None:
+    """It waited to be handed over; a worker that writes, too, would never begin it under that budget."""
+    requests = [WorkloadRequest(0.0, 600, 60), WorkloadRequest(0.1, 600, 60), WorkloadRequest(0.2, 20, 60)]
+    spec = study(disaggregated(TENTH, num_blocks=64, budget=BUDGET))
+
+    def script(controls: Controls) -> None:
+        controls.heap.at(0.55, lambda _: controls.lifecycle.flip("p-0", "mixed", 0.5), None)
+
+    result = simulate(spec, requests, script=script)
+    assert (result.requests.outcome == Outcome.FINISHED).all()
+    audit(result)
+
+
+def test_only_who_has_left_the_other_role_gives_it_up() -> None:
+    def script(controls: Controls) -> None:
+        controls.heap.at(4.0, lambda _: controls.lifecycle.flip("d-0", "mixed", 0.5), None)
+        controls.heap.at(4.1, lambda _: controls.workers["d-0"].unmix("prefill"), None)
+
+    with pytest.raises(InvariantBroken, match="becomes a prefill worker before it can be one"):
         simulate(study(disaggregated(TENTH, budget=BUDGET)), REQUESTS, script=script)
