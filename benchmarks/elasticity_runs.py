@@ -116,8 +116,6 @@ class Job:
     num_prefill: int | None = None
     #: Mixed: as many run as the load needs. Else: workers are lent between the roles.
     autoscale: bool = False
-    #: Before they have both roles, too.
-    drains_to_mix: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +146,14 @@ class Ran:
     cpu_s: float
 
     @property
+    def served(self) -> float:
+        """Requests that ended in the second half of the time in which requests came, over those that came in it."""
+        last_s = float(self.arrival_s[-1])
+        ended_s = self.arrival_s + self.e2e_s
+        ended = (ended_s > 0.5 * last_s) & (ended_s <= last_s)
+        return float(ended.sum() / (self.arrival_s > 0.5 * last_s).sum())
+
+    @property
     def attained(self) -> float:
         return float(self.is_met.mean())
 
@@ -175,7 +181,6 @@ def study(job: Job) -> StudySpec:
         heartbeat_interval_s=LOOK_INTERVAL_S,
         look_interval_s=LOOK_INTERVAL_S,
         autoscale=_autoscale(job),
-        mixes_at_once=not job.drains_to_mix,
     )
 
 

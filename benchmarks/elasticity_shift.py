@@ -34,21 +34,15 @@ def shift(run_all: Callable[[Iterable[Job]], list[Ran]], seconds: float) -> dict
     alone = run_all(Job(load=Load(phases=(phase,)), num_prefill=count, moves=True) for phase, count in splits)
     best = {phase: _best(alone, splits, phase) for phase in (reading, writing)}
     load, first, between = Load(phases=(reading, writing)), best[reading][0], _between(best, reading, writing)
-    stays, evened, lends, drains = run_all(
-        Job(load=load, num_prefill=count, moves=True, autoscale=is_lent, drains_to_mix=is_drained)
-        for count, is_lent, is_drained in (
-            (first, False, False),
-            (between, False, False),
-            (first, True, False),
-            (first, True, True),
-        )
+    stays, evened, lends = run_all(
+        Job(load=load, num_prefill=count, moves=True, autoscale=is_lent)
+        for count, is_lent in ((first, False), (between, False), (first, True))
     )
     optimum = sum(int(ran.is_met.sum()) for _, ran in best.values())
     names = {
         "that of the first": stays,
         "one between": evened,
         "lent with the load": lends,
-        "lent, drained before": drains,
     }
     rows: list[list[object]] = [
         ["best split of each phase", f"{best[reading][0]}, then {best[writing][0]}", optimum, 0.0, 0, 0]
@@ -70,7 +64,6 @@ def shift(run_all: Callable[[Iterable[Job]], list[Ran]], seconds: float) -> dict
     return {
         "shift_goodput_lost": _lost(lends, optimum),
         "shift_goodput_lost_without": _lost(stays, optimum),
-        "shift_goodput_lost_drained": _lost(drains, optimum),
         "shift_role_changes": changes,
         "shift_turned_back": turned_back,
         "shift_decode_load_deviation": float(np.std(calm[1])),

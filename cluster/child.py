@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
     from cluster.guard import Guard
-    from cluster.launch import Launch, Status
+    from cluster.launch import Message, Status
     from cluster.process_log import ProcessLog
 
 #: After the process is gone, its pipes may be held open by what it started; they get this long.
@@ -35,22 +35,63 @@ _READ_BYTES = 64 * 1024
 class Child:
     """`ended` must be awaited once: it reads the pipes, and returns when the process is gone."""
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str], launch: Launch, guard: Guard) -> None:
-        """Raises OSError when there is no such program, or no more processes."""
+    def __init__(
+        self,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        launch: Message,
+        guard: Guard,
+        *,
+        descriptors: Sequence[int] = (),
+    ) -> None:
+        """It inherits `descriptors`, under their numbers. Raises OSError when there is no such program, or no more
+        processes."""
         self._guard = guard
         self._process = subprocess.Popen(
-            command, stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=0, env=environ, start_new_session=True
+            command,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
+            bufsize=0,
+            env=environ,
+            start_new_session=True,
+            pass_fds=tuple(descriptors),
         )
         guard.watch(self._process.pid)
         #: Its write end; closed by `terminate` and at the end.
         self._lifeline = _present(self._process.stdin)
-        # Fits into the empty pipe, so this does not wait.
-        with contextlib.suppress(BrokenPipeError):
-            self._lifeline.write(encode_line(launch))
+        self.give(launch)
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def give(self, message: Message) -> None:
+        """Tells it what to be: at its start, and once more where that was to stand by, or to wait."""
+        # Fits into the empty pipe, so this does not wait.
+        with contextlib.suppress(BrokenPipeError):
+            self._lifeline.write(encode_line(message))
+
+    @property
+    def is_alive(self) -> bool:
+        """Before `ended` is awaited. One that is gone is left for `ended` or `bury` to see out."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def bury(self) -> None:
+        """Instead of `ended`, of one that is gone: its group is dead, its pipes are closed."""
+        self.kill()
+        self._guard.forget(self.pid)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            _present(pipe).close()
+
+    def told_so_far(self) -> list[Status]:
+        """Status lines that wait to be read, without waiting for more. Before `ended` is awaited."""
+        pipe = _present(self._process.stdout)
+        os.set_blocking(pipe.fileno(), False)
+        # A line is written at once, and the pipe holds all that a process tells while it stands by.
+        lines = (pipe.read(_READ_BYTES) or b"").splitlines()
+        return [status for status in map(decode_status, lines) if status is not None]
 
     def terminate(self) -> None:
         """Asks it to leave, twice over."""

@@ -18,14 +18,17 @@ from cluster.launch import (
     Failed,
     Status,
     StoreLaunch,
+    Warm,
     WorkerLaunch,
+    decode_standby_launch,
     encode_line,
 )
-from cluster.lifeline import is_at_end_of_file, settle, wait_for_end_of_file
+from cluster.lifeline import die_with_parent, is_at_end_of_file, settle, wait_for_end_of_file
 from contracts.errors import TandemError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from io import BufferedReader
 
     from contracts.clock import Clock
 
@@ -67,6 +70,22 @@ class Departure:
 
     def __init__(self) -> None:
         self.prepare: Callable[[], Coroutine[object, object, object]] | None = None
+
+
+def stand_by(warm_up: Callable[[str], None]) -> bool:
+    """Takes a `StandbyLaunch` from stdin, warms up for its device, says so, and waits. Returns when the launch comes,
+    which is left unread; False when the parent is gone, or wants nothing of this process any more."""
+    try:
+        launch = decode_standby_launch(sys.stdin.buffer.readline(MAX_LAUNCH_BYTES))
+        if launch.parent_pid is not None:
+            die_with_parent(launch.parent_pid)
+        warm_up(launch.device)
+    except TandemError as error:
+        log(f"standing by: {error.message}")
+        return False
+    tell(Warm())
+    # Closed, it is readable too, and has nothing to read.
+    return bool(cast("BufferedReader", sys.stdin.buffer).peek(1))
 
 
 def run_child(

@@ -12,6 +12,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from cluster.cache_commands import cache_app
+from cluster.convert_command import add_convert_command
 from cluster.flags import ConfigFlags, load
 from cluster.operate_commands import add_operate_commands
 from cluster.scale_commands import add_scale_commands
@@ -28,6 +29,7 @@ app.command(config_app)
 app.command(cache_app)
 add_operate_commands(app)
 add_scale_commands(app)
+add_convert_command(app)
 # Commands of packages that this one may not import; each is loaded when it is asked for.
 _elsewhere = entry_points(group="tandem.commands")
 for _entry in _elsewhere:

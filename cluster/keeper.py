@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cluster.guard import Guard
     from cluster.launch import Launch, Loading, Status
     from cluster.process_log import ProcessLog
+    from cluster.standby import StandbyPool
     from cluster.supervision import Event
     from contracts.clock import Clock
     from contracts.ids import Incarnation, WorkerId
@@ -94,8 +95,14 @@ class Keeper:
         clock: Clock,
         on_change: Callable[[], None],
         say: Callable[[str], None],
+        *,
+        standby: StandbyPool | None = None,
+        on_spawn: Callable[[Launch], None] | None = None,
     ) -> None:
+        """`on_spawn` is called before each life begins."""
         self._plan = plan
+        self._standby = standby
+        self._on_spawn = on_spawn
         self._machine = machine
         self._clock = clock
         self._on_change = on_change
@@ -238,12 +245,21 @@ class Keeper:
 
     async def _spawn(self, incarnation: Incarnation, guard: Guard) -> None:
         launch = msgspec.structs.replace(self._plan.launch, incarnation=incarnation)
+        if self._on_spawn is not None:
+            self._on_spawn(launch)
         try:
-            self._child = Child(self._plan.command, self._plan.environ, launch, guard)
+            self._child = self._take_standby(launch) or Child(self._plan.command, self._plan.environ, launch, guard)
         except OSError as error:
             self._wish(Exited(f"{self._plan.command[0]} cannot be run: {error.strerror}"))
             return
         self._watch = asyncio.create_task(self._see_out(self._child), name=f"watch-{self.worker_id}")
+
+    def _take_standby(self, launch: Launch) -> Child | None:
+        """A process that has imported all it needs becomes this worker."""
+        child = None if self._standby is None else self._standby.take(self._plan.command, self._plan.environ)
+        if child is not None:
+            child.give(launch)
+        return child
 
     async def _see_out(self, child: Child) -> None:
         how = "its watcher was stopped"

@@ -12,6 +12,8 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from coldstart.handing import WeightsDoor
+from coldstart.residence import WeightsKey
 from contracts.errors import ConfigError
 from contracts.ids import Incarnation, WorkerId
 from contracts.messages import Role
@@ -89,6 +91,8 @@ class WorkerLaunch(msgspec.Struct, frozen=True, kw_only=True):
     parent_pid: int | None
     #: Names the machine.
     node: str = ""
+    #: Where the node agent hands out weights; None: the worker reads them itself.
+    weights: WeightsDoor | None = None
 
 
 class SsdOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,6 +130,41 @@ class StoreLaunch(msgspec.Struct, frozen=True, kw_only=True):
 Launch = WorkerLaunch | StoreLaunch
 
 
+class StandbyLaunch(msgspec.Struct, frozen=True, kw_only=True, tag_field="launch", tag="standby"):
+    """Be ready to become a worker; what it is to be comes on a second line."""
+
+    parent_pid: int | None
+    #: As `WorkerLaunch.device`: what is to be warm.
+    device: Literal["auto", "cpu", "cuda"]
+
+
+class WeightTierOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The `weights.ssd` section of the configuration."""
+
+    path: str
+    size_bytes: int
+
+
+class LoaderLaunch(msgspec.Struct, frozen=True, kw_only=True, tag_field="launch", tag="loader"):
+    """Fill memory with one model's weights."""
+
+    key: WeightsKey
+    #: A memfd that the process inherited; empty until `Go`.
+    descriptor: int
+    ssd: WeightTierOptions | None
+    parent_pid: int
+
+
+class Go(msgspec.Struct, frozen=True, kw_only=True, tag_field="launch", tag="go"):
+    """A loader's memory has its size now."""
+
+    num_bytes: int
+
+
+#: Whatever is said to a child on its stdin.
+Message = Launch | StandbyLaunch | LoaderLaunch | Go
+
+
 class Loading(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="loading"):
     """Start-up goes on. `what` is for people ("weights", "kernels")."""
 
@@ -138,6 +177,25 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="r
     """Registered and serving on this rpc address."""
 
     address: str
+
+
+class Warm(msgspec.Struct, frozen=True, tag_field="event", tag="warm"):
+    """All is imported; it waits for its launch."""
+
+
+class Sized(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="sized"):
+    """A loader knows how much memory it needs, and waits for `Go`."""
+
+    num_bytes: int
+
+
+class Filled(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="filled"):
+    """A loader's memory holds verified weights and, behind them, their index. Its last line."""
+
+    weight_bytes: int
+    index_bytes: int
+    #: Where they came from: "original" (fused on the way), "ssd", "remote".
+    tier: str
 
 
 class Alive(msgspec.Struct, frozen=True, tag_field="event", tag="alive"):
@@ -157,14 +215,17 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="
     message: str
 
 
-Status = Loading | Ready | Alive | Serves | Failed
+Status = Loading | Ready | Warm | Sized | Filled | Alive | Serves | Failed
 
 _LAUNCH_DECODER = msgspec.json.Decoder(WorkerLaunch)
 _STORE_DECODER = msgspec.json.Decoder(StoreLaunch)
+_STANDBY_DECODER = msgspec.json.Decoder(StandbyLaunch)
+_LOADER_DECODER = msgspec.json.Decoder(LoaderLaunch)
+_GO_DECODER = msgspec.json.Decoder(Go)
 _STATUS_DECODER: msgspec.json.Decoder[Status] = msgspec.json.Decoder(Status)
 
 
-def encode_line(message: Launch | Status) -> bytes:
+def encode_line(message: Message | Status) -> bytes:
     return msgspec.json.encode(message) + b"\n"
 
 
@@ -176,6 +237,21 @@ def decode_launch(line: bytes) -> WorkerLaunch:
 def decode_store_launch(line: bytes) -> StoreLaunch:
     """As `decode_launch`."""
     return _decode(_STORE_DECODER, line)
+
+
+def decode_standby_launch(line: bytes) -> StandbyLaunch:
+    """As `decode_launch`."""
+    return _decode(_STANDBY_DECODER, line)
+
+
+def decode_loader_launch(line: bytes) -> LoaderLaunch:
+    """As `decode_launch`."""
+    return _decode(_LOADER_DECODER, line)
+
+
+def decode_go(line: bytes) -> Go:
+    """As `decode_launch`."""
+    return _decode(_GO_DECODER, line)
 
 
 def _decode(decoder: msgspec.json.Decoder[LaunchT], line: bytes) -> LaunchT:

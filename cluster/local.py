@@ -10,20 +10,24 @@ import shutil
 import sys
 import tempfile
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from cluster.agent_service import agent_service
+from cluster.launch import StandbyLaunch, WeightTierOptions
 from cluster.node_agent import NodeAgent, WorkerPlan
 from cluster.parent_log import structured
 from cluster.plan import Site, node_name, plan_launches, plan_store, worker_environ, worker_slots
 from cluster.process_log import ProcessLog
 from cluster.progress import ProgressLines, settled, starting_line, why_hopeless
 from cluster.services import base_url, check_servable, coordinator_service, gateway_service, gateway_settings
+from cluster.standby import StandbyPool
 from cluster.state_file import STATE_FILE, ClusterState, WorkerState, write_state
 from cluster.supervision import State, SupervisionLimits
+from cluster.weights_service import WeightsService
 from contracts.errors import ConfigError
 from contracts.ids import Incarnation
 from gateway.server import bind
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
 
 #: Where rpc servers of one machine listen.
 LOOPBACK = "127.0.0.1:0"
+
+WORKER_COMMAND = (sys.executable, "-m", "cluster.worker_main")
 
 #: In the runtime folder, unless the configuration names another.
 LOG_FOLDER = "logs"
@@ -181,14 +187,7 @@ async def local_cluster(
             allowed_cores=allowed_cores(),
             node=node_name(config),
         )
-        agent = NodeAgent(
-            worker_plans(config, site),
-            limits=supervision_limits(config.supervisor),
-            first_incarnation=first_incarnation(clock),
-            log_dir=log_dir,
-            clock=clock,
-            say=say,
-        )
+        agent, site = make_agent(config, site, log_dir=log_dir, clock=clock, say=say)
         say(starting_line(model_name, [worker.role for worker in agent.workers() if worker.is_wanted]))
         await stack.enter_async_context(agent)
         await stack.enter_async_context(
@@ -224,12 +223,67 @@ def first_incarnation(clock: Clock) -> Incarnation:
     return Incarnation(int(clock.wall_s() * 1000))
 
 
+def make_agent(
+    config: ClusterConfig, site: Site, *, log_dir: Path, clock: Clock, say: Callable[[str], None]
+) -> tuple[NodeAgent, Site]:
+    """The node agent of this machine, and the site that its workers know. Raises ConfigError."""
+    weights = make_weights(config, log_dir, clock, say)
+    if weights is not None:
+        site = replace(site, weights=weights.door)
+    agent = NodeAgent(
+        worker_plans(config, site),
+        limits=supervision_limits(config.supervisor),
+        first_incarnation=first_incarnation(clock),
+        log_dir=log_dir,
+        clock=clock,
+        say=say,
+        standby=make_standby(config, log_dir, clock, say),
+        weights=weights,
+    )
+    return agent, site
+
+
+def make_weights(
+    config: ClusterConfig, log_dir: Path, clock: Clock, say: Callable[[str], None]
+) -> WeightsService | None:
+    """None where workers read their own weights."""
+    dram, ssd = config.weights.dram, config.weights.ssd
+    if dram is None:
+        return None
+    return WeightsService(
+        host_memory_bytes() // 2 if dram == "auto" else dram,
+        None if ssd.path is None else WeightTierOptions(path=ssd.path, size_bytes=ssd.size),
+        worker_environ(os.environ, threads=1),
+        os.getpid(),
+        clock,
+        ProcessLog(log_dir / "weights.log", say),
+    )
+
+
+def make_standby(config: ClusterConfig, log_dir: Path, clock: Clock, say: Callable[[str], None]) -> StandbyPool | None:
+    """None where nobody is to stand by."""
+    if config.weights.standby == 0:
+        return None
+    return StandbyPool(
+        config.weights.standby,
+        WORKER_COMMAND,
+        worker_environ(os.environ, threads=1),
+        StandbyLaunch(parent_pid=os.getpid(), device="cpu"),
+        ProcessLog(log_dir / "standby.log", say),
+        clock,
+    )
+
+
+def host_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def worker_plans(config: ClusterConfig, site: Site) -> list[WorkerPlan]:
     """What a node agent starts. Raises ConfigError."""
     plans = [
         WorkerPlan(
             launch=launch,
-            command=(sys.executable, "-m", "cluster.worker_main"),
+            command=WORKER_COMMAND,
             environ=worker_environ(os.environ, launch.threads),
             pool=pool.name,
             starts=index < pool.initial_workers,

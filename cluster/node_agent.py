@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from cluster.standby import StandbyPool
+    from cluster.weights_service import WeightsService
     from contracts.clock import Clock
     from contracts.ids import Incarnation, WorkerId
     from contracts.messages import Role
@@ -40,7 +42,12 @@ class NodeAgent:
         log_dir: Path,
         clock: Clock,
         say: Callable[[str], None],
+        standby: StandbyPool | None = None,
+        weights: WeightsService | None = None,
     ) -> None:
+        """`standby`: processes that may become workers; `weights`: what they get theirs from. The agent runs both."""
+        self._standby = standby
+        self._weights = weights
         self.changed = asyncio.Event()
         #: The same, for whoever tells others of it.
         self.to_tell = asyncio.Event()
@@ -54,12 +61,15 @@ class NodeAgent:
                 clock,
                 self._note_change,
                 say,
+                standby=standby,
+                on_spawn=None if weights is None else weights.expect,
             )
             for plan in plans
         ]
         #: Present between entering and leaving.
         self._group: asyncio.TaskGroup | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._standing_by: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<NodeAgent {', '.join(f'{s.worker_id} {s.state.value}' for s in self.workers())}>"
@@ -107,12 +117,16 @@ class NodeAgent:
 
     async def __aenter__(self) -> Self:
         self._guard = Guard()
+        if self._weights is not None:
+            self._weights.start(self._guard)
         self._group = asyncio.TaskGroup()
         await self._group.__aenter__()
         self._tasks = [
             self._group.create_task(keeper.run(self._guard), name=f"keep-{keeper.worker_id}")
             for keeper in self._keepers
         ]
+        if self._standby is not None:
+            self._standing_by = asyncio.create_task(self._standby.run(self._guard), name="standby")
         return self
 
     async def __aexit__(
@@ -127,6 +141,11 @@ class NodeAgent:
                 await asyncio.wait(self._tasks)
         finally:
             self.kill_all()
+            if self._standing_by is not None:
+                self._standing_by.cancel()
+                await uninterrupted(_finished(self._standing_by))
+            if self._weights is not None:
+                await uninterrupted(self._weights.stop())
             if not isinstance(error, asyncio.CancelledError):
                 # The body's own error leaves as it is, not as part of a group.
                 kind = error = trace = None
@@ -134,3 +153,8 @@ class NodeAgent:
                 await self._group.__aexit__(kind, error, trace)
             finally:
                 await uninterrupted(asyncio.to_thread(self._guard.close))
+
+
+async def _finished(task: asyncio.Task[None]) -> None:
+    """Whatever it ends with: who was to stand by is missed by nobody."""
+    await asyncio.wait([task])

@@ -16,6 +16,7 @@ from contracts.ids import Incarnation, WorkerId
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from coldstart.handing import WeightsDoor
     from contracts.config import ClusterConfig, PoolConfig
 
 
@@ -36,6 +37,8 @@ class Site:
     allowed_cores: tuple[int, ...]
     #: Names this machine.
     node: str = "node"
+    #: Where its node agent hands out weights; None: workers read their own.
+    weights: WeightsDoor | None = None
 
 
 def worker_slots(config: ClusterConfig) -> list[tuple[PoolConfig, int]]:
@@ -166,4 +169,5 @@ def _launch(config: ClusterConfig, site: Site, pool: PoolConfig, worker_id: Work
         runtime_dir=site.runtime_dir,
         parent_pid=site.parent_pid,
         node=site.node,
+        weights=site.weights,
     )

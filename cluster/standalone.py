@@ -13,9 +13,8 @@ import uvloop
 
 from cluster.agent_service import agent_service
 from cluster.launch import MAX_LAUNCH_BYTES, encode_line
-from cluster.local import allowed_cores, first_incarnation, log_folder, supervision_limits, worker_plans
+from cluster.local import allowed_cores, first_incarnation, log_folder, make_agent
 from cluster.model_source import resolve_model
-from cluster.node_agent import NodeAgent
 from cluster.parent_log import structured
 from cluster.plan import Site, node_name, plan_launches, worker_environ
 from cluster.process_log import StreamLog
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     import asyncio
     from pathlib import Path
 
+    from cluster.node_agent import NodeAgent
     from contracts.clock import Clock
     from contracts.config import ClusterConfig
 
@@ -92,14 +92,7 @@ def run_agent(config: ClusterConfig, coordinator_address: str, token: str, runti
 
     async def live() -> int:
         clock = LiveClock()
-        agent = NodeAgent(
-            worker_plans(config, site),
-            limits=supervision_limits(config.supervisor),
-            first_incarnation=first_incarnation(clock),
-            log_dir=log_folder(config, runtime_dir),
-            clock=clock,
-            say=say,
-        )
+        agent, seen = make_agent(config, site, log_dir=log_folder(config, runtime_dir), clock=clock, say=say)
         network = GrpcNetwork(token=token, log=say)
         async with AsyncExitStack() as stack:
             signals = stack.enter_context(StopSignals())
@@ -108,7 +101,7 @@ def run_agent(config: ClusterConfig, coordinator_address: str, token: str, runti
             signals.install(agent.kill_all)
             own_bind = f"{bind.rpartition(':')[0]}:0"
             await stack.enter_async_context(
-                agent_service(agent, site, network, own_bind, first_incarnation(clock), say)
+                agent_service(agent, seen, network, own_bind, first_incarnation(clock), say)
             )
             return await _keep(agent, signals.wanted, clock)
 

@@ -16,23 +16,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.build import build_name
-from cluster.child_main import log, run_child, tell, tell_alive, tell_if_room
+from cluster.child_main import log, run_child, stand_by, tell, tell_alive, tell_if_room
 from cluster.launch import Failed, Loading, Ready, Serves, WorkerLaunch, decode_launch
-from contracts.errors import ConfigError, WorkerUnavailable
+from cluster.standby import STANDBY_FLAG
+from cluster.weights_service import key_of
+from coldstart.format import decode_index, is_converted
+from coldstart.handing import ask
+from contracts.errors import ConfigError, LoadError, WorkerUnavailable
 from contracts.messages import WorkerInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cluster.child_main import Departure
+    from coldstart.handing import HandedWeights
     from contracts.clock import Clock
     from engine.executor import LiveEngine
+    from engine.weights import FusedWeights
     from worker import WorkerShell
 
 #: Calls in flight when a worker is told to stop get this long to end.
 STOP_GRACE_S = 1.0
 #: Told to end by somebody else than its node agent, a worker drains for so long: it is gone within 10 s.
 DRAIN_S = 7.0
+#: The node agent gives up earlier.
+WEIGHTS_TIMEOUT_S = 660.0
 #: When a worker's life is over, the kernel gets this long to take its last words.
 EXIT_DELAY_S = 0.2
 #: Exit status of such a worker.
@@ -40,10 +48,26 @@ EXIT_LIFE_OVER = 3
 
 
 def main() -> int:
+    if STANDBY_FLAG in sys.argv[1:] and not stand_by(_warm_up):
+        return 0
     return run_child("worker", decode_launch, _serve)
 
 
+def _warm_up(device: str) -> None:
+    """All that the start of any worker costs, whatever its model."""
+    import cluster.transports
+    import engine.executor
+    import prefill
+    import worker.retiring
+    from engine.ops import select_ops
+
+    del cluster, engine, prefill, worker
+    select_ops("cuda" if device == "cuda" else "cpu", log=log)
+
+
 async def _serve(launch: WorkerLaunch, departure: Departure) -> None:
+    # Asked for first: they come while this process imports what it needs.
+    asking = None if launch.weights is None else asyncio.get_running_loop().run_in_executor(None, _ask, launch)
     # torch comes in with these: imported here, after the cores are taken.
     from cluster.transports import TransportSite, build_transports
     from engine.compose import StepBudget
@@ -63,7 +87,10 @@ async def _serve(launch: WorkerLaunch, departure: Departure) -> None:
             pools.append(HostPool(num_blocks, block_bytes))
             return pools[0].view()
 
-        engine = await _load(launch, make_pool, clock)
+        handed = None if asking is None else await asking
+        if handed is not None:
+            stack.callback(handed.close)
+        engine = await _load(launch, make_pool, clock, handed)
         stack.callback(pools[0].close)
         pools[0].populate()
         stack.push_async_callback(engine.close)
@@ -172,8 +199,36 @@ def _info(launch: WorkerLaunch, engine: LiveEngine, address: str) -> WorkerInfo:
     )
 
 
-async def _load(launch: WorkerLaunch, make_pool: Callable[[int, int], memoryview], clock: Clock) -> LiveEngine:
-    """The model in memory, its KV pool in memory that `make_pool` provides."""
+def _ask(launch: WorkerLaunch) -> HandedWeights | None:
+    """Blocks until the node agent hands out the weights; None where it cannot: they are then read as if it were not
+    there. The connection is kept by the weights, and these by the engine."""
+    key, door = key_of(launch), launch.weights
+    assert key is not None
+    assert door is not None
+    try:
+        return ask(door, key, timeout_s=WEIGHTS_TIMEOUT_S)
+    except LoadError as error:
+        log(f"{launch.worker_id}: reads the weights itself: {error.message}")
+        return None
+
+
+def _weights(launch: WorkerLaunch, handed: HandedWeights | None) -> FusedWeights | None:
+    """None: a model folder is read as it is. Raises ConfigError, LoadError."""
+    from coldstart.loaded import LoadedWeights, check_fits, load_checkpoint
+
+    folder = Path(launch.model_dir)
+    if handed is not None:
+        index = decode_index(handed.index, where=f"the weights of {folder} in memory")
+        check_fits(folder, index)
+        return LoadedWeights(handed.weights, index)
+    return load_checkpoint(folder) if is_converted(folder) else None
+
+
+async def _load(
+    launch: WorkerLaunch, make_pool: Callable[[int, int], memoryview], clock: Clock, handed: HandedWeights | None
+) -> LiveEngine:
+    """The model in memory, its KV pool in memory that `make_pool` provides. `handed`: its weights, where they are there
+    already."""
     from engine.executor import load_engine
     from engine.runner import EngineOptions
 
@@ -194,6 +249,7 @@ async def _load(launch: WorkerLaunch, make_pool: Callable[[int, int], memoryview
         pool_buffer_factory=make_pool,
         progress=lambda done, total: tell(Loading(what="weights", fraction=done / max(1, total))),
         log=log,
+        weights=await asyncio.to_thread(_weights, launch, handed),
     )
 
 

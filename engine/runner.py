@@ -128,8 +128,8 @@ def load_runner(
     """Reads a model folder in Hugging Face layout.
 
     `pool_buffer_factory(num_blocks, block_bytes)` gives the pool's memory (None: own); `progress(bytes read,
-    bytes in all)` is called while weights load. With `weights`, those are used where they lie (a CPU engine computes
-    on that memory), and of the folder only its config is read; their dtype must be the one that is computed in.
+    bytes in all)` is called while weights load. With `weights`, of the folder only its config is read: a CPU engine
+    computes on them where they lie, or, where it computes in another dtype, on a copy.
     Raises ConfigError naming file, tensor or option.
     """
     config = load_model_config(model_dir)
@@ -178,9 +178,7 @@ def _decoder_weights(
     if ready is None:
         with _weight_source(model_dir, config, options, progress) as source:
             return load_weights(config, source, ops, dtype=dtype, device=device)
-    if ready.dtype != dtype:
-        raise ConfigError(f"the weights at hand are {ready.dtype}, but {dtype} is to be computed in")
-    return bind_weights(config, lambda name: ready.tensor(name).to(device), ops)
+    return bind_weights(config, lambda name: ready.tensor(name).to(device=device, dtype=dtype), ops)
 
 
 def compute_dtype(

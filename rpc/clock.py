@@ -1,4 +1,4 @@
-"""The live clock: the one place below `cluster/` that reads the machine's time."""
+"""The live clocks: the one place below `cluster/` that reads the machine's time."""
 
 from __future__ import annotations
 
@@ -17,3 +17,16 @@ class LiveClock:
 
     async def sleep(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
+
+
+class LiveBlockingClock:
+    """`coldstart.blocking_clock.BlockingClock`, for what blocks in threads of a real process."""
+
+    def now_s(self) -> float:
+        return time.monotonic()
+
+    def wall_s(self) -> float:
+        return time.time()
+
+    def sleep(self, delay_s: float) -> None:
+        time.sleep(delay_s)

@@ -5,8 +5,8 @@ released code differ), one rule for each purpose, the most urgent first.
   stay.
 - **memory**: answers that were preempted, or will soon be for want of blocks to grow into, go where they can go on.
 - **priority**: answers of low priority leave a worker whose high ones lack their headroom.
-- **defragment**: where the first in line waits for more blocks than are free, prompts go on to whoever has room for them
-  now; where the first fits nowhere, though others together have as many, answers leave the worker that lacks least.
+- **defragment**: where the first in line waits for more blocks than are free, prompts go on to whoever has room for
+  them now; where the first fits nowhere, though others together have as many, answers leave the worker that lacks least.
 - **balance**: answers leave workers with a freeness below `low`, to those above `high`, the fullest to the emptiest.
 - **prompts**: those that nobody has begun to read go where they are predicted to be read notably sooner.
 
@@ -121,7 +121,7 @@ def _defragment(look: Round) -> None:
 
 
 def _send_on(look: Round, source: int, waits: Flags) -> bool:
-    """Prompts wait for blocks here: those that can be read somewhere at once go there. Whether the first of them does."""
+    """Prompts wait for blocks here: who can be read somewhere at once goes there. Whether the first does."""
     view = look.view
     head = view.head_blocks.item(source) if view.head_moves[source] and not view.preempted_answers[source] else 0
     others = look.waiting_prompts.item(source) - (1 if head else 0)
@@ -190,15 +190,6 @@ def _missing(look: Round) -> Blocks:
     promised = np.where(look.num_answers > 0, look.growth * (look.num_answers + 1), 0.0)
     missing: Blocks = look.view.head_blocks + promised - look.available
     return missing
-
-
-def _spare(look: Round, source: int) -> float:
-    """What others together could take from there and stay above `low`."""
-    view = look.view
-    peers = _givers(look) & (view.model_class == view.model_class[source]) & (view.preempted_answers == 0)
-    peers[source] = False
-    spare: Blocks = np.floor(look.free - look.low * np.maximum(look.num_answers, 1))
-    return float(np.maximum(spare, 0.0)[peers].sum())
 
 
 def _give(

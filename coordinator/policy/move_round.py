@@ -101,7 +101,8 @@ class Round:
 
     def room(self) -> Blocks:
         """What each could take at once and still give all that is there then what it is promised."""
-        return self.available - self.growth * (self.num_answers + 1)
+        room: Blocks = self.available - self.growth * (self.num_answers + 1)
+        return room
 
     @property
     def are_sources(self) -> Flags:

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 
+from cluster.child_main import stand_by
 from cluster.launch import (
     MAX_LAUNCH_BYTES,
     SIGN_OF_LIFE_S,
@@ -30,6 +31,7 @@ from cluster.launch import (
     encode_line,
 )
 from cluster.lifeline import settle, wait_for_end_of_file
+from cluster.standby import STANDBY_FLAG
 
 
 def tell(status: Status) -> None:
@@ -86,7 +88,20 @@ async def live(behaviour: str) -> int:
     return 0
 
 
+def warm_up(device: str) -> None:
+    """As the environment says: at once, never, or not at all."""
+    match os.environ.get("FAKE_STANDBY"):
+        case "slow":
+            signal.pause()
+        case "crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case _:
+            pass
+
+
 def main() -> int:
+    if STANDBY_FLAG in sys.argv and not stand_by(warm_up):
+        return 0
     settle(decode_launch(sys.stdin.buffer.readline(MAX_LAUNCH_BYTES)))
     with contextlib.suppress(KeyboardInterrupt):
         return asyncio.run(live(os.environ["FAKE_BEHAVIOUR"]))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cluster.launch import WorkerLaunch
+    from coldstart.handing import HandedWeights
     from contracts.clock import Clock
     from engine.executor import LiveEngine
     from engine.plan import StepPlan, StepResult
@@ -29,9 +30,9 @@ _load = worker_main._load  # pyright: ignore[reportPrivateUsage]
 
 
 async def _load_to_be_stuck(
-    launch: WorkerLaunch, make_pool: Callable[[int, int], memoryview], clock: Clock
+    launch: WorkerLaunch, make_pool: Callable[[int, int], memoryview], clock: Clock, handed: HandedWeights | None
 ) -> LiveEngine:
-    engine = await _load(launch, make_pool, clock)
+    engine = await _load(launch, make_pool, clock, handed)
     # Known only now: torch must not be imported before the worker has taken its cores.
     from engine.runner import Runner
 

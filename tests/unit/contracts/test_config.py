@@ -18,10 +18,12 @@ from contracts.config import (
     GatewayConfig,
     PoolConfig,
     SizeBytes,
+    StoreConfig,
     format_size,
     parse_duration_s,
     parse_size,
 )
+from contracts.config_fields import Section
 
 SIZE: TypeAdapter[int] = TypeAdapter(SizeBytes)
 DURATION: TypeAdapter[float] = TypeAdapter(DurationS)
@@ -115,7 +117,15 @@ def test_api_keys_do_not_show() -> None:
 
 
 def test_every_key_is_explained() -> None:
-    for section in (ClusterConfig, PoolConfig, GatewayConfig, CoordinatorConfig):
+    waiting: list[type[Section]] = [ClusterConfig, PoolConfig]
+    seen = set[type[Section]]()
+    while waiting:
+        section = waiting.pop()
+        seen.add(section)
         for name, field in section.model_fields.items():
-            nested = isinstance(field.annotation, type) and field.annotation.__module__ == "contracts.config"
+            kind = field.annotation
+            nested = isinstance(kind, type) and issubclass(kind, Section)
             assert field.description or nested, f"{section.__name__}.{name} has no explanation"
+            if nested and kind not in seen:
+                waiting.append(kind)
+    assert {StoreConfig, CoordinatorConfig, GatewayConfig} < seen

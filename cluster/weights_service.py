@@ -1,0 +1,146 @@
+"""The weight cache of a node agent, with loaders that are processes."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING, TypeVar
+
+from cluster.child import Child
+from cluster.launch import Failed, Go, LoaderLaunch, Loading, Sized
+from cluster.launch import Filled as FilledStatus
+from coldstart.residence import WeightsKey
+from coldstart.weight_cache import Filled, WeightCache
+from contracts.errors import LoadError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cluster.guard import Guard
+    from cluster.launch import Launch, Status, WeightTierOptions
+    from cluster.process_log import ProcessLog
+    from coldstart.handing import WeightsDoor
+    from contracts.clock import Clock
+
+StatusT = TypeVar("StatusT", Sized, FilledStatus)
+
+#: A loader that says nothing for so long does not get on: a disk that hangs, or the process.
+STALL_S = 60.0
+_MAX_WAITING = 64
+_COMMAND = (sys.executable, "-m", "cluster.loader_main")
+
+
+class WeightsService:
+    """Made before the workers are planned (their launches name the door), started by the node agent."""
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        ssd: WeightTierOptions | None,
+        environ: Mapping[str, str],
+        parent_pid: int,
+        clock: Clock,
+        log: ProcessLog,
+    ) -> None:
+        self._ssd = ssd
+        self._environ = dict(environ)
+        self._parent_pid = parent_pid
+        self._log = log
+        self._guard: Guard | None = None
+        self._running: asyncio.Task[None] | None = None
+        self.cache = WeightCache(budget_bytes, self._start_load, clock, lambda line: log.write(line.encode()))
+
+    @property
+    def door(self) -> WeightsDoor:
+        return self.cache.door
+
+    def start(self, guard: Guard) -> None:
+        self._guard = guard
+        self.cache.open()
+        self._running = asyncio.create_task(self.cache.run(), name="weights")
+
+    async def stop(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+            await self.cache.close()
+
+    def expect(self, launch: Launch) -> None:
+        """A process is starting that will ask for weights: they may begin to come while it imports what it needs."""
+        key = key_of(launch)
+        if key is not None and self._running is not None:
+            self.cache.want(key)
+
+    def _start_load(self, key: WeightsKey, descriptor: int) -> LoaderProcess:
+        assert self._guard is not None, "started before anybody can ask"
+        launch = LoaderLaunch(key=key, descriptor=descriptor, ssd=self._ssd, parent_pid=self._parent_pid)
+        return LoaderProcess(launch, self._environ, self._guard, self._log)
+
+
+def key_of(launch: Launch) -> WeightsKey | None:
+    """What a worker will ask for; None of one that reads its weights itself, and of a store."""
+    if launch.role == "store" or launch.weights is None:
+        return None
+    return WeightsKey(folder=launch.model_dir, dtype=launch.dtype)
+
+
+class LoaderProcess:
+    """Implements `coldstart.weight_cache.Load`."""
+
+    def __init__(self, launch: LoaderLaunch, environ: Mapping[str, str], guard: Guard, log: ProcessLog) -> None:
+        """Raises OSError when no process can be started."""
+        self._name = launch.key.folder
+        self._child = Child(_COMMAND, environ, launch, guard, descriptors=(launch.descriptor,))
+        self._told: asyncio.Queue[Status | None] = asyncio.Queue(_MAX_WAITING)
+        self._num_bytes = 0
+        self._how = ""
+        self._ended = asyncio.create_task(self._see_out(log), name=f"loader-{self._child.pid}")
+
+    async def sized(self) -> int:
+        self._num_bytes = (await self._until(Sized)).num_bytes
+        return self._num_bytes
+
+    async def filled(self) -> Filled:
+        self._child.give(Go(num_bytes=self._num_bytes))
+        status = await self._until(FilledStatus)
+        # Its mapping goes with it.
+        async with asyncio.timeout(STALL_S):
+            await asyncio.shield(self._ended)
+        return Filled(num_bytes=status.weight_bytes, index_bytes=status.index_bytes, tier=status.tier)
+
+    async def abort(self) -> None:
+        self._child.kill()
+        await asyncio.wait([self._ended])
+
+    async def _until(self, kind: type[StatusT]) -> StatusT:
+        while True:
+            try:
+                async with asyncio.timeout(STALL_S):
+                    status = await self._told.get()
+            except TimeoutError:
+                raise LoadError(f"{self._name}: its loader said nothing for {STALL_S:.0f} s") from None
+            match status:
+                case None:
+                    raise LoadError(f"{self._name}: its loader ended early: {self._how}")
+                case Failed():
+                    raise LoadError(status.message)
+                case Loading():
+                    continue
+                case _ if isinstance(status, kind):
+                    return status
+                case _:
+                    raise LoadError(f"{self._name}: its loader said {type(status).__name__}")
+
+    async def _see_out(self, log: ProcessLog) -> None:
+        try:
+            self._how = await self._child.ended(self._told.put, log)
+        except Exception as error:
+            self._how = f"its watcher failed: {error!r}"
+        finally:
+            # Whoever waits reads on to the end; a queue that nobody empties is dropped with this object.
+            while True:
+                try:
+                    self._told.put_nowait(None)
+                    break
+                except asyncio.QueueFull:
+                    self._told.get_nowait()

@@ -1,0 +1,77 @@
+"""What placement is measured against. An idle instance of the model is taken first by all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from coldstart.making_room import FreeingPlan, Prospects, cheapest
+from coldstart.placement import by_load, place, reuse
+from coldstart.placement_terms import PlacementRules, StartDecision
+
+if TYPE_CHECKING:
+    import random
+
+    from coldstart.placement_terms import ClusterView, NodeView, Place
+
+
+def random_place(rng: random.Random) -> Place:
+    """Any node that has the devices, as schedulers of serverless platforms do that know nothing of checkpoints."""
+
+    def choose(view: ClusterView, model: str) -> StartDecision:
+        reused = reuse(view, model)
+        if reused is not None:
+            return reused
+        fitting = [
+            (seconds, node, plan)
+            for seconds, node in sorted(by_load(view, model), key=lambda one: one[1].node_id)
+            if (plan := _without_moves(view, node, model)) is not None
+        ]
+        if not fitting:
+            return StartDecision(kind="wait", reason=f"no node has devices for {model}")
+        seconds, node, plan = rng.choice(fitting)
+        return _start(node, model, seconds, plan, f"{model} at {node.node_id}, one of {len(fitting)} with room")
+
+    return choose
+
+
+def locality_only(view: ClusterView, model: str) -> StartDecision:
+    """Where the model is ready soonest once devices are free, and nowhere else: it waits for them."""
+    reused = reuse(view, model)
+    if reused is not None:
+        return reused
+    ranked = by_load(view, model)
+    if not ranked:
+        return StartDecision(kind="wait", reason=f"no node knows where to load {model} from")
+    seconds, node = ranked[0]
+    plan = _without_moves(view, node, model)
+    if plan is None:
+        words = f"{model} is nearest at {node.node_id} ({node.tier_of(model)}), which has no devices for it"
+        return StartDecision(kind="wait", node_id=node.node_id, reason=words)
+    return _start(node, model, seconds, plan, f"{model} is nearest at {node.node_id} ({node.tier_of(model)})")
+
+
+def shepherd(view: ClusterView, model: str, rules: PlacementRules | None = None) -> StartDecision:
+    """The same choice as `place`, but whoever would move is stopped and starts again elsewhere: Shepherd (NSDI'23) in
+    the form in which ServerlessLLM (OSDI'24) compares with it, with estimates of loading times to choose the node."""
+    decision = place(view, model, rules)
+    if not decision.moves:
+        return decision
+    return replace(decision, preempts=True, reason=f"{decision.reason} (stopped, not moved)")
+
+
+def _without_moves(view: ClusterView, node: NodeView, model: str) -> FreeingPlan | None:
+    lacks = view.models[model].num_devices - node.free_devices
+    return FreeingPlan(0.0) if lacks <= 0 else cheapest(Prospects(view), node, lacks, migrate=False)
+
+
+def _start(node: NodeView, model: str, seconds: float, plan: FreeingPlan, reason: str) -> StartDecision:
+    return StartDecision(
+        kind="start",
+        node_id=node.node_id,
+        tier=node.tier_of(model),
+        evict=plan.evict,
+        load_s=seconds,
+        cost_s=seconds + plan.cost_s,
+        reason=reason,
+    )

@@ -1,0 +1,287 @@
+"""The DRAM tier of a node agent: the shell around `Residence`.
+
+It listens at the door, holds the memory, and has a loader fill it (a process of its own, so that whatever happens to
+it, nothing here is half full). Memory that a loader filled is sealed before anybody gets it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hmac
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from coldstart.handing import LENGTH, MAX_MESSAGE_BYTES, Given, Refused, WeightsDoor, Wish, framed
+from coldstart.residence import (
+    Abort,
+    Asked,
+    Begin,
+    Evict,
+    Fill,
+    Gone,
+    Hand,
+    Loaded,
+    LoadFailed,
+    Refuse,
+    Residence,
+    Sized,
+    Ticked,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coldstart.handing import Answer
+    from coldstart.residence import Copy, ResidenceEvent, ResidenceInstruction, WeightsKey
+    from contracts.clock import Clock
+
+#: A caller may take so long to say what it wants.
+WISH_TIMEOUT_S = 2.0
+#: Callers that were accepted and have not said what they want; one more waits in the kernel's queue.
+_BACKLOG = 64
+_LOOK_INTERVAL_S = 1.0
+_PEER_CREDENTIALS_BYTES = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filled:
+    """What a loader put into its memory."""
+
+    num_bytes: int
+    index_bytes: int
+    #: "dram" (it was fused there), "ssd", "remote".
+    tier: str
+
+
+class Load(Protocol):
+    """One load under way, over a descriptor of empty memory."""
+
+    async def sized(self) -> int:
+        """Bytes of memory that it needs. Raises LoadError or ConfigError."""
+        ...
+
+    async def filled(self) -> Filled:
+        """Lets it take the memory, which has that size now; returns when all is there, verified, and the loader holds
+        no mapping of it any more. Raises LoadError or ConfigError."""
+        ...
+
+    async def abort(self) -> None:
+        """Ends it; returns when it holds nothing any more. Idempotent, also after its end."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class _Memory:
+    """A resident copy."""
+
+    descriptor: int
+    filled: Filled
+
+
+class WeightCache:
+    """Use `run` as a task between `open` and `close`."""
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        start_load: Callable[[WeightsKey, int], Load],
+        clock: Clock,
+        log: Callable[[str], None],
+    ) -> None:
+        """`start_load(key, descriptor)` begins to fill a memfd, which stays this object's own."""
+        self._machine = Residence(budget_bytes)
+        self._start_load = start_load
+        self._clock = clock
+        self._log = log
+        self.door = WeightsDoor(
+            socket_name=f"tandem-weights-{os.getpid()}-{secrets.token_hex(8)}", secret=secrets.token_hex(32)
+        )
+        self._listener: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        #: Present while a load runs.
+        self._loading: dict[int, asyncio.Task[None]] = {}
+        self._room: dict[int, asyncio.Future[int]] = {}
+        self._memory: dict[WeightsKey, _Memory] = {}
+        #: Who waits for an answer.
+        self._answers: dict[int, asyncio.Future[Answer]] = {}
+        self._next_client = 1
+
+    def copies(self) -> tuple[Copy, ...]:
+        return self._machine.copies()
+
+    def open(self) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind("\0" + self.door.socket_name)
+        self._listener.listen(_BACKLOG)
+        self._listener.setblocking(False)
+
+    async def close(self) -> None:
+        """Ends loads, hangs up, and gives all memory back that no worker maps."""
+        for task in (*self._tasks, *self._loading.values()):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._loading.values(), return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+        for memory in self._memory.values():
+            os.close(memory.descriptor)
+        self._memory.clear()
+
+    def want(self, key: WeightsKey) -> None:
+        """Somebody is about to ask for it: the load may begin."""
+        self._take(Asked(None, key))
+
+    async def run(self) -> None:
+        """Serves callers until it is cancelled."""
+        assert self._listener is not None, "opened before"
+        ticking = asyncio.create_task(self._tick(), name="weights-clock")
+        self._tasks.add(ticking)
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(self._listener)
+            except OSError:
+                # The caller left again, or no descriptor is free.
+                await self._clock.sleep(0.05)
+                continue
+            task = asyncio.create_task(self._serve(connection), name="weights-caller")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _tick(self) -> None:
+        while True:
+            await self._clock.sleep(_LOOK_INTERVAL_S)
+            deadline_s = self._machine.deadline_s
+            if deadline_s is not None and self._clock.now_s() >= deadline_s:
+                self._take(Ticked())
+
+    # --- callers --------------------------------------------------------------------------------------
+
+    async def _serve(self, connection: socket.socket) -> None:
+        client, self._next_client = self._next_client, self._next_client + 1
+        try:
+            connection.setblocking(False)
+            wish = await self._wish(connection)
+            if wish is None:
+                return
+            loop = asyncio.get_running_loop()
+            answer = self._answers[client] = loop.create_future()
+            hung_up = asyncio.ensure_future(loop.sock_recv(connection, 1))
+            try:
+                self._take(Asked(client, wish.key))
+                await asyncio.wait([answer, hung_up], return_when=asyncio.FIRST_COMPLETED)
+                if answer.done() and not hung_up.done() and self._send(connection, answer.result(), wish.key):
+                    # It has nothing more to say: whatever comes is the end.
+                    await asyncio.wait([hung_up])
+            finally:
+                hung_up.cancel()
+                await asyncio.gather(hung_up, return_exceptions=True)
+        except OSError:
+            return
+        finally:
+            self._answers.pop(client, None)
+            self._take(Gone(client))
+            connection.close()
+
+    async def _wish(self, connection: socket.socket) -> Wish | None:
+        """None for somebody who is not to be answered."""
+        loop = asyncio.get_running_loop()
+        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS_BYTES)
+        if int.from_bytes(raw[4:8], "little") != os.getuid():
+            return None
+        try:
+            async with asyncio.timeout(WISH_TIMEOUT_S):
+                data = b""
+                while len(data) < LENGTH.size or len(data) < LENGTH.size + LENGTH.unpack(data[: LENGTH.size])[0]:
+                    piece = await loop.sock_recv(connection, MAX_MESSAGE_BYTES)
+                    data += piece
+                    if not piece or len(data) > MAX_MESSAGE_BYTES:
+                        return None
+            wish = msgspec.json.decode(data[LENGTH.size :], type=Wish)
+        except (TimeoutError, msgspec.MsgspecError, UnicodeDecodeError):
+            return None
+        return wish if hmac.compare_digest(wish.secret.encode(), self.door.secret.encode()) else None
+
+    def _send(self, connection: socket.socket, answer: Answer, key: WeightsKey) -> bool:
+        """An answer fits into the empty buffer of its socket: it never waits."""
+        if isinstance(answer, Refused):
+            connection.send(framed(answer))
+            return False
+        socket.send_fds(connection, [framed(answer)], [self._memory[key].descriptor])
+        return True
+
+    # --- the machine ----------------------------------------------------------------------------------
+
+    def _take(self, event: ResidenceEvent) -> None:
+        for instruction in self._machine.handle(event, self._clock.now_s()):
+            self._carry_out(instruction)
+
+    def _carry_out(self, instruction: ResidenceInstruction) -> None:
+        match instruction:
+            case Begin(load, key):
+                task = asyncio.create_task(self._load(load, key), name=f"load-{load}")
+                self._loading[load] = task
+                task.add_done_callback(lambda _: self._loading.pop(load, None))
+            case Fill(load, num_bytes):
+                self._room[load].set_result(num_bytes)
+            case Abort(load):
+                self._loading[load].cancel()
+            case Hand(client, key):
+                memory = self._memory[key]
+                filled = memory.filled
+                self._answer(client, Given(num_bytes=filled.num_bytes, index_bytes=filled.index_bytes))
+            case Refuse(client, _, reason):
+                self._answer(client, Refused(reason=reason))
+            case Evict(key, reason):
+                os.close(self._memory.pop(key).descriptor)
+                self._log(f"weights of {key.folder} leave memory: {reason}")
+
+    def _answer(self, client: int, answer: Answer) -> None:
+        waiting = self._answers.get(client)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(answer)
+
+    async def _load(self, load: int, key: WeightsKey) -> None:
+        writable = os.memfd_create("tandem-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        room = self._room[load] = asyncio.get_running_loop().create_future()
+        started_s = self._clock.now_s()
+        under_way: Load | None = None
+        event: ResidenceEvent
+        try:
+            under_way = self._start_load(key, writable)
+            self._take(Sized(load, await under_way.sized()))
+            num_bytes = await room
+            os.ftruncate(writable, num_bytes)
+            filled = await under_way.filled()
+            memory = _Memory(descriptor=_sealed(writable), filled=filled)
+            seconds = self._clock.now_s() - started_s
+            self._log(f"weights of {key.folder}: {num_bytes} bytes in memory from {filled.tier} in {seconds:.2f} s")
+            self._memory[key] = memory
+            event = Loaded(load)
+        except asyncio.CancelledError:
+            return
+        except Exception as error:
+            # Whatever it was, its clients wait: they are told, and read their weights themselves.
+            self._log(f"weights of {key.folder} are not loaded: {error}")
+            event = LoadFailed(load, str(error))
+        finally:
+            self._room.pop(load, None)
+            if under_way is not None:
+                with contextlib.suppress(Exception):
+                    await asyncio.shield(under_way.abort())
+            os.close(writable)
+        self._take(event)
+
+
+def _sealed(writable: int) -> int:
+    """A descriptor of the same memory that nobody can write to, now or ever. Raises OSError while it is mapped writable
+    somewhere."""
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(writable, fcntl.F_ADD_SEALS, seals)
+    return os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
