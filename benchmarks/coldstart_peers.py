@@ -2,7 +2,7 @@
 
     PATH/bin/python benchmarks/coldstart_peers.py LOADER FOLDER
 
-Prints "ready" once everything is imported (or why not), then for each line on its input loads all weights into CPU memory,
+Prints "ready" once everything is imported (or why not), then for each line on its input loads all weights into memory,
 prints a line of JSON with the seconds that took, and lets them go. Imports nothing of this repository.
 
     pip install fastsafetensors runai-model-streamer tensorizer

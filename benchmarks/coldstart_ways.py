@@ -62,7 +62,7 @@ def run_threads(num_threads: int, num_jobs: int, job: Callable[[int], None]) -> 
 
 
 def raw(path: Path, piece: int, num_threads: int) -> None:
-    """Direct reads of all of it, each thread into a buffer of its own that it uses again: nothing is kept or checked."""
+    """Direct reads of all of it, each thread into one buffer of its own: nothing is kept or checked."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     buffers = threading.local()
     size = path.stat().st_size
@@ -104,10 +104,11 @@ class Ways:
         return read_index(self._folders[place])
 
     def _memory(self, place: str, *, made: bool = False) -> mmap.mmap:
-        memory = WeightMemory(self._index(place).partitions[0].num_bytes).mapping
+        memory = WeightMemory(self._index(place).partitions[0].num_bytes)
+        memory.close_descriptor()
         if made:
-            np.frombuffer(memory, np.uint8)[::4096] = 0
-        return memory
+            np.frombuffer(memory.mapping, np.uint8)[::4096] = 0
+        return memory.mapping
 
     def _ours(self, place: str) -> dict[str, float]:
         """As a worker does it: `made` has the pages made before, as memcpy has them there."""
@@ -174,7 +175,7 @@ class Ways:
         return _timed(load)
 
     def _forwards(self, *, populate: bool) -> dict[str, float]:
-        """An engine over a copy that lies in memory already, mapped as another process would: bind, and two forwards."""
+        """An engine over a copy that lies in memory, mapped as another process would: bind, and three forwards."""
         folder = self._folders["disk"]
         index = self._index("disk")
         memory = WeightMemory(index.partitions[0].num_bytes)

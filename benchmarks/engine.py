@@ -27,9 +27,10 @@ from benchmarks.models import random_88m
 from benchmarks.report import finish, print_table, spread
 from contracts.ids import BlockId
 from contracts.requests import SamplingParams
+from engine.compute_dtype import DtypeChoice
 from engine.ops import select_ops
 from engine.plan import SampleSpec, SequenceStep, StepPlan
-from engine.runner import DtypeChoice, EngineOptions, Runner, load_runner
+from engine.runner import EngineOptions, Runner, load_runner
 
 if TYPE_CHECKING:
     from collections.abc import Callable

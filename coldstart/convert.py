@@ -34,7 +34,7 @@ from coldstart.format import (
     read_index,
 )
 from coldstart.journal import Journal
-from coldstart.original import DtypeChoice, Original
+from coldstart.original import Original
 from coldstart.partition import PartitionPlan, check_shares
 from contracts.errors import ConfigError, CorruptCheckpoint, LoadError
 
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from pathlib import Path
 
-    from coldstart.format import DtypeName
+    from engine.compute_dtype import DtypeChoice
+    from engine.safetensors_files import StoredDtype
 
 #: In the folder of an unfinished conversion.
 JOURNAL_NAME = "conversion.journal"
@@ -106,7 +107,7 @@ class _Conversion:
         self._files = files
         self._report = progress
         self._chunk_bytes = options.chunk_bytes
-        self._dtype: DtypeName = original.dtype(options.dtype)
+        self._dtype: StoredDtype = original.dtype(options.dtype)
         ranks = options.tensor_parallel
         self._plans = [
             PartitionPlan(original.config, self._dtype, rank=rank, tensor_parallel=ranks) for rank in range(ranks)

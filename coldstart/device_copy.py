@@ -213,7 +213,8 @@ class CudaCopier:
                 torch.cuda.check_error(int(runtime.cudaHostRegister(address, len(memory), 0)))
             except RuntimeError as error:
                 raise LoadError(f"cannot pin {len(memory)} bytes of memory: {error}") from error
-        self._unpinning.callback(runtime.cudaHostUnregister, address)
+        unregister: Callable[[int], object] = runtime.cudaHostUnregister
+        self._unpinning.callback(unregister, address)
 
     def start(self, source: memoryview, offset: int) -> Ticket:
         host = torch.frombuffer(source, dtype=torch.uint8)

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from coldstart.local_tier import LocalTier
-    from coldstart.original import DtypeChoice
     from coldstart.remote import RemoteFolder
     from coldstart.tier_records import CheckpointKey
+    from engine.compute_dtype import DtypeChoice
 
 #: In the folder of a load, beside what is loaded.
 JOURNAL_NAME = "download.journal"
@@ -168,7 +168,7 @@ def fetch_checkpoint(
 
 def convert_original(source: Path, target: Path, *, dtype: DtypeChoice, tensor_parallel: int) -> None:
     """`Converter` as `tandem convert` does it."""
-    # It brings torch, which a machine that only fetches does without.
+    # Only originals need all that it brings.
     from coldstart.convert import ConvertOptions, convert
 
     convert(source, target, ConvertOptions(dtype=dtype, tensor_parallel=tensor_parallel))

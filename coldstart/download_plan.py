@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from coldstart.format import INDEX_NAME, ITEM_BYTES, Index, num_chunks, tensors_in
+from coldstart.format import INDEX_NAME, Index, num_chunks, tensors_in
 from coldstart.remote import MAX_SMALL_BYTES, RemoteFile, check_name
 from coldstart.tier_records import CheckpointKey
 from contracts.errors import ConfigError, CorruptCheckpoint
+from engine.safetensors_files import ITEM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

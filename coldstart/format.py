@@ -17,13 +17,14 @@ from __future__ import annotations
 import re
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import xxhash
 
 from coldstart.source import ALIGNMENT_BYTES
 from contracts.errors import CorruptCheckpoint, LoadError
+from engine.safetensors_files import ITEM_BYTES, StoredDtype
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -33,10 +34,6 @@ FORMAT_VERSION = 1
 INDEX_NAME = "tandem-index.json"
 #: What a conversion writes: large enough for a disk's full speed in one read, small enough to be read again when wrong.
 CHUNK_BYTES = 4 << 20
-
-DtypeName = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
-
-ITEM_BYTES: dict[DtypeName, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 #: An index longer than this is not one: 1,000 partitions of 64 GiB have one of 300 MB.
 _MAX_INDEX_BYTES = 512 << 20
@@ -53,7 +50,7 @@ class TensorEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     name: _Name
     offset: _Size
     shape: Annotated[tuple[_Positive, ...], msgspec.Meta(min_length=1, max_length=8)]
-    dtype: DtypeName
+    dtype: StoredDtype
 
     @property
     def num_bytes(self) -> int:
@@ -82,9 +79,9 @@ class CopiedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `tandem-index.json` says. One that `read_index` returned is consistent in itself."""
 
-    #: `engine.checkpoint.model_fingerprint` of the original: the same for every form of one model.
+    #: `engine.safetensors_files.model_fingerprint` of the original: the same for every form of one model.
     model_fingerprint: _Name
-    dtype: DtypeName
+    dtype: StoredDtype
     tensor_parallel: Annotated[int, msgspec.Meta(ge=1, le=1024)]
     chunk_bytes: Annotated[int, msgspec.Meta(ge=ALIGNMENT_BYTES, le=1 << 30, multiple_of=ALIGNMENT_BYTES)]
     #: By rank.

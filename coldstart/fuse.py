@@ -8,35 +8,34 @@ from typing import TYPE_CHECKING
 from coldstart.format import CHUNK_BYTES, Index, Partition, checksum, num_chunks, partition_name
 from coldstart.original import Original
 from coldstart.partition import PartitionPlan, check_shares
-from engine.runner import EngineOptions, compute_dtype
+from engine.compute_dtype import compute_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from coldstart.format import DtypeName
-    from coldstart.original import DtypeChoice
+    from engine.compute_dtype import DtypeChoice
+    from engine.safetensors_files import StoredDtype
 
 #: As long in JSON as a checksum can be: memory for an index is taken before its checksums are known.
 _LONGEST = (1 << 64) - 1
 
 
-def engine_dtype(model_dir: Path, choice: DtypeChoice) -> DtypeName:
+def engine_dtype(model_dir: Path, choice: DtypeChoice) -> StoredDtype:
     """What a CPU engine computes in when it is told `choice`: weights in that dtype are used where they lie. Raises
     ConfigError."""
     with closing(Original(model_dir)) as original:
-        # The engine's own answer, so that the two cannot differ; the sizes are of no matter here.
-        return compute_dtype(model_dir, original.config, EngineOptions(dtype=choice, num_blocks=1))
+        return compute_dtype(model_dir, original.config, choice, on_cpu=True)
 
 
 class Fuser:
     """One partition of a model folder, on its way to memory. Not safe for two threads."""
 
-    def __init__(self, model_dir: Path, dtype: DtypeName, *, rank: int = 0, tensor_parallel: int = 1) -> None:
+    def __init__(self, model_dir: Path, dtype: StoredDtype, *, rank: int = 0, tensor_parallel: int = 1) -> None:
         """Raises ConfigError naming file and tensor, or the size that so many ranks cannot share."""
         self._original = Original(model_dir)
         check_shares(self._original.config, tensor_parallel)
-        self._dtype: DtypeName = dtype
+        self._dtype: StoredDtype = dtype
         self._rank, self._ranks = rank, tensor_parallel
         self._plans = [
             PartitionPlan(self._original.config, dtype, rank=each, tensor_parallel=tensor_parallel)

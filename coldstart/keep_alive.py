@@ -158,13 +158,14 @@ def window(model: HeldModel, rules: KeepRules, times: IdleTimes) -> Window:
 def decide(model: HeldModel, rules: KeepRules, times: IdleTimes, now_s: float) -> KeepDecision:
     """What to do with an idle model now, and when to look again."""
     look = window(model, rules, times)
-    idle_s = now_s - model.idle_since_s
-    if idle_s >= look.until_s or look.until_s <= look.warm_s:
+    # Compared as they are given out: who asks again exactly then must not find that it is a rounding too early.
+    warm_at_s, until_at_s = model.idle_since_s + look.warm_s, model.idle_since_s + look.until_s
+    if now_s >= until_at_s or look.until_s <= look.warm_s:
         return KeepDecision(model.model, "release", math.inf, look.reason)
-    if idle_s < look.warm_s:
-        return KeepDecision(model.model, "release", model.idle_since_s + look.warm_s, look.reason)
+    if now_s < warm_at_s:
+        return KeepDecision(model.model, "release", warm_at_s, look.reason)
     kind: Literal["keep", "warm"] = "keep" if model.is_held else "warm"
-    return KeepDecision(model.model, kind, model.idle_since_s + look.until_s, look.reason)
+    return KeepDecision(model.model, kind, until_at_s, look.reason)
 
 
 def make_room(
@@ -209,10 +210,11 @@ def make_room(
 
 def loss_s(model: HeldModel, rules: KeepRules, times: IdleTimes, now_s: float) -> float:
     """Expected seconds lost by letting go of it now: its reload, times the chance that it is asked for again while it
-    would be held. Without any times seen it counts as certain."""
+    would be held. Without any times seen it counts as certain. Nothing where it would not be held now anyway."""
     idle_s = max(0.0, now_s - model.idle_since_s)
-    until_s = window(model, rules, times).until_s
-    if until_s <= idle_s:
+    look = window(model, rules, times)
+    until_s = look.until_s
+    if until_s <= idle_s or idle_s < look.warm_s:
         return 0.0
     shares = times.shares(model.model, rules.borrowed_times)
     if shares[-1] == 1.0:

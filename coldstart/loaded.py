@@ -11,10 +11,10 @@ import torch
 from coldstart.file_source import FileSource
 from coldstart.format import check_folder, read_index
 from coldstart.memory import WeightMemory, as_array
-from coldstart.original import torch_dtype
 from coldstart.partition import PartitionPlan
 from coldstart.pipeline import NUM_THREADS, MemoryDestination, PartitionLoad
 from contracts.errors import ConfigError, CorruptCheckpoint
+from engine.checkpoint import torch_dtype
 from engine.model_config import load_model_config
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from coldstart.format import Index, Partition
     from coldstart.pipeline import Destination, LoadProgress, LoadReport
+    from engine.safetensors_files import StoredDtype
 
 
 class LoadedWeights:
@@ -52,8 +53,8 @@ class LoadedWeights:
         return self.index.model_fingerprint
 
     @property
-    def dtype(self) -> torch.dtype:
-        return torch_dtype(self.index.dtype)
+    def dtype(self) -> StoredDtype:
+        return self.index.dtype
 
     def names(self) -> tuple[str, ...]:
         """In forward order."""
@@ -64,7 +65,7 @@ class LoadedWeights:
         entry = self._entries.get(name)
         if entry is None:
             raise ConfigError(f"{self!r} holds no tensor {name}")
-        return self._flat[entry.offset : entry.offset + entry.num_bytes].view(self.dtype).view(entry.shape)
+        return self._flat[entry.offset : entry.offset + entry.num_bytes].view(torch_dtype(self.dtype)).view(entry.shape)
 
 
 def bytes_tensor(memory: Buffer) -> Tensor:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from coldstart.format import Index
     from coldstart.fuse import Fuser
     from coldstart.local_tier import LocalTier
-    from coldstart.original import DtypeChoice
     from coldstart.residence import WeightsKey
     from coldstart.tier_handles import Entry
+    from engine.compute_dtype import DtypeChoice
 
 #: Somebody else may be converting the same model.
 _WAIT_FOR_OTHERS_S = 600.0
@@ -85,8 +85,8 @@ class WeightLoader:
         return index.partitions[self._key.rank].num_bytes + len(encode_index(index))
 
     def fill(self, memory: memoryview) -> Loaded:
-        """`memory`: zeroed, page-aligned, as long as `prepare` said. Raises ConfigError, LoadError: then what is in it is
-        worth nothing."""
+        """`memory`: zeroed, page-aligned, as long as `prepare` said. Raises ConfigError and LoadError: nothing in it is
+        worth anything then."""
         if self._fuser is not None:
             index, tier = self._fuser.fill(memory[: self._fuser.num_bytes], self._report), "original"
         else:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from coldstart.dtypes import converted, first_lost
 from coldstart.file_source import FileSource
-from coldstart.format import INDEX_NAME, ITEM_BYTES, DtypeName
+from coldstart.format import INDEX_NAME
 from contracts.errors import ConfigError, LoadError
-from engine.checkpoint import Checkpoint, model_fingerprint, read_headers
 from engine.fused import expected_tensors, optional_tensors
 from engine.model_config import load_model_config
+from engine.safetensors_files import ITEM_BYTES, StoredDtype, check_names, model_fingerprint, read_headers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from coldstart.partition import Span
-    from engine.checkpoint import StoredTensor
-
-DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+    from engine.compute_dtype import DtypeChoice
+    from engine.safetensors_files import StoredTensor
 
 #: Rows that are cut or converted on their way are staged in pieces of this size (of one row, where rows are longer).
 _STAGING_BYTES = 4 << 20
@@ -29,18 +28,6 @@ _STAGING_BYTES = 4 << 20
 #: What belongs to a served model besides its weights.
 _COPIED = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 _NOT_COPIED = ("*.safetensors.index.json", INDEX_NAME)
-
-
-def torch_dtype(name: DtypeName) -> torch.dtype:
-    return cast("torch.dtype", getattr(torch, name))
-
-
-def dtype_name(dtype: torch.dtype) -> DtypeName:
-    """Raises ConfigError for one that no checkpoint is converted to."""
-    for name in ITEM_BYTES:
-        if torch_dtype(name) == dtype:
-            return name
-    raise ConfigError(f"weights of dtype {dtype} are not supported; supported are {', '.join(ITEM_BYTES)}")
 
 
 class Original:
@@ -51,9 +38,8 @@ class Original:
         self.folder = model_dir
         self.config = load_model_config(model_dir)
         expected = expected_tensors(self.config)
-        with Checkpoint(model_dir, expected, optional=optional_tensors(self.config)):
-            pass
         stored = read_headers(model_dir)
+        check_names(model_dir, stored, expected, optional_tensors(self.config))
         self._stored: dict[str, StoredTensor] = {name: stored[name] for name in expected}
         self.fingerprint = model_fingerprint(model_dir)
         self._state = self._files_state()
@@ -65,13 +51,13 @@ class Original:
             file.close()
         self._open.clear()
 
-    def dtype(self, choice: DtypeChoice) -> DtypeName:
+    def dtype(self, choice: DtypeChoice) -> StoredDtype:
         """What to convert to. Raises ConfigError for "auto" of tensors of several dtypes."""
         if choice != "auto":
             return choice
-        names: dict[DtypeName, str] = {}
+        names: dict[StoredDtype, str] = {}
         for name, tensor in self._stored.items():
-            names.setdefault(dtype_name(tensor.dtype), name)
+            names.setdefault(tensor.dtype, name)
         if len(names) > 1:
             some = ", ".join(f"{tensor} is {dtype}" for dtype, tensor in names.items())
             raise ConfigError(f"{self.folder}: its tensors are of several dtypes ({some}); name the one to convert to")
@@ -90,7 +76,7 @@ class Original:
         found = {path for pattern in _COPIED for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(path for path in found if not any(path.match(pattern) for pattern in _NOT_COPIED))
 
-    def read(self, span: Span, dtype: DtypeName, into: memoryview) -> None:
+    def read(self, span: Span, dtype: StoredDtype, into: memoryview) -> None:
         """Fills `into` with the items of the span. Raises LoadError, and ConfigError for values that do not fit."""
         tensor, piece = self._stored[span.piece.source], span.piece
         if piece.num_columns == piece.row_length:
@@ -100,10 +86,10 @@ class Original:
             self._read_columns(span, tensor, dtype, into)
 
     def _read_items(
-        self, name: str, tensor: StoredTensor, first: int, num_items: int, dtype: DtypeName, into: memoryview
+        self, name: str, tensor: StoredTensor, first: int, num_items: int, dtype: StoredDtype, into: memoryview
     ) -> None:
-        stored, size, target_size = tensor.dtype, tensor.dtype.itemsize, ITEM_BYTES[dtype]
-        if stored == torch_dtype(dtype):
+        stored, size, target_size = tensor.dtype, ITEM_BYTES[tensor.dtype], ITEM_BYTES[dtype]
+        if stored == dtype:
             self._file(tensor).read_into(tensor.start + first * size, into)
             return
         step = _STAGING_BYTES // size
@@ -113,9 +99,9 @@ class Original:
             self._file(tensor).read_into(tensor.start + (first + done) * size, raw)
             into[done * target_size : (done + count) * target_size] = _converted(name, raw, stored, dtype)
 
-    def _read_columns(self, span: Span, tensor: StoredTensor, dtype: DtypeName, into: memoryview) -> None:
+    def _read_columns(self, span: Span, tensor: StoredTensor, dtype: StoredDtype, into: memoryview) -> None:
         """Whole rows are read and cut; the first and the last of the span may be needed in part."""
-        piece, size, target_size = span.piece, tensor.dtype.itemsize, ITEM_BYTES[dtype]
+        piece, size, target_size = span.piece, ITEM_BYTES[tensor.dtype], ITEM_BYTES[dtype]
         row_bytes = piece.row_length * size
         step = max(1, _STAGING_BYTES // row_bytes)
         stop_item = span.first_item + span.num_items
@@ -129,7 +115,7 @@ class Original:
             low = max(span.first_item - row * piece.num_columns, 0)
             high = min(stop_item - row * piece.num_columns, num_rows * piece.num_columns)
             items = memoryview(cut.reshape(-1).data)[low * size : high * size]
-            if tensor.dtype != torch_dtype(dtype):
+            if tensor.dtype != dtype:
                 items = _converted(piece.source, items, tensor.dtype, dtype)
             into[filled : filled + (high - low) * target_size] = items
             filled += (high - low) * target_size
@@ -153,13 +139,9 @@ class Original:
             raise LoadError(f"{self.folder}: {error}") from error
 
 
-def _converted(name: str, raw: memoryview, stored: torch.dtype, dtype: DtypeName) -> memoryview:
-    before = torch.frombuffer(raw, dtype=stored)
-    after = before.to(torch_dtype(dtype))
-    # Eight-bit values are no matter here: every wider dtype holds all of them.
-    if after.dtype.itemsize < stored.itemsize or after.dtype == torch.float16:
-        lost = ~torch.isfinite(after) & torch.isfinite(before.float())
-        if bool(lost.any()):
-            value = float(before[lost][0])
-            raise ConfigError(f"tensor {name}: {value:g} is too large for {dtype}")
-    return after.view(torch.uint8).numpy().data
+def _converted(name: str, raw: memoryview, stored: StoredDtype, dtype: StoredDtype) -> memoryview:
+    after = converted(raw, stored, dtype)
+    lost = first_lost(raw, stored, after, dtype)
+    if lost is not None:
+        raise ConfigError(f"tensor {name}: {lost:g} is too large for {dtype}")
+    return after.data

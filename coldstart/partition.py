@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from coldstart.format import ITEM_BYTES, TensorEntry, aligned
+from coldstart.format import TensorEntry, aligned
 from contracts.errors import ConfigError
 from engine.fused import EMBEDDING, LM_HEAD, Split, expected_tensors, fused_tensors
+from engine.safetensors_files import ITEM_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from coldstart.format import DtypeName
     from engine.model_config import ModelConfig
+    from engine.safetensors_files import StoredDtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ class Span:
 class PartitionPlan:
     """One weight file: what it holds, and what each range of its bytes is made of."""
 
-    def __init__(self, config: ModelConfig, dtype: DtypeName, *, rank: int, tensor_parallel: int) -> None:
+    def __init__(self, config: ModelConfig, dtype: StoredDtype, *, rank: int, tensor_parallel: int) -> None:
         """Raises ConfigError when the model cannot be shared out so."""
         self.item_bytes = ITEM_BYTES[dtype]
         shapes = expected_tensors(config)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from coldstart.making_room import FreeingPlan, Prospects, cheapest
 from coldstart.placement import by_load, place, reuse
-from coldstart.placement_terms import PlacementRules, StartDecision
+from coldstart.placement_terms import StartDecision
 
 if TYPE_CHECKING:
     import random
@@ -51,13 +51,53 @@ def locality_only(view: ClusterView, model: str) -> StartDecision:
     return _start(node, model, seconds, plan, f"{model} is nearest at {node.node_id} ({node.tier_of(model)})")
 
 
-def shepherd(view: ClusterView, model: str, rules: PlacementRules | None = None) -> StartDecision:
-    """The same choice as `place`, but whoever would move is stopped and starts again elsewhere: Shepherd (NSDI'23) in
-    the form in which ServerlessLLM (OSDI'24) compares with it, with estimates of loading times to choose the node."""
-    decision = place(view, model, rules)
+def shepherd(view: ClusterView, model: str) -> StartDecision:
+    """The choice of `place`, but whoever would move is stopped, and starts again: Shepherd (NSDI'23) in the form in
+    which ServerlessLLM (OSDI'24) compares with it, with the same estimates, so in principle on the same devices."""
+    decision = place(view, model)
     if not decision.moves:
         return decision
-    return replace(decision, preempts=True, reason=f"{decision.reason} (stopped, not moved)")
+    stopped = tuple(move.instance_id for move in decision.moves)
+    return replace(decision, moves=(), stop=stopped, reason=f"{decision.reason} (stopped, not moved)")
+
+
+def nearest_stopping(view: ClusterView, model: str) -> StartDecision:
+    """Stops without asking what that costs: where a node without devices is nearer than those that have some, the
+    requests that have run for the shortest time there. Nobody is stopped where no devices are free: all are equal."""
+    reused = reuse(view, model)
+    if reused is not None:
+        return reused
+    need = view.models[model].num_devices
+    better: tuple[NodeView, float, tuple[str, ...]] | None = None
+    for seconds, node in by_load(view, model):
+        plan = _without_moves(view, node, model)
+        if plan is None:
+            if better is None:
+                stopped = _youngest(view, node, need - node.free_devices)
+                better = None if stopped is None else (node, seconds, stopped)
+            continue
+        if better is None or better[1] >= seconds:
+            return _start(node, model, seconds, plan, f"{model} at {node.node_id} ({node.tier_of(model)})")
+        at, nearer_s, stopped = better
+        words = f"{model} at {at.node_id} ({at.tier_of(model)}), where {', '.join(stopped)} stop"
+        idle = {one.instance_id for one in at.instances if one.state == "idle"}
+        evicted = tuple(name for name in stopped if name in idle)
+        found = _start(at, model, nearer_s, FreeingPlan(0.0, evicted), words)
+        return replace(found, stop=tuple(name for name in stopped if name not in idle))
+    return StartDecision(kind="wait", reason=f"no node has devices for {model}")
+
+
+def _youngest(view: ClusterView, node: NodeView, num_devices: int) -> tuple[str, ...] | None:
+    """Idle instances, then running ones from the youngest on, that hold so many devices; None where there are fewer."""
+    able = [one for one in node.instances if one.state != "fixed"]
+    able.sort(key=lambda one: (one.state != "idle", one.elapsed_s, one.instance_id))
+    chosen: list[str] = []
+    for one in able:
+        if num_devices <= 0:
+            break
+        chosen.append(one.instance_id)
+        num_devices -= view.models[one.model].num_devices
+    return tuple(chosen) if num_devices <= 0 else None
 
 
 def _without_moves(view: ClusterView, node: NodeView, model: str) -> FreeingPlan | None:

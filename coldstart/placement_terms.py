@@ -124,9 +124,9 @@ class StartDecision:
     evict: tuple[str, ...] = ()
     #: Carried out side by side; the load begins when all are done.
     moves: tuple[Move, ...] = ()
-    #: The moves' instances are stopped instead, and their requests start again like new ones, with their old place in
-    #: line. Their targets are only what was reckoned with.
-    preempts: bool = False
+    #: Running instances, on the node, that are stopped: their requests start again like new ones, with their old place
+    #: in line. Only baselines do that.
+    stop: tuple[str, ...] = ()
     #: Of the model itself, in line and initialisation included.
     load_s: float = math.inf
     #: What was minimised: its own load, and what moves and evictions cost others.
@@ -138,7 +138,7 @@ class StartDecision:
     @property
     def ready_s(self) -> float:
         """Expected seconds from now until the model is ready; less than `cost_s` where several move side by side."""
-        if self.preempts or not self.moves:
+        if not self.moves:
             return self.load_s
         return max(move.load_s + move.resume_s for move in self.moves) + self.load_s
 

@@ -97,7 +97,7 @@ class Through:
         if loading is None or store is None or behind is None:
             self.close()
             return None
-        behind.drain()
+        self.drain()
         behind.close()
         if behind.problem:
             self._problem = behind.problem
@@ -126,6 +126,11 @@ class Through:
             return None
         finally:
             self.close()
+
+    def drain(self) -> None:
+        """Returns when all that was read is on the disk, as far as it will be."""
+        if self._behind is not None:
+            self._behind.drain()
 
     def close(self) -> None:
         """Gives up; what is on the disk already is gone on with by the next load. Idempotent."""

@@ -20,8 +20,8 @@ _HASH_CHARS = 16
 class CheckpointKey(msgspec.Struct, frozen=True, order=True, kw_only=True):
     """What a tier's checkpoint is of. Two with equal keys hold the same weights in the same form."""
 
-    #: `engine.checkpoint.model_fingerprint`, or, before a checkpoint was ever here, what tells contents of a remote
-    #: folder apart (`coldstart.download.remote_identity`).
+    #: `engine.safetensors_files.model_fingerprint`, or, before a checkpoint was ever here, what tells contents of a
+    #: remote folder apart (`coldstart.download_plan.original_key`).
     identity: str
     dtype: str
     tensor_parallel: int

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from contracts.errors import ConfigError
-from contracts.layout import PROTOCOL_VERSION, KvDtype, KvIdentity
+from contracts.layout import PROTOCOL_VERSION, KvIdentity
 from engine.batch import Batch, BatchLimits, build_batch
-from engine.checkpoint import Checkpoint, DummyWeights, LoadFormat, model_fingerprint, stored_dtype
+from engine.checkpoint import Checkpoint, DummyWeights
+from engine.compute_dtype import DtypeChoice, compute_dtype
+from engine.fused import expected_tensors, optional_tensors
 from engine.kv_pool import TORCH_DTYPES, KvPool, block_layout, blocks_in, make_pool
 from engine.model import Decoder
 from engine.model_config import ModelConfig, load_model_config
 from engine.plan import StepResult
 from engine.rope import cos_sin_table
+from engine.safetensors_files import LoadFormat, model_fingerprint
 from engine.sampling import Sampler
-from engine.weights import DecoderWeights, bind_weights, expected_tensors, load_weights, optional_tensors
+from engine.weights import DecoderWeights, bind_weights, load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,10 +38,6 @@ if TYPE_CHECKING:
     from engine.ops.api import Ops
     from engine.plan import StepPlan
     from engine.weights import FusedWeights
-
-DtypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
-
-_KV_DTYPES: dict[torch.dtype, KvDtype] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +133,14 @@ def load_runner(
     """
     config = load_model_config(model_dir)
     device = torch.device(options.device)
-    dtype = compute_dtype(model_dir, config, options, stored=None if weights is None else weights.dtype)
+    dtype = compute_dtype(
+        model_dir,
+        config,
+        options.dtype,
+        on_cpu=device.type == "cpu",
+        load_format=options.load_format,
+        stored=None if weights is None else weights.dtype,
+    )
     layout = block_layout(config, block_tokens=options.block_tokens, dtype=dtype)
     num_blocks = _num_blocks(options, layout)
     num_positions = min(_num_positions(config, options), num_blocks * layout.block_tokens)
@@ -179,26 +185,6 @@ def _decoder_weights(
         with _weight_source(model_dir, config, options, progress) as source:
             return load_weights(config, source, ops, dtype=dtype, device=device)
     return bind_weights(config, lambda name: ready.tensor(name).to(device=device, dtype=dtype), ops)
-
-
-def compute_dtype(
-    model_dir: Path, config: ModelConfig, options: EngineOptions, *, stored: torch.dtype | None = None
-) -> KvDtype:
-    """What weights and KV are held and computed in. `stored`: what the weights are stored in, where that is known;
-    else the folder's files are asked. Raises ConfigError."""
-    on_cpu = torch.device(options.device).type == "cpu"
-    if options.dtype == "float16" and on_cpu:
-        raise ConfigError("dtype float16 is not computed on CPUs; choose bfloat16 or float32")
-    if options.dtype != "auto":
-        return options.dtype
-    dtype = config.dtype
-    if dtype is None and options.load_format == "dummy":
-        dtype = "float32"
-    if dtype is None:
-        # Eight bits are a way to store: bfloat16 holds all of their values.
-        dtype = _KV_DTYPES.get(stored or stored_dtype(model_dir), "bfloat16")
-    # Without loss, unlike bfloat16, which is there for those who ask.
-    return "float32" if dtype == "float16" and on_cpu else dtype
 
 
 def _num_positions(config: ModelConfig, options: EngineOptions) -> int:

@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from engine.fused import (
-    EMBEDDING,
     FUSED_EMBEDDING,
     FUSED_FINAL_NORM,
     FUSED_LM_HEAD,
-    LM_HEAD,
-    FusedTensor,
-    Split,
     expected_tensors,
     fused_prefix,
     fused_tensors,
     linears,
-    optional_tensors,
 )
 
 if TYPE_CHECKING:
@@ -33,20 +28,7 @@ if TYPE_CHECKING:
     from engine.checkpoint import WeightSource
     from engine.model_config import ModelConfig
     from engine.ops.api import Ops, PackedLinear
-__all__ = [
-    "EMBEDDING",
-    "LM_HEAD",
-    "DecoderWeights",
-    "FusedTensor",
-    "FusedWeights",
-    "LayerWeights",
-    "Split",
-    "bind_weights",
-    "expected_tensors",
-    "fused_tensors",
-    "load_weights",
-    "optional_tensors",
-]
+    from engine.safetensors_files import StoredDtype
 
 
 class FusedWeights(Protocol):
@@ -54,11 +36,11 @@ class FusedWeights(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """As `engine.checkpoint.model_fingerprint` of the checkpoint that they were made from."""
+        """As `engine.safetensors_files.model_fingerprint` of the checkpoint that they were made from."""
         ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> StoredDtype: ...
 
     def tensor(self, name: str) -> Tensor:
         """A contiguous CPU tensor that is not to be written to. Raises ConfigError when there is none of this name."""

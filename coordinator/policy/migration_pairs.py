@@ -6,7 +6,8 @@ released code differ), one rule for each purpose, the most urgent first.
 - **memory**: answers that were preempted, or will soon be for want of blocks to grow into, go where they can go on.
 - **priority**: answers of low priority leave a worker whose high ones lack their headroom.
 - **defragment**: where the first in line waits for more blocks than are free, prompts go on to whoever has room for
-  them now; where the first fits nowhere, though others together have as many, answers leave the worker that lacks least.
+  them now; where the first fits nowhere, though others together have as many, answers leave the worker that lacks
+  least.
 - **balance**: answers leave workers with a freeness below `low`, to those above `high`, the fullest to the emptiest.
 - **prompts**: those that nobody has begun to read go where they are predicted to be read notably sooner.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from coldstart.estimate import Tier
 
 GB = 10**9
-PlacementName = Literal["ours", "random", "locality_only", "shepherd"]
+PlacementName = Literal["ours", "random", "locality_only", "shepherd", "nearest_stopping"]
 LoadName = Literal["gsm8k", "sharegpt"]
 
 #: FLOP/s of one A40 in half precision, and what of it a prompt gets: not published, an assumption made here.

@@ -21,7 +21,7 @@ from coldstart import keep_alive
 from coldstart.estimate import LoadHistory
 from coldstart.keep_alive import HeldModel, IdleTimes, KeepRules
 from coldstart.placement import next_start, policy
-from coldstart.placement_baselines import locality_only, random_place, shepherd
+from coldstart.placement_baselines import locality_only, nearest_stopping, random_place, shepherd
 from coldstart.placement_terms import ClusterView, ModelTerms, PlacementRules, WaitingStart
 from simulator.coldstart.load import Request, model_names, requests
 from simulator.coldstart.machine import Live, Machine
@@ -154,13 +154,14 @@ class _Study:
             self._begin(machine.instances[str(decision.instance_id)], request)
             return
         self._evict(machine, decision.evict)
+        for name in decision.stop:
+            self._stop(machine.instances[name])
         live = self._new(machine, request.model, request)
         missing = self._models[request.model].num_devices - machine.free_devices
+        machine.free_devices = max(0, -missing)
         if missing <= 0:
-            machine.free_devices = -missing
             self._load(live, decision.load_s)
             return
-        machine.free_devices = 0
         live.state = "waiting"
         left = len(decision.moves)
 
@@ -169,20 +170,16 @@ class _Study:
             missing -= num_devices
             left -= 1
             if left == 0:
-                machine.free_devices += -missing
-                self._load(live, None if not decision.preempts else decision.load_s)
+                machine.free_devices -= missing
+                self._load(live, None)
 
         for move in decision.moves:
-            if decision.preempts:
-                self._stop(machine, move, got)
-            else:
-                self._move(machine, move, got)
+            self._move(machine, move, got)
 
     def _eviction_s(self, awaited: set[str], live: Live) -> float:
         if live.model in awaited:
             return live.reload_s
-        held = self._held(live)
-        return keep_alive.loss_s(held, _keep_rules(live), self._times, self._heap.now_s)
+        return keep_alive.loss_s(self._held(live), _keep_rules(live), self._times, self._heap.now_s)
 
     def _held(self, live: Live) -> HeldModel:
         return HeldModel(
@@ -294,13 +291,12 @@ class _Study:
 
     # --- making room --------------------------------------------------------------------------------------
 
-    def _stop(self, machine: Machine, move: Move, got: Callable[[int], None]) -> None:
-        live = machine.instances[move.instance_id]
+    def _stop(self, live: Live) -> None:
         request = self._leave(live)
+        live.node.free_devices += self._models[live.model].num_devices
         request.stopped_s = self._heap.now_s
         request.num_preemptions += 1
         self._waiting.append(request)
-        got(self._models[live.model].num_devices)
 
     def _move(self, machine: Machine, move: Move, got: Callable[[int], None]) -> None:
         live, target = machine.instances[move.instance_id], self._machines[move.target]
@@ -374,3 +370,5 @@ def _policy(spec: StudySpec) -> Place:
             return locality_only
         case "shepherd":
             return shepherd
+        case "nearest_stopping":
+            return nearest_stopping

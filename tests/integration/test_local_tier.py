@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from coldstart.download import Wanted, fetch_checkpoint
-from coldstart.format import is_converted, read_index
+from coldstart.format import INDEX_NAME, is_converted, read_index
 from coldstart.local_tier import LocalTier
 from coldstart.tier_files import LiveTierFiles
-from engine.checkpoint import model_fingerprint
+from engine.safetensors_files import model_fingerprint
 from rpc.clock import LiveBlockingClock
 from tests.support.converted_folders import MemoryRemote, converted_folder
 from tests.support.layout import ROOT
@@ -31,10 +31,13 @@ WEIGHTS = "weights-00001-of-00001.tandem"
 END_S = 60.0
 
 
+def _command(url: str, tier: Path, wait_s: float) -> list[str]:
+    return [sys.executable, "-m", "tests.support.tier_process", url, str(tier), str(wait_s)]
+
+
 @contextmanager
 def fetching(url: str, tier: Path, wait_s: float) -> Generator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "tests.support.tier_process", url, str(tier), str(wait_s)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(_command(url, tier, wait_s), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     watch = threading.Timer(END_S, process.kill)
     watch.start()
     try:
@@ -63,7 +66,7 @@ def test_of_two_processes_one_fetches_and_both_use_it(tmp_path: Path) -> None:
         fetching(web.url, tmp_path, 30.0) as one,
         fetching(web.url, tmp_path, 30.0) as two,
     ):
-        folders = []
+        folders: list[str] = []
         for process in (one, two):
             told = line(process)
             folders.append(line(process) if told == "begun" else told)
@@ -71,6 +74,21 @@ def test_of_two_processes_one_fetches_and_both_use_it(tmp_path: Path) -> None:
     assert folders[0] == folders[1]
     assert contents_of(folders[0]) == contents
     assert len(asked) == len(set(asked))
+
+
+def test_a_disk_without_room_is_told_before_anything_is_fetched(tmp_path: Path) -> None:
+    contents = converted_folder(3, num_chunks=60, chunk_bytes=65536)
+    mount = f'mount -t tmpfs -o size=1m tandem-test {tmp_path} && exec "$@"'
+    # A mount that only this process sees, and that ends with it.
+    alone = ["unshare", "--mount", "sh", "-c", mount, "sh"]
+    if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("no right to mount here")
+    with range_server(contents) as web:
+        process = subprocess.run(
+            [*alone, *_command(web.url, tmp_path, 1.0)], cwd=ROOT, capture_output=True, text=True, timeout=END_S
+        )
+    assert process.stdout == "no_capacity\n", process.stderr
+    assert {name for name, _ in web.asked} == {INDEX_NAME}
 
 
 def test_when_the_loader_is_killed_the_one_that_waits_goes_on(tmp_path: Path) -> None:

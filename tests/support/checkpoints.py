@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from engine.checkpoint import Checkpoint, stored_dtype
+from engine.checkpoint import Checkpoint, torch_dtype
 from engine.fused import Split, expected_tensors, fused_tensors, optional_tensors
 from engine.model_config import load_model_config
+from engine.safetensors_files import stored_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +48,7 @@ def stored_as(model_dir: Path, dtype: str, folder: Path) -> Path:
 
 def fused_original(model_dir: Path) -> dict[str, Tensor]:
     """Every fused tensor, whole, in the dtype that is stored."""
-    config, dtype = load_model_config(model_dir), stored_dtype(model_dir)
+    config, dtype = load_model_config(model_dir), torch_dtype(stored_dtype(model_dir))
     shapes = expected_tensors(config)
     fused: dict[str, Tensor] = {}
     with Checkpoint(model_dir, shapes, optional=optional_tensors(config)) as checkpoint:
@@ -72,7 +73,7 @@ def put_together(ranks: Sequence[LoadedWeights], config: ModelConfig) -> dict[st
             joined = torch.cat(shares, dim=1)
         else:
             joined = torch.cat(_parts(tensor.name, shares, config))
-        whole[tensor.name] = joined.view(ranks[0].dtype)
+        whole[tensor.name] = joined.view(torch_dtype(ranks[0].dtype))
     return whole
 
 

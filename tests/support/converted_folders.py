@@ -66,9 +66,9 @@ class MemoryRemote:
     name: str = "memory://m"
     before_read: Callable[[str, int, int], None] = lambda _, __, ___: None
     #: Every read, as (name, offset, length).
-    reads: list[tuple[str, int, int]] = field(default_factory=list)
+    reads: list[tuple[str, int, int]] = field(default_factory=list[tuple[str, int, int]])
     #: Flips a bit of each of the next reads that begin there.
-    flips: list[tuple[str, int]] = field(default_factory=list)
+    flips: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def files(self) -> Sequence[RemoteFile]:

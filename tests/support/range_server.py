@@ -62,10 +62,12 @@ class RangeServer:
     files: dict[str, Served]
     port: int = 0
     #: What it does with the next GETs; later ones get `then`.
-    script: list[Act] = field(default_factory=list)
+    script: list[Act] = field(default_factory=list[Act])
     then: Act = Act.SERVE
     #: By file: ranges that were asked for with GET, None for the whole.
-    asked: list[tuple[str, tuple[int, int] | None]] = field(default_factory=list)
+    asked: list[tuple[str, tuple[int, int] | None]] = field(default_factory=list[tuple[str, tuple[int, int] | None]])
+    #: Tags that GETs insisted on.
+    insisted: list[str | None] = field(default_factory=list[str | None])
     #: Bytes of files that were sent.
     sent_bytes: int = 0
     #: Set at the end: stalls end.
@@ -130,6 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         bounds = None if found is None else (int(found[1]), int(found[2]) + 1)
         with self.served.lock:
             self.served.asked.append((self._name(), bounds))
+            self.served.insisted.append(self.headers.get("If-Match"))
         act = self.served.act()
         if act.value.isdigit():
             self._status(int(act.value))

@@ -49,7 +49,7 @@ class Life:
     full_at: int | None = None
     num_steps: int = 0
     is_dead: bool = False
-    descriptors: set[int] = field(default_factory=set)
+    descriptors: set[int] = field(default_factory=set[int])
 
     def step(self) -> bool:
         """True: do half of it, then call `die`."""

@@ -17,11 +17,11 @@ from coldstart.convert import ConvertOptions, ConvertProgress, convert, partial_
 from coldstart.format import INDEX_NAME, CopiedFile, checksum, encode_index
 from coldstart.loaded import load_checkpoint, read_checkpoint
 from contracts.errors import ConfigError, CorruptCheckpoint, LoadError
-from engine.checkpoint import model_fingerprint
 from engine.compose import StepBudget
 from engine.model_config import load_model_config
 from engine.ops import TorchOps
 from engine.runner import EngineOptions, load_runner
+from engine.safetensors_files import model_fingerprint
 from tests.support.checkpoints import STORED, bits, fused_original, put_together, same_bits, stored_as
 from tests.support.tiny_models import TINY_MODELS, VOCAB_SIZE, make_tiny_model
 from tests.unit.engine.driver import Driver
@@ -128,7 +128,7 @@ def test_infinities_and_nans_that_are_stored_stay(models: Path, tmp_path: Path) 
 
 def test_tensors_of_several_dtypes_need_one_named(models: Path, tmp_path: Path) -> None:
     original = _changed(
-        make_tiny_model("llama", models), tmp_path / "original", "model.norm.weight", lambda t: t.to(torch.bfloat16)
+        make_tiny_model("llama", models), tmp_path / "original", "model.norm.weight", torch.Tensor.bfloat16
     )
     with pytest.raises(ConfigError, match=r"of several dtypes .*model\.norm.weight is bfloat16.*; name the one"):
         convert(original, tmp_path / "out")

@@ -48,7 +48,7 @@ def test_a_checkpoint_comes_whole_and_once(tmp_path: Path, tensor_parallel: int,
     told: list[tuple[int, int]] = []
     how = DownloadSettings(fetch=FetchSettings(num_connections=3, span_bytes=span_bytes))
     tier = open_tier(tmp_path)
-    with fetch_checkpoint(remote, tier, settings=how, progress=lambda *done: told.append(done)) as entry:
+    with fetch_checkpoint(remote, tier, settings=how, progress=lambda done, of: told.append((done, of))) as entry:
         assert held(entry) == contents
     total = sum(map(len, contents.values()))
     assert remote.read_bytes() == total
@@ -150,6 +150,8 @@ def test_what_is_left_of_other_contents_is_not_used(tmp_path: Path) -> None:
         fetch_checkpoint(
             MemoryRemote(old), open_tier(tmp_path, life), settings=ONE_BY_ONE, files=MortalDurableFiles(life)
         )
+    (left,) = tmp_path.glob("loading/*/checkpoint")
+    (left / "vocab.json").write_bytes(b"of the old one")
     # Another conversion of the same model: the same key.
     new = converted_folder(7, num_chunks=3)
     with fetch_checkpoint(MemoryRemote(new), open_tier(tmp_path), settings=ONE_BY_ONE) as entry:

@@ -192,8 +192,7 @@ def test_what_came_before_it_was_given_up_is_gone_on_with(contents: dict[str, by
     tier = open_tier(tmp_path)
     through = begin(MemoryRemote(contents), tier)
     load(through, 0)
-    assert through._behind is not None
-    through._behind.drain()
+    through.drain()
     through.close()
     through.close()
     assert tier.manifests() == []

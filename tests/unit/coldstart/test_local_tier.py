@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -355,7 +356,7 @@ def test_a_full_disk_is_said_and_leaves_the_tier_consistent(tmp_path: Path) -> N
     for full_at in range(1, steps + 1, 2):
         root = tmp_path / str(full_at)
         life = Life(full_at=full_at)
-        error = _failure(lambda root=root, life=life: _use(open_tier(root, MortalTierFiles(life))))
+        error = _failure(partial(_use_mortal, root, life))
         if error is not None:
             num_failed += 1
             assert "the disk is full" in error.message
@@ -370,6 +371,10 @@ def test_a_full_disk_is_said_and_leaves_the_tier_consistent(tmp_path: Path) -> N
             os.close(descriptor)
         _use(open_tier(root))
     assert num_failed > 20
+
+
+def _use_mortal(root: Path, life: Life) -> None:
+    _use(open_tier(root, MortalTierFiles(life)))
 
 
 def _failure(do: Callable[[], None]) -> LoadError | None:

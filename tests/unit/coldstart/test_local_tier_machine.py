@@ -210,8 +210,8 @@ class SharedTier(RuleBasedStateMachine):
         assert found == {key(number).folder for number in self.stands}
 
 
-class TestSharedTier(SharedTier.TestCase):  # type: ignore[name-defined, misc]
-    settings = settings(max_examples=150 if LONG else 25, stateful_step_count=40, deadline=None)
+SharedTier.TestCase.settings = settings(max_examples=150 if LONG else 25, stateful_step_count=40, deadline=None)
+TestSharedTier = SharedTier.TestCase
 
 
 def test_the_model_itself_would_notice_a_lost_entry(tmp_path: Path) -> None:

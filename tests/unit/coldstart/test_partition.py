@@ -15,8 +15,8 @@ from engine.fused import Split, expected_tensors, fused_tensors
 from engine.model_config import parse_model_config
 
 if TYPE_CHECKING:
-    from coldstart.format import DtypeName
     from engine.model_config import ModelConfig
+    from engine.safetensors_files import StoredDtype
 
 
 def _config(*, heads: int = 8, kv_heads: int = 2, inner: int = 48, vocab: int = 101) -> ModelConfig:
@@ -46,7 +46,7 @@ def test_ranks_together_have_every_item_and_split_ones_once(ranks: int) -> None:
 
 
 @given(st.data(), st.sampled_from(["float32", "bfloat16", "float8_e4m3fn"]), st.sampled_from([1, 2, 4]))
-def test_spans_of_any_ranges_are_the_whole_file(data: st.DataObject, dtype: DtypeName, ranks: int) -> None:
+def test_spans_of_any_ranges_are_the_whole_file(data: st.DataObject, dtype: StoredDtype, ranks: int) -> None:
     plan = PartitionPlan(_config(), dtype, rank=data.draw(st.integers(0, ranks - 1)), tensor_parallel=ranks)
     cuts = sorted(data.draw(st.sets(st.integers(1, plan.num_bytes // 4 - 1), max_size=20)))
     bounds = [0, *(4 * cut for cut in cuts), plan.num_bytes]

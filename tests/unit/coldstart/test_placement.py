@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from coldstart.making_room import Prospects, cheapest, idle_instances, load_s, settle, untouched
 from coldstart.placement import next_start, place, policy
-from coldstart.placement_baselines import locality_only, random_place, shepherd
+from coldstart.placement_baselines import locality_only, nearest_stopping, random_place, shepherd
 from coldstart.placement_terms import (
     ClusterView,
     Instance,
@@ -94,8 +94,7 @@ def test_published_example() -> None:
     assert (waits.kind, waits.node_id) == ("wait", "server-2")
     # Who preempts starts B at once, and A stands still while it is loaded and read again.
     preempted = shepherd(EXAMPLE, "b")
-    assert preempted.preempts
-    assert (preempted.node_id, preempted.moves) == ("server-2", (move,))
+    assert (preempted.node_id, preempted.stop, preempted.moves) == ("server-2", ("a-1",), ())
     assert preempted.ready_s == pytest.approx(0.5)
     assert preempted.ready_s < migrated.ready_s < available.ready_s
 
@@ -358,6 +357,16 @@ def test_random_takes_any_node_with_room_by_its_generator() -> None:
     assert set(drawn) == {"n1", "n2", "n4"}
     assert random_place(random.Random(3))(cluster, "a") == random_place(random.Random(3))(cluster, "a")
     assert random_place(random.Random(3))(view(node("n3", 0)), "a").kind == "wait"
+
+
+def test_stopping_for_nearness_takes_the_youngest_and_nobody_where_all_is_taken() -> None:
+    crowd = [running("c", elapsed_s=9.0), running("d", elapsed_s=2.0), running("b", state="fixed")]
+    nearest = node("n1", 0, {"a": "dram"}, crowd)
+    found = nearest_stopping(view(nearest, node("n2", 1, {"a": "ssd"})), "a")
+    assert (found.node_id, found.stop, found.evict) == ("n1", ("d-1",), ())
+    assert nearest_stopping(view(nearest, node("n2", 0, {"a": "ssd"})), "a").kind == "wait"
+    near = nearest_stopping(view(nearest, node("n2", 1, {"a": "dram"})), "a")
+    assert (near.node_id, near.stop) == ("n2", ())
 
 
 def test_ids_of_nodes_are_in_order() -> None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from contracts.errors import ConfigError
-from engine.checkpoint import Checkpoint, DummyWeights, model_fingerprint, stored_dtype
+from engine.checkpoint import Checkpoint, DummyWeights
+from engine.fused import expected_tensors, fused_tensors, optional_tensors
 from engine.model_config import load_model_config
 from engine.ops.torch_ops import PlainLinear, TorchOps
-from engine.weights import bind_weights, expected_tensors, fused_tensors, optional_tensors
+from engine.safetensors_files import model_fingerprint, stored_dtype
+from engine.weights import bind_weights
 from tests.support.tiny_models import TINY_MODELS, make_tiny_model
 
 if TYPE_CHECKING:
@@ -197,11 +199,11 @@ def test_fingerprints_tell_models_apart(single: Path, sharded: Path, tmp_path: P
 
 
 def test_stored_dtype_is_that_of_most_bytes(single: Path) -> None:
-    assert stored_dtype(single) == torch.float32
+    assert stored_dtype(single) == "float32"
     stored = _safetensors.load_file(single / "model.safetensors")
     halves = {name.replace(".", "__"): tensor.bfloat16() for name, tensor in stored.items() if "norm" not in name}
     _rewrite(single, **halves)
-    assert stored_dtype(single) == torch.bfloat16
+    assert stored_dtype(single) == "bfloat16"
 
 
 def test_dummy_weights_are_a_function_of_name_and_shape() -> None:

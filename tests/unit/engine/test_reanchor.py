@@ -20,6 +20,7 @@ from contracts.requests import SamplingParams
 from engine.checkpoint import Checkpoint
 from engine.demo import corpus
 from engine.demo.evaluate import Demo
+from engine.fused import expected_tensors, optional_tensors
 from engine.kv_pool import block_layout, make_pool
 from engine.model_config import RopeConfig, load_model_config
 from engine.ops.torch_ops import TorchOps
@@ -27,7 +28,7 @@ from engine.plan import SampleSpec, SequenceStep, StepPlan
 from engine.reanchor import reanchor_blocks, reanchor_bytes, reanchor_keys
 from engine.rope import cos_sin_table, inverse_frequencies
 from engine.runner import EngineOptions, Runner, load_runner
-from engine.weights import expected_tensors, load_weights, optional_tensors
+from engine.weights import load_weights
 from tests.support.tiny_models import TINY_MODELS, VOCAB_SIZE, make_tiny_model
 
 if TYPE_CHECKING:
