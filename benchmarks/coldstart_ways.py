@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 #: Pieces and threads of the raw limit.
-RAW_WAYS = tuple((piece * MIB, threads) for piece in (1, 4, 16) for threads in (2, 4, 8))
+RAW_WAYS = tuple((piece * MIB, threads) for piece in (1, 4) for threads in (2, 4, 8, 16))
 PROMPT_TOKENS = 16
 
 

@@ -24,11 +24,11 @@ from cluster.launch import (
     decode_loader_launch,
 )
 from cluster.lifeline import die_with_parent
-from coldstart.blocking_clock import LiveBlockingClock
 from coldstart.loader import WeightLoader
 from coldstart.local_tier import LocalTier
 from coldstart.tier_files import LiveTierFiles
 from contracts.errors import LoadError, TandemError
+from rpc.clock import LiveBlockingClock
 
 if TYPE_CHECKING:
     from cluster.launch import WeightTierOptions
@@ -85,6 +85,7 @@ def _tier(options: WeightTierOptions | None) -> LocalTier | None:
             capacity_bytes=options.size_bytes,
             files=LiveTierFiles(),
             clock=LiveBlockingClock(),
+            tell=log,
         )
     except TandemError as error:
         log(f"the disk tier of weights is passed by: {error.message}")

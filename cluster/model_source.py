@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coldstart.format import INDEX_NAME, is_converted
 from contracts.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def _demo_folder() -> Path:
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model folder {folder}: it has no config.json")
-    if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"model folder {folder}: it has no *.safetensors file")
+    if not is_converted(folder) and not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"model folder {folder}: it has neither a *.safetensors file nor {INDEX_NAME}")
     return folder
 
 

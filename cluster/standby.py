@@ -114,8 +114,9 @@ class StandbyPool:
                 each.child.bury()
                 self._log.write(b"a process that stood by has ended")
                 self._start_at_s = self._clock.now_s() + _RETRY_S
-            elif not each.is_warm:
-                each.is_warm = any(isinstance(status, Warm) for status in each.child.told_so_far())
+            elif not each.is_warm and any(isinstance(status, Warm) for status in each.child.told_so_far()):
+                each.is_warm = True
+                self._log.write(f"process {each.child.pid} stands by".encode())
 
 
 def _lasting(environ: Mapping[str, str]) -> dict[str, str]:

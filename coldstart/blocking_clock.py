@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Protocol
 
 
@@ -16,16 +15,3 @@ class BlockingClock(Protocol):
         ...
 
     def sleep(self, delay_s: float) -> None: ...
-
-
-class LiveBlockingClock:
-    """`BlockingClock` of this machine."""
-
-    def now_s(self) -> float:
-        return time.monotonic()
-
-    def wall_s(self) -> float:
-        return time.time()
-
-    def sleep(self, delay_s: float) -> None:
-        time.sleep(delay_s)

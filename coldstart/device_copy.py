@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from coldstart.pipeline import Destination, LoadProgress
 
-#: Buffers of a ring: as many as threads read into at once, and as many on their way to the device.
-RING_CHUNKS = 8
+#: Buffers of a ring: as many as threads read into at once, and some on their way to the device.
+RING_CHUNKS = 24
 
 
 class Ticket(Protocol):

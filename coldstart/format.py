@@ -220,7 +220,7 @@ def _contradiction(index: Index) -> str | None:
             return f"partition {partition.file}: {problem}"
     for copied in index.files:
         # Names become paths: none may lead elsewhere.
-        if Path(copied.name).name != copied.name or copied.name == INDEX_NAME:
+        if Path(copied.name).name != copied.name or copied.name in (INDEX_NAME, ".."):
             return f"names the file {copied.name!r}"
     return None
 

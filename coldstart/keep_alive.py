@@ -39,6 +39,8 @@ _LEAST_BIN_CV = 2.0
 #: Of all idle times: with more beyond the histogram it is not asked.
 _MOST_BEYOND = 0.5
 _HEAD, _TAIL, _MARGIN = 0.05, 0.99, 0.1
+#: Of a reload: what warming must be expected to save. A few late idle times always stand close together somewhere.
+_LEAST_WARMING = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,9 +239,8 @@ def _by_histogram(model: HeldModel, rules: KeepRules, times: IdleTimes) -> Windo
     bin_cv = float(inside.std()) / float(inside.mean())
     if bin_cv < _LEAST_BIN_CV:
         return Window(0.0, times.range_s, f"{total} idle times have no shape (coefficient of variation {bin_cv:.1f})")
-    summed = inside.cumsum()
-    head = int(np.searchsorted(summed, _HEAD * summed[-1]))
-    tail = int(np.searchsorted(summed, _TAIL * summed[-1])) + 1
+    shares: NDArray[np.float64] = np.cumsum(inside) / float(inside.sum())
+    head, tail = np.count_nonzero(shares < _HEAD), np.count_nonzero(shares < _TAIL) + 1
     # The paper rounds the head down to its bin and the tail up, and then leaves a margin on both sides.
     warm_s = head * times.bin_s * (1.0 - _MARGIN)
     until_s = tail * times.bin_s * (1.0 + _MARGIN)
@@ -274,7 +275,7 @@ def _by_cost(model: HeldModel, rules: KeepRules, times: IdleTimes) -> Window:
     begin = int(later.argmax())
     words = f"{total} idle times, {asked.sum():.0%} of them within {times.range_s:g} s"
     warm_s = begin * times.bin_s - model.reload_s
-    if later[begin] > max(stays_s, 0.0) and warm_s > model.reload_s:
+    if later[begin] > max(stays_s, _LEAST_WARMING * model.reload_s) and warm_s > model.reload_s:
         until_s = times.bin_s * (begin + int(sums[begin:].argmax()))
         return Window(warm_s, until_s, f"{words}: away for {warm_s:.0f} s, then held until {until_s:.0f} s")
     if end == 0:

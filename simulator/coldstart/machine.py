@@ -158,7 +158,7 @@ class Machine:
         speeds: dict[Tier, float] = {
             tier: history.path(self.node_id, tier).bytes_per_s for tier in ("dram", *QUEUED_TIERS)
         }
-        lines = {
+        lines: dict[Tier, float] = {
             tier: line_s((self._queued(one, now_s) for one in line), tier, speeds[tier])
             for tier, line in self._lines.items()
         }

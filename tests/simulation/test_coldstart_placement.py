@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: Locality matters where disks are slow and devices scarce.
 CONTENDED = StudySpec(
     cluster=ClusterSpec(bytes_per_s={"dram": 20.0 * GB, "ssd": 5.0 * GB, "remote": 1.25 * GB}),
-    load=LoadSpec(lengths="sharegpt", rate_rps=0.9, num_requests=400, cv=1.0),
+    load=LoadSpec(lengths="sharegpt", rate_rps=0.8, num_requests=400, cv=1.0),
 )
 
 
@@ -59,7 +59,7 @@ def test_devices_are_never_taken_twice_nor_lost(monkeypatch: pytest.MonkeyPatch)
         # Those that wait for others' devices hold what was free already, those that leave still hold theirs.
         held = sum(models[one.model].num_devices for one in machine.instances.values() if one.state != "waiting")
         waiting = [models[one.model].num_devices for one in machine.instances.values() if one.state == "waiting"]
-        assert 0 <= machine.free_devices
+        assert machine.free_devices >= 0
         assert machine.free_devices + held <= 4
         assert machine.free_devices + held + sum(waiting) >= 4
         audited += 1
@@ -92,7 +92,14 @@ def test_estimates_come_close_to_what_loads_take(results: dict[PlacementName, St
 
 
 def test_placement_beats_those_that_do_not_know_or_only_know_tiers(results: dict[PlacementName, StudyResult]) -> None:
-    mean_s = {name: float(result.start_up_s.mean()) for name, result in results.items()}
+    """Over three seeds: in one, luck is as large as what is looked for."""
+    seeds = [replace(CONTENDED, load=replace(CONTENDED.load, seed=seed)) for seed in (2, 3)]
+    mean_s = {
+        name: np.mean(
+            [result.start_up_s.mean(), *(simulate(replace(one, placement=name)).start_up_s.mean() for one in seeds)]
+        )
+        for name, result in results.items()
+    }
     assert mean_s["ours"] < 0.9 * mean_s["random"]
     assert mean_s["ours"] < 0.5 * mean_s["locality_only"]
     assert mean_s["ours"] < 0.5 * mean_s["nearest_stopping"]
@@ -150,8 +157,7 @@ def test_a_bounded_memory_is_never_overfull_while_something_idle_is_left() -> No
     assert lru.num_cold > unbounded.num_cold
 
 
-def test_one_model_in_one_memory_is_counted_exactly() -> None:
-    """Constant gaps would be drawn; bursts of one model with a fixed time are reckoned by hand from its arrivals."""
+def test_a_model_that_is_never_held_costs_nothing_and_one_always_held_is_cold_once() -> None:
     spec = HoldingSpec(
         rules=KeepRules(way="fixed", fixed_s=0.0),
         sizes_bytes=(10 * GB,),
@@ -164,6 +170,7 @@ def test_one_model_in_one_memory_is_counted_exactly() -> None:
     assert never.idle_gb_hours == 0.0
     assert always.num_cold == 1
     assert never.num_requests == always.num_requests
+    assert never.num_cold > 1
     assert 0.0 < always.idle_gb_hours <= 10.0 * 50
 
 

@@ -22,6 +22,7 @@ FLOORS: dict[str, int] = {
     "coordinator": 4,
     "prefill": 4,
     "decode": 4,
+    "coldstart": 3,
     "kvstore": 3,
     "kvtransfer": 2,
     "engine": 1,

@@ -85,7 +85,7 @@ def test_folders_that_hold_no_checkpoint(tmp_path: Path) -> None:
     empty = folder_with(tmp_path / "empty")
     assert error_of(str(empty)) == f"model folder {empty}: it has no config.json"
     bare = folder_with(tmp_path / "bare", "config.json", "pytorch_model.bin")
-    assert error_of(str(bare)) == f"model folder {bare}: it has no *.safetensors file"
+    assert error_of(str(bare)) == f"model folder {bare}: it has neither a *.safetensors file nor tandem-index.json"
 
 
 def test_paths_that_are_no_folder(tmp_path: Path) -> None:
@@ -127,4 +127,4 @@ def test_a_hub_out_of_reach_is_told(tmp_path: Path) -> None:
 def test_a_repository_without_safetensors_is_told(tmp_path: Path) -> None:
     with FakeHub("old/model", {"config.json": b"{}", "pytorch_model.bin": b"x"}, gated="-").serving() as hub:
         answer = resolve_elsewhere("old/model", tmp_path, HF_ENDPOINT=hub.url)
-    assert answer["error"].endswith("it has no *.safetensors file")
+    assert answer["error"].endswith("it has neither a *.safetensors file nor tandem-index.json")

@@ -87,7 +87,7 @@ def test_histogram_says_nothing_from_few_or_long_or_shapeless_times() -> None:
 
 
 def test_cost_decides_by_bytes_and_by_reload() -> None:
-    """Asked for every hour or so, without a memory: a small or slow one is worth holding, a large and fast one is not."""
+    """Asked for every hour or so, without a memory: a small one is worth holding, a large and fast one is not."""
     times = seen(m=[-3600.0 * math.log1p(-(place + 0.5) / 200) for place in range(200)])
     small = window(held(gib=4.0, reload_s=30.0), COST, times)
     assert small.warm_s == 0.0
