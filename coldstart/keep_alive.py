@@ -242,8 +242,8 @@ def _by_histogram(model: HeldModel, rules: KeepRules, times: IdleTimes) -> Windo
     shares: NDArray[np.float64] = np.cumsum(inside) / float(inside.sum())
     head, tail = np.count_nonzero(shares < _HEAD), np.count_nonzero(shares < _TAIL) + 1
     # The paper rounds the head down to its bin and the tail up, and then leaves a margin on both sides.
-    warm_s = head * times.bin_s * (1.0 - _MARGIN)
-    until_s = tail * times.bin_s * (1.0 + _MARGIN)
+    warm_s = float(head * times.bin_s * (1.0 - _MARGIN))
+    until_s = float(tail * times.bin_s * (1.0 + _MARGIN))
     # The model must be there by then; what would be away only for as long as it takes to come back does not go.
     warm_s = 0.0 if warm_s <= 2 * model.reload_s else warm_s - model.reload_s
     words = f"{total} idle times, most of {head * times.bin_s:g} to {tail * times.bin_s:g} s"
