@@ -101,4 +101,4 @@ def _tensor(rng: np.random.Generator, sizes: tuple[int, ...]) -> torch.Tensor:
     bits = rng.integers(0, 1 << 16, sizes, dtype=np.uint16)
     bits &= 0x80FF
     bits |= 0x3C00
-    return torch.from_numpy(bits).view(torch.bfloat16)
+    return torch.frombuffer(bits.data, dtype=torch.bfloat16).view(sizes)

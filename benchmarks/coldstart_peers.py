@@ -116,7 +116,7 @@ def main() -> None:
     loader, folder = sys.argv[1], Path(sys.argv[2])
     makers = (_torch_load, _safetensors, _fastsafetensors, _runai, _tensorizer)
     try:
-        load = dict(zip(LOADERS, makers, strict=True))[loader](folder)
+        load = makers[LOADERS.index(loader)](folder)
         _torch().set_num_threads(2)
     except Exception as error:  # Whatever it is, the benchmark goes on without it.
         print(f"{type(error).__name__}: {error}".splitlines()[0], flush=True)

@@ -24,6 +24,7 @@ from coldstart.format import checksum, read_index
 from coldstart.loaded import LoadedWeights, load_partition
 from coldstart.memory import WeightMemory, populate_read
 from coldstart.pipeline import NUM_THREADS, MemoryDestination, PartitionLoad
+from contracts.ids import BlockId
 from engine.checkpoint import Checkpoint
 from engine.fused import expected_tensors
 from engine.model_config import load_model_config
@@ -190,7 +191,9 @@ class Ways:
         weights = LoadedWeights(mapping, index)
         runner = load_runner(folder, EngineOptions(num_blocks=8), ops, weights=weights)
         bound_s = time.perf_counter()
-        step = SequenceStep(sequence_id=0, token_ids=list(range(PROMPT_TOKENS)), start=0, block_ids=[0], sample=None)
+        step = SequenceStep(
+            sequence_id=0, token_ids=list(range(PROMPT_TOKENS)), start=0, block_ids=[BlockId(0)], sample=None
+        )
         ends_s = [bound_s]
         for _ in range(3):
             runner.run(StepPlan((step,)))

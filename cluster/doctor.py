@@ -208,7 +208,7 @@ def _check_memory(config: ClusterConfig) -> Finding:
 
 def _check_model(config: ClusterConfig) -> Finding:
     try:
-        folder = resolve_model(config.model, say).folder
+        folder = resolve_model(config.model, say, dtype=config.dtype, tier=config.weights.ssd).folder
     except ConfigError as error:
         return Finding("fail", "model", error.message)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

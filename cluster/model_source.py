@@ -1,4 +1,4 @@
-"""Where the checkpoint comes from: the built-in demo model, a local folder, or the Hugging Face hub.
+"""Where the checkpoint comes from: the built-in demo model, a local folder, an object store, or the Hugging Face hub.
 
 From a hub only what is read is fetched: safetensors, JSON, and tokenizer and template files; never code or
 pickled weights. `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` mean what they mean everywhere.
@@ -12,11 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.remote_model import fetch_model, is_remote
 from coldstart.format import INDEX_NAME, is_converted
+from contracts.config import WeightTierConfig
 from contracts.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from coldstart.tier_handles import Entry
+    from engine.compute_dtype import DtypeChoice
 
 DEMO = "demo"
 
@@ -34,12 +39,24 @@ class ModelSource:
     folder: Path
     #: Name in the API, unless the configuration says otherwise.
     name: str
+    #: Keeps the folder where it is, as long as the process uses it.
+    pin: Entry | None = None
 
 
-def resolve_model(model: str, say: Callable[[str], None]) -> ModelSource:
-    """Raises ConfigError that names `model` and what to do. Blocks while it downloads."""
+def resolve_model(
+    model: str,
+    say: Callable[[str], None],
+    *,
+    dtype: DtypeChoice = "auto",
+    tier: WeightTierConfig | None = None,
+) -> ModelSource:
+    """Raises ConfigError that names `model` and what to do, and LoadError for an object store that does not give it.
+    Blocks while it downloads. What comes from an object store goes to `tier`, in the form for `dtype`."""
     if model == DEMO:
         return ModelSource(_demo_folder(), DEMO)
+    if is_remote(model):
+        entry = fetch_model(model, dtype, tier or WeightTierConfig(), say)
+        return ModelSource(_checked(entry.path), model.rstrip("/").rpartition("/")[2], entry)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return ModelSource(_checked(folder.resolve()), folder.resolve().name)

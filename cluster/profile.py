@@ -82,7 +82,7 @@ class ProfileOptions:
 def run_profile(config: ClusterConfig, options: ProfileOptions) -> int:
     """Changes this process's cores and environment for good. Raises ConfigError; ProfileRefused, after the measured
     points have been shown, or WorkerUnavailable when a cluster cannot be measured; then nothing is stored."""
-    source = resolve_model(config.model, say)
+    source = resolve_model(config.model, say, dtype=config.dtype, tier=config.weights.ssd)
     limit = _context_limit(config, source.folder)
     context_tokens = _context_tokens(limit, options.max_context_tokens)
     everywhere = allowed_cores()

@@ -79,7 +79,7 @@ def run_cluster(
 
     Raises ConfigError before anything was started.
     """
-    source = resolve_model(config.model, say)
+    source = resolve_model(config.model, say, dtype=config.dtype, tier=config.weights.ssd)
 
     async def live() -> int:
         with StopSignals() as signals:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
     from coldstart.pipeline import Destination, LoadProgress
 
+#: Without its types, which say little: what is used of it is six calls.
+_CUDA: Any = torch.cuda
+
 #: Buffers of a ring: as many as threads read into at once, and some on their way to the device.
 RING_CHUNKS = 24
 
@@ -181,7 +184,7 @@ class DeviceThroughRing:
 
 
 class _CudaTicket:
-    def __init__(self, event: torch.cuda.Event) -> None:
+    def __init__(self, event: Any) -> None:
         self._event = event
 
     def wait(self) -> None:
@@ -198,30 +201,29 @@ class CudaCopier:
         assert into.dtype == torch.uint8, into.dtype
         assert into.dim() == 1, into.shape
         self._into = into
-        self._stream = torch.cuda.Stream(into.device)
+        self._stream: Any = _CUDA.Stream(into.device)
         # Whoever used the memory before has finished when the first copy begins.
-        self._stream.wait_stream(torch.cuda.current_stream(into.device))
+        self._stream.wait_stream(_CUDA.current_stream(into.device))
         self._unpinning = ExitStack()
 
     def pin(self, memory: memoryview) -> None:
         if not len(memory):
             return
         address = address_of(memory)
-        runtime: Any = torch.cuda.cudart()
-        with torch.cuda.device(self._into.device):
+        runtime: Any = _CUDA.cudart()
+        with _CUDA.device(self._into.device):
             try:
-                torch.cuda.check_error(int(runtime.cudaHostRegister(address, len(memory), 0)))
+                _CUDA.check_error(int(runtime.cudaHostRegister(address, len(memory), 0)))
             except RuntimeError as error:
                 raise LoadError(f"cannot pin {len(memory)} bytes of memory: {error}") from error
-        unregister: Callable[[int], object] = runtime.cudaHostUnregister
-        self._unpinning.callback(unregister, address)
+        self._unpinning.callback(runtime.cudaHostUnregister, address)
 
     def start(self, source: memoryview, offset: int) -> Ticket:
         host = torch.frombuffer(source, dtype=torch.uint8)
         try:
-            with torch.cuda.stream(self._stream):
+            with _CUDA.stream(self._stream):
                 self._into[offset : offset + len(source)].copy_(host, non_blocking=True)
-                event = torch.cuda.Event()
+                event: Any = _CUDA.Event()
                 event.record(self._stream)
         except RuntimeError as error:
             raise LoadError(f"cannot copy to the device: {error}") from error

@@ -24,6 +24,7 @@ import xxhash
 
 from coldstart.source import ALIGNMENT_BYTES
 from contracts.errors import CorruptCheckpoint, LoadError
+from engine.canary import Canary
 from engine.safetensors_files import ITEM_BYTES, StoredDtype
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     partitions: tuple[Partition, ...]
     #: Everything else that belongs to the folder.
     files: tuple[CopiedFile, ...]
+    #: What an engine with these weights must answer; None where it was not asked.
+    canary: Canary | None = None
 
 
 class _Header(msgspec.Struct):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from coldstart.format import Index, Partition
     from coldstart.pipeline import Destination, LoadProgress, LoadReport
+    from engine.canary import Canary
     from engine.safetensors_files import StoredDtype
 
 
@@ -55,6 +56,10 @@ class LoadedWeights:
     @property
     def dtype(self) -> StoredDtype:
         return self.index.dtype
+
+    @property
+    def canary(self) -> Canary | None:
+        return self.index.canary
 
     def names(self) -> tuple[str, ...]:
         """In forward order."""

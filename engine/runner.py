@@ -14,6 +14,7 @@ import torch
 from contracts.errors import ConfigError
 from contracts.layout import PROTOCOL_VERSION, KvIdentity
 from engine.batch import Batch, BatchLimits, build_batch
+from engine.canary import check_canary
 from engine.checkpoint import Checkpoint, DummyWeights
 from engine.compute_dtype import DtypeChoice, compute_dtype
 from engine.fused import expected_tensors, optional_tensors
@@ -129,7 +130,7 @@ def load_runner(
     `pool_buffer_factory(num_blocks, block_bytes)` gives the pool's memory (None: own); `progress(bytes read,
     bytes in all)` is called while weights load. With `weights`, of the folder only its config is read: a CPU engine
     computes on them where they lie, or, where it computes in another dtype, on a copy.
-    Raises ConfigError naming file, tensor or option.
+    Raises ConfigError naming file, tensor or option, and CorruptCheckpoint where their canary does not answer right.
     """
     config = load_model_config(model_dir)
     device = torch.device(options.device)
@@ -150,7 +151,7 @@ def load_runner(
         rope_base=config.rope.theta,
         protocol_version=PROTOCOL_VERSION,
     )
-    return Runner(
+    runner = Runner(
         config=config,
         weights=_decoder_weights(model_dir, config, options, ops, TORCH_DTYPES[dtype], progress, weights),
         ops=ops,
@@ -158,6 +159,9 @@ def load_runner(
         cos_sin_PE=cos_sin_table(config.rope, config.head_dim, num_positions).to(device),
         identity=identity,
     )
+    if weights is not None and weights.canary is not None:
+        check_canary(runner, weights.canary)
+    return runner
 
 
 def _weight_source(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from engine.canary import Canary
     from engine.checkpoint import WeightSource
     from engine.model_config import ModelConfig
     from engine.ops.api import Ops, PackedLinear
@@ -41,6 +42,11 @@ class FusedWeights(Protocol):
 
     @property
     def dtype(self) -> StoredDtype: ...
+
+    @property
+    def canary(self) -> Canary | None:
+        """What the engine must answer with them; None where nobody knows."""
+        ...
 
     def tensor(self, name: str) -> Tensor:
         """A contiguous CPU tensor that is not to be written to. Raises ConfigError when there is none of this name."""

@@ -120,7 +120,7 @@ def test_infinities_and_nans_that_are_stored_stay(models: Path, tmp_path: Path) 
 
     original = _changed(make_tiny_model("llama", models), tmp_path / "original", "model.norm.weight", odd)
     for dtype in ("auto", "float16"):
-        convert(original, tmp_path / dtype, ConvertOptions(dtype=dtype))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        convert(original, tmp_path / dtype, ConvertOptions(dtype=dtype))  # pyright: ignore[reportArgumentType]
         found = load_checkpoint(tmp_path / dtype).tensor("final_norm")
         wanted = fused_original(original)["final_norm"].to(found.dtype)
         assert torch.equal(bits(found), bits(wanted))
