@@ -27,7 +27,6 @@ from benchmarks.models import random_88m
 from benchmarks.report import finish, print_table, spread
 from contracts.ids import BlockId
 from contracts.requests import SamplingParams
-from engine.compute_dtype import DtypeChoice
 from engine.ops import select_ops
 from engine.plan import SampleSpec, SequenceStep, StepPlan
 from engine.runner import EngineOptions, Runner, load_runner
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from engine.compute_dtype import DtypeChoice
     from engine.ops.api import Ops
 
 PROMPT_TOKENS = 512

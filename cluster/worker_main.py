@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import sys
 from functools import partial
@@ -47,6 +48,10 @@ EXIT_DELAY_S = 0.2
 EXIT_LIFE_OVER = 3
 
 
+#: What a start imports late, after its cores are taken.
+WARM_MODULES = ("cluster.transports", "engine.executor", "kvtransfer", "prefill", "coldstart.loaded", "worker.retiring")
+
+
 def main() -> int:
     if STANDBY_FLAG in sys.argv[1:] and not stand_by(_warm_up):
         return 0
@@ -55,13 +60,10 @@ def main() -> int:
 
 def _warm_up(device: str) -> None:
     """All that the start of any worker costs, whatever its model."""
-    import cluster.transports
-    import engine.executor
-    import prefill
-    import worker.retiring
     from engine.ops import select_ops
 
-    del cluster, engine, prefill, worker
+    for module in WARM_MODULES:
+        importlib.import_module(module)
     select_ops("cuda" if device == "cuda" else "cpu", log=log)
 
 

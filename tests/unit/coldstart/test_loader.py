@@ -39,9 +39,12 @@ class Site:
         self.said = list[str]()
         self.seen = list[tuple[str, int, int]]()
 
+    def _note(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        self.seen.append((what, done_bytes, total_bytes))
+
     def load(self, folder: Path, *, dtype: str = "auto", ranks: int = 1, rank: int = 0) -> tuple[LoadedWeights, Loaded]:
         key = WeightsKey(folder=str(folder), dtype=dtype, tensor_parallel=ranks, rank=rank)
-        with WeightLoader(key, self.tier, progress=lambda *at: self.seen.append(at), log=self.said.append) as loader:
+        with WeightLoader(key, self.tier, progress=self._note, log=self.said.append) as loader:
             memory = mmap.mmap(-1, loader.prepare())
             loaded = loader.fill(memoryview(memory))
         end = loaded.weight_bytes + loaded.index_bytes

@@ -21,6 +21,7 @@ from tests.support.tiny_models import make_tiny_model
 
 if TYPE_CHECKING:
     from coldstart.loaded import LoadedWeights
+    from engine.safetensors_files import StoredDtype
 
 DEMO = Path(engine.__file__).parent / "demo"
 OPTIONS = EngineOptions(num_blocks=4)
@@ -38,7 +39,9 @@ class Swapped:
 
     def __init__(self, weights: LoadedWeights) -> None:
         self._weights = weights
-        self.fingerprint, self.dtype, self.canary = weights.fingerprint, weights.dtype, weights.canary
+        self.fingerprint = weights.fingerprint
+        self.dtype: StoredDtype = weights.dtype
+        self.canary = weights.canary
 
     def tensor(self, name: str) -> torch.Tensor:
         other = {"layers.0.qkv.weight": "layers.1.qkv.weight", "layers.1.qkv.weight": "layers.0.qkv.weight"}
