@@ -305,8 +305,8 @@ class ClusterConfig(Section):
     """One cluster serving one model."""
 
     model: str = "demo"
-    """`demo`, a folder with a checkpoint in Hugging Face layout or Tandem's, a hub id such as org/name, or the address of
-    such a folder in an object store: s3://bucket/folder, gs://, az://, https://."""
+    """`demo`, a folder with a checkpoint in Hugging Face layout or Tandem's, a hub id such as org/name, or the
+    address of such a folder in an object store: s3://bucket/folder, gs://, az://, https://."""
 
     served_model_name: str | None = None
     """Name in the API; the default is the folder's name or the hub id."""
