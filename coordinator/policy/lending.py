@@ -5,8 +5,8 @@ A prompt queue that is too long even at the best worker, or answers' memory that
 one, takes a worker from the other phase, if that can do without it. What is lent goes home when its own phase needs it,
 or the phase that it helped would be calm without it: at once when it has no work of that phase, with its work (that
 ends or moves before the flip is done) only if this lasts. Between what lends and what gives back lie a gap of load and
-a shortest stay, in time: the loads of the two phases do not swing against each other. Where both phases are short nobody
-is lent, for that asks for more workers, not for others; nor to a phase that has lent some itself.
+a shortest stay, in time: the loads of the two phases do not swing against each other. Where both phases are short
+nobody is lent, for that asks for more workers, not for others; nor to a phase that has lent some itself.
 """
 
 from __future__ import annotations
