@@ -61,7 +61,9 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 
 
 def test_every_shipped_pool_file_is_used_by_a_configuration() -> None:
-    used = {f"{pool.name}.yaml" for path in CONFIGS for pool in load(path).config.pools}
+    configs = [load(path).config for path in CONFIGS]
+    pools = [pool for config in configs for part in (config, *config.models) for pool in part.pools]
+    used = {f"{pool.name}.yaml" for pool in pools}
     assert used == {path.name for path in POOL_FILES}
 
 
