@@ -108,6 +108,9 @@ def _up(
         needed, soon, why = max(needed, 1), max(soon, 1), "wake"
     elif not present and view.hold is not None and view.hold.kind == "warm":
         needed, soon, why = max(needed, 1), max(soon, 1), "prewarm"
+    elif not present and not rules.min_workers and _is_let_go(view, rules):
+        # What the load of late asks for was weighed when the last one went.
+        return 0
     wanted = min(max(needed, rules.min_workers), rules.max_workers)
     soon = min(soon, rules.max_workers)
     text = f"{counted}; {by_start.text}" + (f"; attainment {view.attainment:.0%}" if why == "attainment" else "")
@@ -189,9 +192,7 @@ def _down(
 
     above = serving + len(view.starting) - rules.max_workers
     least = max(rules.min_workers, 1)
-    is_over = rules.to_zero_after_s is not None and view.idle_s >= rules.to_zero_after_s
-    is_let_go = view.hold is not None and view.hold.kind == "release"
-    is_idle = (is_over or is_let_go) and not view.unserved_requests
+    is_idle = _is_let_go(view, rules)
     if is_idle:
         least = 0
     if not serving or (serving <= least and above <= 0):
@@ -224,6 +225,13 @@ def _down(
         return keep("steady", f"{serving - 1} would not do for {most:.2f}, the most within {rules.window_s:g} s")
     words = f"{left} do for {most:.2f}, the most within {rules.window_s:g} s, freeness then"
     return _fewer(view, "free", serving - left, present, f"{words} {_number(view.freeness_with(left))}: {state}")
+
+
+def _is_let_go(view: PoolView, rules: ScaleRules) -> bool:
+    """Nobody asks, and has not for so long that nobody needs to stay."""
+    is_over = rules.to_zero_after_s is not None and view.idle_s >= rules.to_zero_after_s
+    is_released = view.hold is not None and view.hold.kind == "release"
+    return (is_over or is_released) and not view.unserved_requests
 
 
 def _fewer(view: PoolView, why: Why, count: int, present: int, text: str) -> ScaleDecision:
