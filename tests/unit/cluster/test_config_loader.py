@@ -62,7 +62,9 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 
 def test_every_shipped_pool_file_is_used_by_a_configuration() -> None:
     configs = [load(path).config for path in CONFIGS]
-    pools = [pool for config in configs for part in (config, *config.models) for pool in part.pools]
+    pools = [
+        pool for config in configs for own in (config.pools, *(each.pools for each in config.models)) for pool in own
+    ]
     used = {f"{pool.name}.yaml" for pool in pools}
     assert used == {path.name for path in POOL_FILES}
 

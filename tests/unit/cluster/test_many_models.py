@@ -73,7 +73,7 @@ async def test_each_coordinator_hears_of_its_own_workers_at_once(tmp_path: Path)
         server.register(AGENT_BEAT, coordinator.on_beat)
         overseers.append(Overseer(await server.start(), frozenset({WorkerId(name)})))
     # One that never answers is the others' business as little.
-    overseers.append(Overseer("127.0.0.1:1", frozenset()))
+    overseers.append(Overseer("127.0.0.1:1", None))
     agent = NodeAgent(
         plans,
         limits=SupervisionLimits(stop_timeout_s=10.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import httpx
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from contracts.messages import Role
+    from contracts.requests import GenerateRequest
 
 ROLES: dict[str, Role] = {"prefill-0": "prefill", "decode-0": "decode"}
 BASE = GatewaySettings(served_model_names=("m",), max_model_len=200, port=0, health_cache_s=0, max_body_bytes=4096)
@@ -31,6 +33,10 @@ SETTINGS = {
     "one": replace(BASE, served_model_names=("one", "uno"), api_keys=("key",)),
     "two": replace(BASE, served_model_names=("two",), api_keys=("key",), max_model_len=100, may_sleep=True),
 }
+
+
+def _always(reply: list[int], request: GenerateRequest) -> list[int]:
+    return reply
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
             network = MemoryNetwork(rng=random.Random(number))
             reply = chat_tokenizer().encode(name + EOS, add_special_tokens=False)
             script = Script()
-            script.reply = lambda _, reply=reply: reply
+            script.reply = partial(_always, reply)
             roles = ROLES if name == "one" else {}
             cluster = await stack.enter_async_context(FakeCluster(network, roles, script))
             core = await stack.enter_async_context(run_core(network, cluster, QUICK, gateway_id=f"gw-{name}"))
