@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 from coldstart.keep_alive import KeepRules
-from contracts.control_messages import StartOperation
+from contracts.control_messages import RemoveOperation, StartOperation
+from coordinator.holding import Room
 from coordinator.policy.scaling_terms import ScaleRules
 from coordinator.pool_views import ScaledPool
 from coordinator.scaling_settings import AutoscaleSettings
@@ -61,3 +63,41 @@ def test_a_fixed_time_that_is_too_short_has_every_visit_wait() -> None:
     fixed = visited(replace(RULES, keep=None, to_zero_after_s=20.0))
     assert num_starts(fixed) == VISITS
     assert sum(wait_s > 5.0 for wait_s in fixed.waits_s) >= VISITS
+
+
+def test_where_memory_is_for_one_the_other_makes_room_and_nobody_is_refused() -> None:
+    """Two coordinators, each with a model that stays until its memory is needed."""
+    room = Room(2**30)
+    rules = replace(RULES, keep=KeepRules(way="lru"), cooldown_down_s=500.0)
+    most = 0
+
+    async def main(program: Program) -> list[ElasticCluster]:
+        def made(name: str) -> ElasticCluster:
+            pool = ScaledPool(name=name, role="mixed", rules=rules, worker_bytes=2**30)
+            settings = AutoscaleSettings(interval_s=1.0, start_s=6.0, pools=(pool,))
+            return ElasticCluster(settings, {name: 0}, start_s=6.0, answer_s=2.0, room=room)
+
+        day, night = made("day"), made("night")
+
+        def asked(begin_s: float, at_s: float) -> float:
+            nonlocal most
+            most = max(most, len(day.workers) + len(night.workers))
+            return 1.0 if begin_s <= at_s < begin_s + 3.0 else 0.0
+
+        async with day.scaler, night.scaler:
+            await asyncio.gather(
+                day.serve(240.0, lambda at_s: asked(0.0, at_s) + asked(160.0, at_s)),
+                night.serve(240.0, lambda at_s: asked(80.0, at_s)),
+            )
+        return [day, night]
+
+    day, night = run(main, seed=1)
+    assert most == 1
+    assert [len(cluster.waits_s) for cluster in (day, night)] == [6, 3]
+    # The other's leaving, and a start.
+    assert max(*day.waits_s, *night.waits_s) < 12.0, (day.waits_s, night.waits_s)
+    kinds = [(type(operation), at_s) for at_s, operation in day.begun]
+    assert [kind for kind, _ in kinds] == [StartOperation, RemoveOperation, StartOperation]
+    assert 80.0 <= kinds[1][1] < 90.0
+    assert any("night: no_room" in line for line in night.told), night.told
+    assert any("room for night" in line and "idle for" in line for line in day.told), day.told
