@@ -75,7 +75,7 @@ def test_where_memory_is_for_one_the_other_makes_room_and_nobody_is_refused() ->
         def made(name: str) -> ElasticCluster:
             pool = ScaledPool(name=name, role="mixed", rules=rules, worker_bytes=2**30)
             settings = AutoscaleSettings(interval_s=1.0, start_s=6.0, pools=(pool,))
-            return ElasticCluster(settings, {name: 0}, start_s=6.0, answer_s=2.0, room=room)
+            return ElasticCluster(settings, {name: 0}, room, start_s=6.0, answer_s=2.0)
 
         day, night = made("day"), made("night")
 

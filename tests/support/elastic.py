@@ -77,10 +77,11 @@ class ElasticCluster:
         self,
         settings: AutoscaleSettings,
         initial: dict[str, int],
+        room: Room | None = None,
+        /,
         *,
         start_s: float = START_S,
         answer_s: float = ANSWER_S,
-        room: Room | None = None,
     ) -> None:
         self.clock = VirtualClock()
         self.settings = settings
