@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from cluster.supervision import State
 from contracts.control_messages import (
@@ -19,7 +20,7 @@ from contracts.errors import StaleIncarnation, TandemError
 from contracts.messages import Empty
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Sequence
 
     from cluster.node_agent import NodeAgent
     from cluster.plan import Site
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
         StartWorkerRequest,
         StopWorkerRequest,
     )
-    from contracts.ids import Incarnation
+    from contracts.ids import Incarnation, WorkerId
     from rpc import CallContext, Network
 
 BEAT_TIMEOUT_S = 1.0
@@ -49,6 +50,15 @@ _SLOT_STATES: dict[State, SlotState] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Overseer:
+    """A coordinator that hears of workers of this agent."""
+
+    address: str
+    #: Those that are its own; None: all.
+    worker_ids: Container[WorkerId] | None = None
+
+
 @asynccontextmanager
 async def agent_service(
     agent: NodeAgent,
@@ -57,21 +67,28 @@ async def agent_service(
     bind: str,
     incarnation: Incarnation,
     log: Callable[[str], None],
+    *,
+    overseers: Sequence[Overseer] = (),
 ) -> AsyncGenerator[None]:
-    """Serves and beats while the body runs, and the agent with it. Raises ConfigError when it cannot listen."""
-    service = AgentService(agent, site.node, incarnation, network, site.coordinator_address, log)
+    """Serves and beats while the body runs, and the agent with it. `overseers`: where several models are served, each
+    one's coordinator; else it is the site's. Raises ConfigError when it cannot listen."""
+    service = AgentService(
+        agent, site.node, incarnation, network, overseers or [Overseer(site.coordinator_address)], log
+    )
     server = network.server(bind)
     server.register(START_WORKER, service.on_start)
     server.register(STOP_WORKER, service.on_stop)
     server.register(RESTART_WORKER, service.on_restart)
     address = await server.start()
-    beating = asyncio.create_task(service.beat(address), name="agent-beats")
+    beating = [asyncio.create_task(work, name="agent-beats") for work in service.beats(address)]
     try:
         yield
     finally:
-        beating.cancel()
-        with suppress(asyncio.CancelledError):
-            await beating
+        for task in beating:
+            task.cancel()
+        for task in beating:
+            with suppress(asyncio.CancelledError):
+                await task
         await server.stop(STOP_GRACE_S)
 
 
@@ -82,24 +99,37 @@ class AgentService:
         node: str,
         incarnation: Incarnation,
         network: Network,
-        coordinator_address: str,
+        overseers: Sequence[Overseer],
         log: Callable[[str], None],
     ) -> None:
         self._agent = agent
         self._node = node
         self._incarnation = incarnation
         self._network = network
-        self._coordinator_address = coordinator_address
+        #: Each with what is set when there is something to tell.
+        self._overseers = [(overseer, asyncio.Event()) for overseer in overseers]
         self._log = log
 
-    async def beat(self, address: str) -> None:
+    def beats(self, address: str) -> list[Coroutine[Any, Any, None]]:
+        """What has to run: one for each coordinator, and what passes on that something changed."""
+        return [self._pass_on(), *(self._beat(address, overseer, news) for overseer, news in self._overseers)]
+
+    async def _pass_on(self) -> None:
+        while True:
+            await self._agent.to_tell.wait()
+            self._agent.to_tell.clear()
+            for _, news in self._overseers:
+                news.set()
+
+    async def _beat(self, address: str, overseer: Overseer, news: asyncio.Event) -> None:
         """Tells what there is, now and then and when it changes, until cancelled."""
         interval_s, is_heard = FIRST_INTERVAL_S, True
         while True:
-            self._agent.to_tell.clear()
-            ask = AgentBeat(node=self._node, incarnation=self._incarnation, address=address, slots=self.slots())
+            news.clear()
+            slots = self.slots(overseer.worker_ids)
+            ask = AgentBeat(node=self._node, incarnation=self._incarnation, address=address, slots=slots)
             try:
-                channel = self._network.channel(self._coordinator_address)
+                channel = self._network.channel(overseer.address)
                 interval_s = (await channel.call(AGENT_BEAT, ask, timeout_s=BEAT_TIMEOUT_S)).interval_s
                 is_heard = True
             except TandemError as error:
@@ -110,9 +140,9 @@ class AgentService:
                 continue
             with suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
-                    await self._agent.to_tell.wait()
+                    await news.wait()
 
-    def slots(self) -> tuple[WorkerSlot, ...]:
+    def slots(self, worker_ids: Container[WorkerId] | None = None) -> tuple[WorkerSlot, ...]:
         ages_s = self._agent.ages_s()
         return tuple(
             WorkerSlot(
@@ -126,6 +156,7 @@ class AgentService:
                 problem=worker.problem or "",
             )
             for worker in self._agent.workers()
+            if worker_ids is None or worker.worker_id in worker_ids
         )
 
     # --- rpc handlers -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coldstart.keep_alive import KeepRules
 from coordinator.policy.lending import LendRules
 from coordinator.policy.scaling_terms import ScaleRules
 from coordinator.pool_views import ScaledPool
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from contracts.config import ClusterConfig, PoolConfig
     from contracts.ids import WorkerId
     from contracts.messages import WorkerInfo
+    from contracts.pool_config import ScaleConfig
     from coordinator.autoscaler import Autoscaler
+    from coordinator.holding import Room
     from coordinator.shell import CoordinatorShell
 
 #: Of the shortest TTFT target: what a prompt may wait before it is begun.
@@ -27,10 +30,16 @@ _QUEUE_DELAY_S = 1.0
 
 
 def autoscaler(
-    config: ClusterConfig, shell: CoordinatorShell, clock: Clock, log: Callable[[str], None]
+    config: ClusterConfig,
+    shell: CoordinatorShell,
+    clock: Clock,
+    log: Callable[[str], None],
+    *,
+    weight_bytes: int = 0,
+    room: Room | None = None,
 ) -> Autoscaler | None:
-    """As `coordinator.scaling_wiring.autoscaler_of`."""
-    return autoscaler_of(shell, autoscale_settings(config), clock, log)
+    """As `coordinator.scaling_wiring.autoscaler_of`. `weight_bytes`: of the model."""
+    return autoscaler_of(shell, autoscale_settings(config, weight_bytes=weight_bytes), clock, log, room=room)
 
 
 def split_applier(shell: CoordinatorShell, clock: Clock, log: Callable[[str], None]) -> SplitApplier | None:
@@ -50,13 +59,19 @@ def split_applier(shell: CoordinatorShell, clock: Clock, log: Callable[[str], No
     return SplitApplier(clock, infos=infos, requests=requests, operator=operator, log=log)
 
 
-def autoscale_settings(config: ClusterConfig) -> AutoscaleSettings:
+def autoscale_settings(config: ClusterConfig, *, weight_bytes: int = 0) -> AutoscaleSettings:
     scale, lending = config.coordinator.autoscale, config.coordinator.lend
     return AutoscaleSettings(
         mode=scale.mode,
         interval_s=scale.interval_s,
         pools=tuple(
-            ScaledPool(name=pool.name, role=pool.role, rules=scale_rules(config, pool)) for pool in config.pools
+            ScaledPool(
+                name=pool.name,
+                role=pool.role,
+                rules=scale_rules(config, pool),
+                worker_bytes=pool.kv_memory + weight_bytes,
+            )
+            for pool in config.pools
         ),
         start_s=scale.start_s,
         flip_s=scale.flip_s,
@@ -89,7 +104,16 @@ def scale_rules(config: ClusterConfig, pool: PoolConfig) -> ScaleRules:
         max_step_up=scale.max_step_up,
         max_step_down=scale.max_step_down,
         to_zero_after_s=scale.to_zero_after_s,
+        keep=keep_rules(scale),
+        keep_bin_s=scale.keep_bin_s,
         flip=scale.flip,
         window_s=scale.window_s,
         recover_s=scale.recover_s,
     )
+
+
+def keep_rules(scale: ScaleConfig) -> KeepRules | None:
+    """None: `to_zero_after_s` says it all."""
+    if scale.keep_alive == "fixed":
+        return None
+    return KeepRules(way=scale.keep_alive, min_times=scale.keep_min_times, wait_s_per_gib_s=scale.keep_price)

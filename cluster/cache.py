@@ -54,12 +54,40 @@ class Cluster:
     token: str
     #: Of its gateway; None: not known.
     base_url: str | None = None
+    #: As clients ask for it, where there are several; None: there is but one.
+    model: str | None = None
 
     @classmethod
-    def of_state(cls, path: Path) -> Cluster:
-        """Raises ConfigError."""
+    def of_state(cls, path: Path, model: str | None = None, worker: str | None = None) -> Cluster:
+        """`model`, or a worker's id, tells which one is meant where there are several. Raises ConfigError."""
+        found = cls.all_of_state(path)
         state = read_state(path)
-        return cls(coordinator=state.coordinator_address, token=state.cluster_token, base_url=state.base_url)
+        if not state.cells:
+            if model not in (None, state.model_name):
+                raise ConfigError(f"--model {model}: this cluster serves {state.model_name}")
+            return found[0]
+        chosen = [
+            cluster
+            for cluster, cell in zip(found, state.cells, strict=True)
+            if (model in (cell.name, cell.model_name) if model is not None else worker in cell.worker_ids)
+        ]
+        if not chosen:
+            names = ", ".join(cell.model_name for cell in state.cells)
+            said = f"no model {model!r} is served here" if model is not None else f"no model has a worker {worker!r}"
+            if model is None and worker is None:
+                said = "which model? Give --model"
+            raise ConfigError(f"{said}; there are {names}")
+        return chosen[0]
+
+    @classmethod
+    def all_of_state(cls, path: Path) -> list[Cluster]:
+        """One for each model. Raises ConfigError."""
+        state = read_state(path)
+        cells: list[tuple[str, str | None]] = [(cell.coordinator_address, cell.model_name) for cell in state.cells]
+        return [
+            cls(coordinator=address, token=state.cluster_token, base_url=state.base_url, model=model)
+            for address, model in cells or [(state.coordinator_address, None)]
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +230,8 @@ async def _tokenize(cluster: Cluster, prefix: Prefix) -> list[int]:
         body: dict[str, Any] = {"messages": prefix.messages, "add_generation_prompt": False}
     else:
         body = {"prompt": prefix.text}
+    if cluster.model is not None:
+        body["model"] = cluster.model
     key = prefix.api_key or os.environ.get("TANDEM_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:

@@ -25,6 +25,9 @@ TokenFile = Annotated[
     Path | None,
     Parameter(name="--token-file", help="File with the cluster token; else TANDEM_CLUSTER_TOKEN is read."),
 ]
+Model = Annotated[
+    str | None, Parameter(name="--model", help="Which one is meant, where a cluster serves several models.")
+]
 Url = Annotated[str | None, Parameter(name="--url", help="Base URL of its gateway, where no state file tells it.")]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object instead of a table.")]
 TierFlag = Annotated[
@@ -46,6 +49,7 @@ ApiKey = Annotated[str | None, Parameter(name="--api-key", help="For the gateway
 @cache_app.command
 def stat(
     *,
+    model: Model = None,
     state_file: StateFile = None,
     coordinator: Coordinator = None,
     token_file: TokenFile = None,
@@ -54,7 +58,7 @@ def stat(
     """Size, hits, bytes moved and evictions of every tier of every process."""
     from cluster import cache
 
-    return cache.print_stat(running_cluster(state_file, coordinator, token_file), as_json=as_json)
+    return cache.print_stat(running_cluster(state_file, coordinator, token_file, model=model), as_json=as_json)
 
 
 @cache_app.command
@@ -66,6 +70,7 @@ def ls(
     limit: Annotated[int, Parameter(name="--limit", help="Blocks of each store, at most 1000.")] = 50,
     key: Annotated[str, Parameter(name="--key", help="Only keys that begin so, in hexadecimal digits.")] = "",
     pinned: Annotated[bool, Parameter(name="--pinned", negative="", help="Only pinned ones.")] = False,
+    model: Model = None,
     state_file: StateFile = None,
     coordinator: Coordinator = None,
     token_file: TokenFile = None,
@@ -83,7 +88,7 @@ def ls(
     if limit < 1:
         raise ConfigError(f"--limit {limit}: at least 1 is needed")
     ask = CacheListRequest(target=Incarnation(0), order=order, limit=limit, key_prefix=key_prefix, pinned_only=pinned)
-    return cache.print_list(running_cluster(state_file, coordinator, token_file), ask, as_json=as_json)
+    return cache.print_list(running_cluster(state_file, coordinator, token_file, model=model), ask, as_json=as_json)
 
 
 @cache_app.command
@@ -91,6 +96,7 @@ def clear(
     *,
     tier: TierFlag = "all",
     with_pinned: Annotated[bool, Parameter(name="--with-pinned", negative="", help="Pinned blocks too.")] = False,
+    model: Model = None,
     state_file: StateFile = None,
     coordinator: Coordinator = None,
     token_file: TokenFile = None,
@@ -99,7 +105,9 @@ def clear(
     from cluster import cache
 
     tiers = TIERS if tier == "all" else (tier,)
-    return cache.clear(running_cluster(state_file, coordinator, token_file), tiers, with_pinned=with_pinned)
+    return cache.clear(
+        running_cluster(state_file, coordinator, token_file, model=model), tiers, with_pinned=with_pinned
+    )
 
 
 @cache_app.command
@@ -114,6 +122,7 @@ def pin(
     cache_salt: Salt = None,
     lossy: Lossy = False,
     api_key: ApiKey = None,
+    model: Model = None,
     state_file: StateFile = None,
     coordinator: Coordinator = None,
     token_file: TokenFile = None,
@@ -129,7 +138,9 @@ def pin(
         except ValueError as error:
             raise ConfigError(f"--for: {error}") from None
     prefix = _prefix(text_file, messages_file, tenant, cache_salt, lossy, api_key)
-    return cache.pin(running_cluster(state_file, coordinator, token_file, url), prefix, wanted=True, for_s=for_s)
+    return cache.pin(
+        running_cluster(state_file, coordinator, token_file, url, model=model), prefix, wanted=True, for_s=for_s
+    )
 
 
 @cache_app.command
@@ -141,6 +152,7 @@ def unpin(
     cache_salt: Salt = None,
     lossy: Lossy = False,
     api_key: ApiKey = None,
+    model: Model = None,
     state_file: StateFile = None,
     coordinator: Coordinator = None,
     token_file: TokenFile = None,
@@ -150,21 +162,40 @@ def unpin(
     from cluster import cache
 
     prefix = _prefix(text_file, messages_file, tenant, cache_salt, lossy, api_key)
-    return cache.pin(running_cluster(state_file, coordinator, token_file, url), prefix, wanted=False, for_s=None)
+    return cache.pin(
+        running_cluster(state_file, coordinator, token_file, url, model=model), prefix, wanted=False, for_s=None
+    )
 
 
 def running_cluster(
-    state_file: Path | None, coordinator: str | None, token_file: Path | None, url: str | None = None
+    state_file: Path | None,
+    coordinator: str | None,
+    token_file: Path | None,
+    url: str | None = None,
+    *,
+    model: str | None = None,
+    worker: str | None = None,
 ) -> Cluster:
-    """The one that is meant. Raises ConfigError."""
+    """The one that is meant; of several models that of `model`, or of this worker. Raises ConfigError."""
     from cluster.cache import Cluster
     from cluster.tokens import cluster_token
 
     if state_file is not None:
-        return Cluster.of_state(state_file)
+        return Cluster.of_state(state_file, model, worker)
     if coordinator is None:
         raise ConfigError("which cluster? Give --state-file, or --coordinator and the token")
-    return Cluster(coordinator=coordinator, token=cluster_token(token_file), base_url=url)
+    return Cluster(coordinator=coordinator, token=cluster_token(token_file), base_url=url, model=model)
+
+
+def running_clusters(
+    state_file: Path | None, coordinator: str | None, token_file: Path | None, model: str | None
+) -> list[Cluster]:
+    """All models', unless one is named. Raises ConfigError."""
+    from cluster.cache import Cluster
+
+    if state_file is not None and model is None:
+        return Cluster.all_of_state(state_file)
+    return [running_cluster(state_file, coordinator, token_file, model=model)]
 
 
 def _prefix(

@@ -17,6 +17,7 @@ from cluster.flags import ConfigFlags, load
 from cluster.operate_commands import add_operate_commands
 from cluster.scale_commands import add_scale_commands
 from cluster.tokens import cluster_token
+from contracts.cells import cell_named
 from contracts.config_loader import file_schema
 from contracts.errors import ConfigError, TandemError
 
@@ -47,6 +48,7 @@ TokenFile = Annotated[
 RuntimeDir = Annotated[
     Path, Parameter(name="--runtime-dir", help="Private folder that all workers of this machine share.")
 ]
+Cell = Annotated[str | None, Parameter(name="--cell", help="Which one of `models` it is for, where there are several.")]
 Bind = Annotated[str, Parameter(name="--bind", help="Address for rpc, host:port; port 0 takes a free one.")]
 
 
@@ -79,19 +81,31 @@ def demo(*, flags: ConfigFlags | None = None) -> int:
 
 
 @app.command
-def coordinator(*, flags: ConfigFlags | None = None, bind: Bind = "127.0.0.1:0", token_file: TokenFile = None) -> int:
+def coordinator(
+    *,
+    flags: ConfigFlags | None = None,
+    cell: Cell = None,
+    bind: Bind = "127.0.0.1:0",
+    token_file: TokenFile = None,
+) -> int:
     """Run a coordinator alone."""
     from cluster.standalone import run_coordinator
 
-    return run_coordinator(load(flags, dict(os.environ)).config, bind, cluster_token(token_file))
+    return run_coordinator(cell_named(load(flags, dict(os.environ)).config, cell), bind, cluster_token(token_file))
 
 
 @app.command
-def gateway(*, coordinator: Coordinator, flags: ConfigFlags | None = None, token_file: TokenFile = None) -> int:
+def gateway(
+    *,
+    coordinator: Coordinator,
+    flags: ConfigFlags | None = None,
+    cell: Cell = None,
+    token_file: TokenFile = None,
+) -> int:
     """Run a gateway alone."""
     from cluster.standalone import run_gateway
 
-    return run_gateway(load(flags, dict(os.environ)).config, coordinator, cluster_token(token_file))
+    return run_gateway(cell_named(load(flags, dict(os.environ)).config, cell), coordinator, cluster_token(token_file))
 
 
 @app.command
@@ -100,13 +114,15 @@ def agent(
     coordinator: Coordinator,
     runtime_dir: RuntimeDir,
     flags: ConfigFlags | None = None,
+    cell: Cell = None,
     bind: Bind = "127.0.0.1:0",
     token_file: TokenFile = None,
 ) -> int:
     """Keep the workers of all pools running on this machine."""
     from cluster.standalone import run_agent
 
-    return run_agent(load(flags, dict(os.environ)).config, coordinator, cluster_token(token_file), runtime_dir, bind)
+    config = cell_named(load(flags, dict(os.environ)).config, cell)
+    return run_agent(config, coordinator, cluster_token(token_file), runtime_dir, bind)
 
 
 @app.command
@@ -117,13 +133,14 @@ def worker(
     index: Annotated[int, Parameter(name="--index", help="Its number in the pool.")] = 0,
     runtime_dir: RuntimeDir,
     flags: ConfigFlags | None = None,
+    cell: Cell = None,
     bind: Bind = "127.0.0.1:0",
     token_file: TokenFile = None,
 ) -> int:
     """Become one worker of a pool, without a supervisor."""
     from cluster.standalone import become_worker
 
-    config = load(flags, dict(os.environ)).config
+    config = cell_named(load(flags, dict(os.environ)).config, cell)
     become_worker(config, coordinator, cluster_token(token_file), f"{pool}-{index}", runtime_dir, bind)
 
 
@@ -167,11 +184,12 @@ def profile(
         bool, Parameter(name="--serving", help="Also measure what a cluster of two workers adds to its engines.")
     ] = True,
     flags: ConfigFlags | None = None,
+    cell: Cell = None,
 ) -> int:
     """Measure what steps cost on this machine, for planning and simulation."""
     from cluster.profile import ProfileOptions, run_profile
 
-    config = load(flags, dict(os.environ), model=model).config
+    config = cell_named(load(flags, dict(os.environ), model=model).config, cell)
     options = ProfileOptions(output=output, threads=threads, max_context_tokens=max_context, serving=serving)
     return run_profile(config, options)
 

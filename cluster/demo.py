@@ -19,7 +19,7 @@ from rpc import LiveClock
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from cluster.local import LocalCluster
+    from cluster.following import LocalCluster
     from contracts.config import ClusterConfig
 
 #: A whole answer of the demo model takes well under a second; a large model may take its time.

@@ -25,6 +25,7 @@ from cluster.plan import transfer_options
 from cluster.serve import say
 from cluster.state_file import read_state
 from cluster.transports import check_interface
+from contracts.cells import cells_of
 from contracts.config import format_size
 from contracts.errors import ConfigError, TandemError
 from contracts.messages import AUDIT, MEMBERS, Empty
@@ -61,7 +62,7 @@ def check_machine(config: ClusterConfig) -> int:
         _check_shared_memory(),
         *_check_transports(config),
         _check_memory(config),
-        _check_model(config),
+        *(_check_model(cell.config) for cell in cells_of(config)),
         _check_port(config),
         _check_folder("temporary folder", tempfile.gettempdir()),
     ]
@@ -70,7 +71,8 @@ def check_machine(config: ClusterConfig) -> int:
 
 def audit_from_state(path: Path) -> int:
     state = read_state(path)
-    return audit(state.coordinator_address, state.cluster_token)
+    addresses = [cell.coordinator_address for cell in state.cells] or [state.coordinator_address]
+    return max(audit(address, state.cluster_token) for address in addresses)
 
 
 def audit(coordinator_address: str, token: str) -> int:
@@ -164,7 +166,7 @@ def _check_compiler() -> Finding:
 
 
 def _check_cores(config: ClusterConfig) -> Finding:
-    cores, workers = allowed_cores(), sum(pool.max_workers for pool in config.pools)
+    cores, workers = allowed_cores(), sum(pool.max_workers for cell in cells_of(config) for pool in cell.config.pools)
     detail = f"{len(cores)} for {workers} workers"
     if workers > len(cores):
         return Finding("note", "cores", f"{detail}: they share, each with one thread")
@@ -198,7 +200,7 @@ def _check_transports(config: ClusterConfig) -> list[Finding]:
 
 
 def _check_memory(config: ClusterConfig) -> Finding:
-    wanted = sum(pool.max_workers * pool.kv_memory for pool in config.pools)
+    wanted = sum(pool.max_workers * pool.kv_memory for cell in cells_of(config) for pool in cell.config.pools)
     wanted += config.store.dram or 0
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     what = "KV pools want" if config.store.dram is None else "KV pools and the store want"

@@ -10,33 +10,42 @@ import shutil
 import sys
 import tempfile
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from cluster.agent_service import agent_service
+from cluster.agent_service import Overseer, agent_service
+from cluster.following import LocalCluster
 from cluster.launch import StandbyLaunch, WeightTierOptions
+from cluster.model_source import resolve_model
 from cluster.node_agent import NodeAgent, WorkerPlan
 from cluster.parent_log import structured
-from cluster.plan import Site, node_name, plan_launches, plan_store, worker_environ, worker_slots
+from cluster.plan import Site, node_name, plan_cells, plan_store, worker_environ, worker_slots
 from cluster.process_log import ProcessLog
-from cluster.progress import ProgressLines, settled, starting_line, why_hopeless
-from cluster.services import base_url, check_servable, coordinator_service, gateway_service, gateway_settings
+from cluster.progress import starting_line
+from cluster.services import (
+    FrontedModel,
+    base_url,
+    check_servable,
+    coordinator_service,
+    gateway_service,
+    gateway_settings,
+)
 from cluster.standby import StandbyPool
-from cluster.state_file import STATE_FILE, ClusterState, WorkerState, write_state
-from cluster.supervision import State, SupervisionLimits
+from cluster.state_file import STATE_FILE, CellState, ClusterState
+from cluster.supervision import SupervisionLimits
 from cluster.weights_service import WeightsService
 from contracts.errors import ConfigError
 from contracts.ids import Incarnation
+from coordinator.holding import Room
 from gateway.server import bind
 from rpc import GrpcNetwork, LiveClock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
-    from cluster.model_source import ModelSource
+    from coldstart.tier_handles import Entry
+    from contracts.cells import Cell
     from contracts.clock import Clock
     from contracts.config import ClusterConfig, SupervisorConfig
 
@@ -49,110 +58,43 @@ WORKER_COMMAND = (sys.executable, "-m", "cluster.worker_main")
 LOG_FOLDER = "logs"
 
 
-class LocalCluster:
-    """Follows the workers: prints progress, keeps the state files current, knows when all is ready."""
+@dataclass(frozen=True, slots=True)
+class LocalCell:
+    """One of the models that are served here: "" is the only one's name."""
 
-    def __init__(
-        self,
-        agent: NodeAgent,
-        state: ClusterState,
-        state_files: list[Path],
-        clock: Clock,
-        say: Callable[[str], None],
-    ) -> None:
-        self._agent = agent
-        self._state = state
-        self._state_files = state_files
-        self._clock = clock
-        self._say = say
-        self._progress = ProgressLines()
-        #: Set once every worker is ready or given up and the ready ones can serve.
-        self.ready = asyncio.Event()
-        #: Set once the workers that are not given up could not serve; `problem` says why.
-        self.hopeless = asyncio.Event()
-        self.problem: str | None = None
+    name: str
+    model_name: str
+    config: ClusterConfig
+    folder: Path
+    #: As `ModelSource.pin`.
+    pin: Entry | None = None
 
-    def __repr__(self) -> str:
-        return f"<LocalCluster at {self.base_url}, {self._agent!r}>"
+    @classmethod
+    def resolved(cls, cell: Cell, say: Callable[[str], None]) -> LocalCell:
+        """Blocks while the model is fetched. Raises ConfigError."""
+        source = resolve_model(cell.config.model, say, dtype=cell.config.dtype, tier=cell.config.weights.ssd)
+        return cls(cell.name, cell.config.served_model_name or source.name, cell.config, source.folder, source.pin)
 
     @property
-    def base_url(self) -> str:
-        return self._state.base_url
-
-    @property
-    def model_name(self) -> str:
-        return self._state.model_name
-
-    @property
-    def has_trouble(self) -> bool:
-        """Whether somebody will want to read the logs."""
-        return any(worker.problem is not None for worker in self._agent.workers())
-
-    def kill(self) -> None:
-        self._agent.kill_all()
-
-    async def watch(self) -> None:
-        try:
-            while True:
-                self._follow()
-                await self._agent.changed.wait()
-                self._agent.changed.clear()
-        except Exception as error:
-            self.problem = f"a bug in following the workers: {error!r}"
-            self.hopeless.set()
-            raise
-
-    def _follow(self) -> None:
-        workers = self._agent.workers()
-        for line in self._progress.update(workers, self._clock.now_s()):
-            self._say(line)
-        self.problem = why_hopeless(workers)
-        if self.problem is not None:
-            self.hopeless.set()
-        elif settled(workers):
-            self.ready.set()
-        self._write_state()
-
-    def _write_state(self) -> None:
-        workers = tuple(
-            WorkerState(
-                worker_id=worker.worker_id,
-                role=worker.role,
-                state=worker.state.value,
-                incarnation=worker.incarnation,
-                pid=worker.pid,
-                address=worker.address,
-                problem=worker.problem,
-            )
-            for worker in self._agent.workers()
-            if worker.is_wanted or worker.pid is not None
-        )
-        # A store that was given up is missed by nobody: what it would have kept is computed.
-        ready = all(
-            worker.state == State.READY.value or (worker.role == "store" and worker.state == State.GIVEN_UP.value)
-            for worker in workers
-        )
-        self._state = msgspec.structs.replace(self._state, workers=workers, ready=ready)
-        for path in self._state_files:
-            try:
-                write_state(path, self._state)
-            except OSError as error:
-                self._say(f"cannot write the state file {path}: {error.strerror}")
+    def weight_bytes(self) -> int:
+        """On disk, in either layout."""
+        files = [*self.folder.glob("*.safetensors"), *self.folder.glob("*.tandem")]
+        return sum(file.stat().st_size for file in files)
 
 
 @asynccontextmanager
 async def local_cluster(
-    config: ClusterConfig, source: ModelSource, *, state_file: Path | None, say: Callable[[str], None]
+    config: ClusterConfig, cells: Sequence[LocalCell], *, state_file: Path | None, say: Callable[[str], None]
 ) -> AsyncGenerator[LocalCluster]:
     """Starts everything; returns before the workers are ready. Leaving stops everything within a bound.
 
     Raises ConfigError for what cannot work (port in use, log folder that cannot be made).
     """
-    check_servable(config)
-    model_name = config.served_model_name or source.name
-    settings = gateway_settings(config, source.folder, model_name)
+    for cell in cells:
+        check_servable(cell.config)
+    settings = [gateway_settings(cell.config, cell.folder, cell.model_name) for cell in cells]
     async with AsyncExitStack() as stack:
-        sock = stack.enter_context(contextlib.closing(bind(settings)))
+        sock = stack.enter_context(contextlib.closing(bind(settings[0])))
         folder = _RuntimeFolder(say)
         stack.callback(folder.remove)
         runtime_dir = folder.path
@@ -162,39 +104,75 @@ async def local_cluster(
         token = secrets.token_urlsafe(32)
         network = GrpcNetwork(token=token, log=_line_writer(log))
         stack.push_async_callback(network.close)
-        address = await stack.enter_async_context(
-            coordinator_service(config, network, clock, LOOPBACK, _line_writer(log))
-        )
+        room = Room(config.workers_memory)
+        sites: list[Site] = []
+        for cell in cells:
+            service = coordinator_service(
+                cell.config,
+                network,
+                clock,
+                LOOPBACK,
+                _line_writer(log, cell.name),
+                weight_bytes=cell.weight_bytes,
+                room=room,
+            )
+            sites.append(
+                Site(
+                    model_dir=str(cell.folder),
+                    model_name=cell.model_name,
+                    coordinator_address=await stack.enter_async_context(service),
+                    cluster_token=token,
+                    runtime_dir=str(runtime_dir),
+                    prefix=f"{cell.name}-" if cell.name else "",
+                    bind=LOOPBACK,
+                    parent_pid=os.getpid(),
+                    allowed_cores=allowed_cores(),
+                    node=node_name(config),
+                )
+            )
+        planned = [(cell.config, site) for cell, site in zip(cells, sites, strict=True)]
+        agent, planned = make_agent(config, planned, log_dir=log_dir, clock=clock, say=say)
+        plans = cell_plans(planned)
+        own = [tuple(plan.launch.worker_id for plan in each) for each in plans]
         state = ClusterState(
             pid=os.getpid(),
             base_url=base_url(sock),
-            model_name=model_name,
-            coordinator_address=address,
+            model_name=cells[0].model_name,
+            coordinator_address=sites[0].coordinator_address,
             cluster_token=token,
             runtime_dir=str(runtime_dir),
             log_dir=str(log_dir),
             ready=False,
             workers=(),
+            cells=tuple(
+                CellState(
+                    name=cell.name,
+                    model_name=cell.model_name,
+                    coordinator_address=site.coordinator_address,
+                    worker_ids=worker_ids,
+                )
+                for cell, site, worker_ids in zip(cells, sites, own, strict=True)
+                if cell.name
+            ),
         )
-        site = Site(
-            model_dir=str(source.folder),
-            model_name=model_name,
-            coordinator_address=address,
-            cluster_token=token,
-            runtime_dir=str(runtime_dir),
-            bind=LOOPBACK,
-            parent_pid=os.getpid(),
-            allowed_cores=allowed_cores(),
-            node=node_name(config),
-        )
-        agent, site = make_agent(config, site, log_dir=log_dir, clock=clock, say=say)
-        say(starting_line(model_name, [worker.role for worker in agent.workers() if worker.is_wanted]))
+        for cell, each in zip(cells, plans, strict=True):
+            say(starting_line(cell.model_name, [plan.launch.role for plan in each if plan.starts]))
         await stack.enter_async_context(agent)
-        await stack.enter_async_context(
-            agent_service(agent, site, network, LOOPBACK, first_incarnation(clock), _line_writer(log))
+        overseers = [
+            Overseer(site.coordinator_address, frozenset(worker_ids))
+            for site, worker_ids in zip(sites, own, strict=True)
+        ]
+        beats = agent_service(
+            agent, sites[0], network, LOOPBACK, first_incarnation(clock), _line_writer(log), overseers=overseers
         )
-        logger = structured(log, say)
-        await stack.enter_async_context(gateway_service(settings, source.folder, network, clock, address, sock, logger))
+        await stack.enter_async_context(beats)
+        fronted = [
+            FrontedModel(
+                settings=each, folder=cell.folder, coordinator_address=site.coordinator_address, name=cell.name
+            )
+            for cell, site, each in zip(cells, sites, settings, strict=True)
+        ]
+        await stack.enter_async_context(gateway_service(fronted, network, clock, sock, structured(log, say)))
         files = [runtime_dir / STATE_FILE, *([state_file] if state_file else [])]
         cluster = LocalCluster(agent, state, files, clock, say)
         watch = asyncio.create_task(cluster.watch(), name="watch-workers")
@@ -224,14 +202,20 @@ def first_incarnation(clock: Clock) -> Incarnation:
 
 
 def make_agent(
-    config: ClusterConfig, site: Site, *, log_dir: Path, clock: Clock, say: Callable[[str], None]
-) -> tuple[NodeAgent, Site]:
-    """The node agent of this machine, and the site that its workers know. Raises ConfigError."""
+    config: ClusterConfig,
+    cells: Sequence[tuple[ClusterConfig, Site]],
+    *,
+    log_dir: Path,
+    clock: Clock,
+    say: Callable[[str], None],
+) -> tuple[NodeAgent, list[tuple[ClusterConfig, Site]]]:
+    """The node agent of this machine, and the sites that its workers know. `cells`: the models that it has workers of.
+    Raises ConfigError."""
     weights = make_weights(config, log_dir, clock, say)
     if weights is not None:
-        site = replace(site, weights=weights.door)
+        cells = [(own, replace(site, weights=weights.door)) for own, site in cells]
     agent = NodeAgent(
-        worker_plans(config, site),
+        [plan for each in cell_plans(cells) for plan in each],
         limits=supervision_limits(config.supervisor),
         first_incarnation=first_incarnation(clock),
         log_dir=log_dir,
@@ -240,7 +224,7 @@ def make_agent(
         standby=make_standby(config, log_dir, clock, say),
         weights=weights,
     )
-    return agent, site
+    return agent, list(cells)
 
 
 def make_weights(
@@ -279,22 +263,30 @@ def host_memory_bytes() -> int:
 
 
 def worker_plans(config: ClusterConfig, site: Site) -> list[WorkerPlan]:
-    """What a node agent starts. Raises ConfigError."""
-    plans = [
-        WorkerPlan(
-            launch=launch,
-            command=WORKER_COMMAND,
-            environ=worker_environ(os.environ, launch.threads),
-            pool=pool.name,
-            starts=index < pool.initial_workers,
-        )
-        for launch, (pool, index) in zip(plan_launches(config, site), worker_slots(config), strict=True)
-    ]
-    store = plan_store(config, site)
-    if store is not None:
-        command = (sys.executable, "-m", "cluster.store_main")
-        plans.append(WorkerPlan(launch=store, command=command, environ=worker_environ(os.environ, threads=1)))
-    return plans
+    """What a node agent starts of one model. Raises ConfigError."""
+    return cell_plans([(config, site)])[0]
+
+
+def cell_plans(cells: Sequence[tuple[ClusterConfig, Site]]) -> list[list[WorkerPlan]]:
+    """What a node agent starts of each model. Raises ConfigError."""
+    planned: list[list[WorkerPlan]] = []
+    for (config, site), launches in zip(cells, plan_cells(cells), strict=True):
+        plans = [
+            WorkerPlan(
+                launch=launch,
+                command=WORKER_COMMAND,
+                environ=worker_environ(os.environ, launch.threads),
+                pool=pool.name,
+                starts=index < pool.initial_workers,
+            )
+            for launch, (pool, index) in zip(launches, worker_slots(config), strict=True)
+        ]
+        store = plan_store(config, site)
+        if store is not None:
+            command = (sys.executable, "-m", "cluster.store_main")
+            plans.append(WorkerPlan(launch=store, command=command, environ=worker_environ(os.environ, threads=1)))
+        planned.append(plans)
+    return planned
 
 
 def allowed_cores() -> tuple[int, ...]:
@@ -332,5 +324,6 @@ def log_folder(config: ClusterConfig, runtime_dir: Path) -> Path:
     return folder
 
 
-def _line_writer(log: ProcessLog) -> Callable[[str], None]:
-    return lambda line: log.write(line.encode())
+def _line_writer(log: ProcessLog, name: str = "") -> Callable[[str], None]:
+    begin = f"{name}: " if name else ""
+    return lambda line: log.write(f"{begin}{line}".encode())

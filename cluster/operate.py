@@ -81,36 +81,49 @@ def _found(number: int, reply: OperationsReply) -> OperationStatus:
     raise WorkerUnavailable(f"the coordinator does not know operation {number} any more: it was restarted")
 
 
-def print_operations(cluster: Cluster, cancel: int | None, *, as_json: bool) -> int:
-    """Those that run, and the last that ended."""
+def print_operations(clusters: Sequence[Cluster], cancel: int | None, *, as_json: bool) -> int:
+    """Those that run, and the last that ended; of each model."""
     ask = OperationsRequest(cancel=cancel)
-    reply = asking(cluster, lambda channel: channel.call(OPERATIONS, ask, timeout_s=ASK_TIMEOUT_S))
+    found = [
+        (cluster, asking(cluster, lambda channel: channel.call(OPERATIONS, ask, timeout_s=ASK_TIMEOUT_S)).operations)
+        for cluster in clusters
+    ]
     if as_json:
-        print(msgspec.json.encode(reply.operations).decode())
+        print(msgspec.json.encode(by_model(found)).decode())
         return 0
-    table = table_of("number", "operation", "state", "age", "by", "")
-    for status in reply.operations:
-        table.add_row(
-            str(status.operation_id),
-            title(status.operation),
-            status.state,
-            f"{status.age_s:.0f} s",
-            status.by,
-            status.text,
-        )
-    _print(table)
+    for cluster, statuses in found:
+        if len(found) > 1:
+            _say(f"{cluster.model}:")
+        table = table_of("number", "operation", "state", "age", "by", "")
+        for status in statuses:
+            table.add_row(
+                str(status.operation_id),
+                title(status.operation),
+                status.state,
+                f"{status.age_s:.0f} s",
+                status.by,
+                status.text,
+            )
+        _print(table)
     return 0
 
 
-def print_workers(cluster: Cluster, *, as_json: bool) -> int:
-    """One line for each member, and for each worker that a node agent could start."""
+def by_model(found: Sequence[tuple[Cluster, AnswerT]]) -> object:
+    """What is printed as JSON: of one cluster the answer, of several an object by model."""
+    if len(found) == 1:
+        return found[0][1]
+    return {str(cluster.model): answer for cluster, answer in found}
+
+
+def print_workers(clusters: Sequence[Cluster], *, as_json: bool) -> int:
+    """One line for each member, and for each worker that a node agent could start; of all models."""
 
     async def ask(channel: Channel) -> tuple[MembersReply, OperationsReply]:
         members = await channel.call(MEMBERS, Empty(), timeout_s=ASK_TIMEOUT_S)
         return members, await channel.call(OPERATIONS, OperationsRequest(), timeout_s=ASK_TIMEOUT_S)
 
-    members, reply = asking(cluster, ask)
-    rows = worker_rows(members.members, reply)
+    answers = [asking(cluster, ask) for cluster in clusters]
+    rows = [row for members, reply in answers for row in worker_rows(members.members, reply)]
     if not rows:
         raise NotFound("the coordinator knows of no worker, and of no node agent")
     if as_json:

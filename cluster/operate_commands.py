@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from cyclopts import Parameter
 
-from cluster.cache_commands import AsJson, Coordinator, StateFile, TokenFile, running_cluster
+from cluster.cache_commands import (
+    AsJson,
+    Coordinator,
+    Model,
+    StateFile,
+    TokenFile,
+    running_cluster,
+    running_clusters,
+)
 from contracts.config import parse_duration_s
 from contracts.errors import ConfigError
 from contracts.ids import WorkerId
@@ -35,6 +43,7 @@ Within = Annotated[
 
 def workers(
     *,
+    model: Model = None,
     state_file: StateFile = None,
     coordinator: Coordinator = None,
     token_file: TokenFile = None,
@@ -43,12 +52,13 @@ def workers(
     """Who is in a running cluster: roles, states, load, builds."""
     from cluster import operate
 
-    return operate.print_workers(running_cluster(state_file, coordinator, token_file), as_json=as_json)
+    return operate.print_workers(running_clusters(state_file, coordinator, token_file, model), as_json=as_json)
 
 
 def operations(
     *,
     cancel: Annotated[int | None, Parameter(name="--cancel", help="End this operation where it stands.")] = None,
+    model: Model = None,
     state_file: StateFile = None,
     coordinator: Coordinator = None,
     token_file: TokenFile = None,
@@ -57,7 +67,10 @@ def operations(
     """The operations that run on a cluster, and those that ended last."""
     from cluster import operate
 
-    return operate.print_operations(running_cluster(state_file, coordinator, token_file), cancel, as_json=as_json)
+    if cancel is not None:
+        one = running_cluster(state_file, coordinator, token_file, model=model)
+        return operate.print_operations([one], cancel, as_json=as_json)
+    return operate.print_operations(running_clusters(state_file, coordinator, token_file, model), None, as_json=as_json)
 
 
 def drain(
@@ -78,7 +91,7 @@ def drain(
     operation: Operation = UndrainOperation(worker_id=WorkerId(worker))
     if not undo:
         operation = DrainOperation(worker_id=WorkerId(worker), within_s=_duration_s(within), force=force)
-    return _run(operation, state_file, coordinator, token_file, no_wait=no_wait)
+    return _run(operation, worker, state_file, coordinator, token_file, no_wait=no_wait)
 
 
 def flip(
@@ -97,7 +110,7 @@ def flip(
     from contracts.control_messages import FlipOperation
 
     operation = FlipOperation(worker_id=WorkerId(worker), role=role, force=force)
-    return _run(operation, state_file, coordinator, token_file, no_wait=no_wait)
+    return _run(operation, worker, state_file, coordinator, token_file, no_wait=no_wait)
 
 
 def restart(
@@ -111,6 +124,7 @@ def restart(
     ] = None,
     force: Force = False,
     no_wait: NoWait = False,
+    model: Model = None,
     state_file: StateFile = None,
     coordinator: Coordinator = None,
     token_file: TokenFile = None,
@@ -122,7 +136,8 @@ def restart(
         raise ConfigError("whom? Name workers, or give --rolling for all")
     names = tuple(WorkerId(each) for each in worker)
     operation = RestartOperation(worker_ids=names, python=python or "", force=force)
-    return _run(operation, state_file, coordinator, token_file, no_wait=no_wait)
+    first = worker[0] if worker else None
+    return _run(operation, first, state_file, coordinator, token_file, no_wait=no_wait, model=model)
 
 
 def start(
@@ -139,7 +154,7 @@ def start(
     from contracts.control_messages import StartOperation
 
     operation = StartOperation(worker_id=WorkerId(worker), role=role)
-    return _run(operation, state_file, coordinator, token_file, no_wait=no_wait)
+    return _run(operation, worker, state_file, coordinator, token_file, no_wait=no_wait)
 
 
 def stop(
@@ -157,7 +172,7 @@ def stop(
     from contracts.control_messages import RemoveOperation
 
     operation = RemoveOperation(worker_id=WorkerId(worker), within_s=_duration_s(within), force=force)
-    return _run(operation, state_file, coordinator, token_file, no_wait=no_wait)
+    return _run(operation, worker, state_file, coordinator, token_file, no_wait=no_wait)
 
 
 def add_operate_commands(app: App) -> None:
@@ -166,11 +181,19 @@ def add_operate_commands(app: App) -> None:
 
 
 def _run(
-    operation: Operation, state_file: Path | None, coordinator: str | None, token_file: Path | None, *, no_wait: bool
+    operation: Operation,
+    worker: str | None,
+    state_file: Path | None,
+    coordinator: str | None,
+    token_file: Path | None,
+    *,
+    no_wait: bool,
+    model: str | None = None,
 ) -> int:
     from cluster import operate
 
-    return operate.run(running_cluster(state_file, coordinator, token_file), operation, waits=not no_wait)
+    cluster = running_cluster(state_file, coordinator, token_file, model=model, worker=worker)
+    return operate.run(cluster, operation, waits=not no_wait)
 
 
 def _duration_s(text: str | None) -> float | None:

@@ -29,6 +29,8 @@ class Site:
     coordinator_address: str
     cluster_token: str
     runtime_dir: str
+    #: Of the store's name, where there are several models.
+    prefix: str = ""
     #: Where rpc servers listen; port 0.
     bind: str
     #: None: the workers are nobody's children.
@@ -48,14 +50,20 @@ def worker_slots(config: ClusterConfig) -> list[tuple[PoolConfig, int]]:
 
 def plan_launches(config: ClusterConfig, site: Site) -> list[WorkerLaunch]:
     """One launch for each of `worker_slots`: each has its cores, whether the others run or not. Raises ConfigError."""
-    pools = worker_slots(config)
-    for pool in config.pools:
-        _check_cores(pool, site.allowed_cores)
-    demands = [CoreDemand(cores=pool.cores, threads=pool.threads) for pool, _ in pools]
-    shares = assign_cores(site.allowed_cores, demands)
+    return plan_cells([(config, site)])[0]
+
+
+def plan_cells(cells: Sequence[tuple[ClusterConfig, Site]]) -> list[list[WorkerLaunch]]:
+    """The same for several models on one machine, whose workers divide its cores among all. Raises ConfigError."""
+    for config, site in cells:
+        for pool in config.pools:
+            _check_cores(pool, site.allowed_cores)
+    slots = [worker_slots(config) for config, _ in cells]
+    demands = [CoreDemand(cores=pool.cores, threads=pool.threads) for own in slots for pool, _ in own]
+    shares = iter(assign_cores(cells[0][1].allowed_cores, demands))
     return [
-        _launch(config, site, pool, WorkerId(f"{pool.name}-{index}"), share)
-        for (pool, index), share in zip(pools, shares, strict=True)
+        [_launch(config, site, pool, WorkerId(f"{pool.name}-{index}"), next(shares)) for pool, index in own]
+        for (config, site), own in zip(cells, slots, strict=True)
     ]
 
 
@@ -70,7 +78,7 @@ def plan_store(config: ClusterConfig, site: Site) -> StoreLaunch | None:
         path = str(Path(ssd.path).expanduser())
         options = SsdOptions(path=path, size_bytes=ssd.size, codec=ssd.codec, direct=ssd.direct)
     return StoreLaunch(
-        worker_id=WorkerId(f"store-{site.node}"),
+        worker_id=WorkerId(f"{site.prefix}store-{site.node}"),
         incarnation=Incarnation(0),
         coordinator_address=site.coordinator_address,
         cluster_token=site.cluster_token,

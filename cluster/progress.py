@@ -60,8 +60,22 @@ def can_serve(roles: Sequence[MemberRole]) -> bool:
 
 
 def settled(workers: Sequence[WorkerStatus]) -> bool:
-    """Every worker that should run is ready or given up: waiting longer brings nothing."""
-    return all(worker.state in (State.READY, State.GIVEN_UP) for worker in workers if worker.is_wanted)
+    """Every worker of a model that is waited for is ready or given up: waiting longer brings nothing."""
+    return all(worker.state in (State.READY, State.GIVEN_UP) for worker in awaited(workers))
+
+
+def is_ready(workers: Sequence[WorkerStatus]) -> bool:
+    """The same without those given up, but for a store: what it would have kept is computed."""
+    return all(
+        worker.state is State.READY or (worker.role == "store" and worker.state is State.GIVEN_UP)
+        for worker in awaited(workers)
+    )
+
+
+def awaited(workers: Sequence[WorkerStatus]) -> list[WorkerStatus]:
+    """Of one model: those that should run. A store learns from workers what KV is; where none is to come it waits."""
+    wanted = [worker for worker in workers if worker.is_wanted]
+    return wanted if any(worker.role != "store" for worker in wanted) else []
 
 
 def why_hopeless(workers: Sequence[WorkerStatus]) -> str | None:

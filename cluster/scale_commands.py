@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from cluster.cache_commands import AsJson, Coordinator, StateFile, TokenFile, running_cluster
+from cluster.cache_commands import AsJson, Coordinator, Model, StateFile, TokenFile, running_clusters
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -17,6 +17,7 @@ def autoscale(
     dry_run: Annotated[
         bool, Parameter(name="--dry-run", negative="", help="What it would do now, and why; nothing is done.")
     ] = False,
+    model: Model = None,
     state_file: StateFile = None,
     coordinator: Coordinator = None,
     token_file: TokenFile = None,
@@ -26,7 +27,7 @@ def autoscale(
     from cluster import scale_report
 
     return scale_report.print_scaling(
-        running_cluster(state_file, coordinator, token_file), dry_run=dry_run, as_json=as_json
+        running_clusters(state_file, coordinator, token_file, model), dry_run=dry_run, as_json=as_json
     )
 
 

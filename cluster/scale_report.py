@@ -6,25 +6,31 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cluster.operate import ASK_TIMEOUT_S, asking
+from cluster.operate import ASK_TIMEOUT_S, asking, by_model
 from contracts.messages import Empty
 from contracts.scale_messages import SCALING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from cluster.cache import Cluster
     from contracts.scale_messages import PoolScaling, ScalingReply
 
 
-def print_scaling(cluster: Cluster, *, dry_run: bool, as_json: bool) -> int:
-    """Asks the coordinator; nothing changes."""
-    reply = asking(cluster, lambda channel: channel.call(SCALING, Empty(), timeout_s=ASK_TIMEOUT_S))
+def print_scaling(clusters: Sequence[Cluster], *, dry_run: bool, as_json: bool) -> int:
+    """Asks each model's coordinator; nothing changes."""
+    found = [
+        (cluster, asking(cluster, lambda channel: channel.call(SCALING, Empty(), timeout_s=ASK_TIMEOUT_S)))
+        for cluster in clusters
+    ]
     if as_json:
-        print(msgspec.json.encode(reply).decode())
+        print(msgspec.json.encode(by_model(found)).decode())
         return 0
-    for line in dry_run_lines(reply) if dry_run else lines(reply):
-        print(line)
+    for cluster, reply in found:
+        if len(found) > 1:
+            print(f"{cluster.model}:")
+        for line in dry_run_lines(reply) if dry_run else lines(reply):
+            print(line)
     return 0
 
 

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from cluster.local import LocalCluster, local_cluster
-from cluster.model_source import resolve_model
+from cluster.local import LocalCell, local_cluster
 from cluster.progress import curl_line
+from contracts.cells import cells_of
 from rpc import LiveClock
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from cluster.following import LocalCluster
     from contracts.config import ClusterConfig
 
 EXIT_OK = 0
@@ -79,11 +80,11 @@ def run_cluster(
 
     Raises ConfigError before anything was started.
     """
-    source = resolve_model(config.model, say, dtype=config.dtype, tier=config.weights.ssd)
+    cells = [LocalCell.resolved(cell, say) for cell in cells_of(config)]
 
     async def live() -> int:
         with StopSignals() as signals:
-            async with local_cluster(config, source, state_file=state_file, say=say) as cluster:
+            async with local_cluster(config, cells, state_file=state_file, say=say) as cluster:
                 signals.install(cluster.kill)
                 status = await _until_ready(cluster, signals.wanted)
                 return await body(cluster, signals.wanted) if status is None else status
@@ -101,7 +102,7 @@ async def _until_ready(cluster: LocalCluster, stop_wanted: asyncio.Event) -> int
     if cluster.hopeless.is_set():
         print(f"tandem: {cluster.problem}", file=sys.stderr, flush=True)
         return EXIT_LOST
-    say(f"ready in {clock.now_s() - started_s:.1f} s: {cluster.model_name} at {cluster.base_url}")
+    say(f"ready in {clock.now_s() - started_s:.1f} s: {', '.join(cluster.model_names)} at {cluster.base_url}")
     return None
 
 

@@ -9,12 +9,14 @@ import asyncio
 import os
 import random
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.autoscaling import autoscaler, split_applier
 from cluster.decision_file import DecisionFile
+from cluster.progress import can_serve
 from cluster.rebalancing import rebalance_settings
 from cluster.replanning import replanning
 from contracts.errors import ConfigError
@@ -29,8 +31,9 @@ from coordinator.membership import MembershipLimits
 from coordinator.policy.settings import AdmissionRule, ConductorSettings
 from engine.model_config import load_model_config
 from gateway.core import GatewayCore
+from gateway.front import ServedModel, create_front
 from gateway.limits import GatewayLimits
-from gateway.server import create_app, serve
+from gateway.server import serve
 from gateway.settings import GatewaySettings, TenantSettings
 from gateway.terms import Tenant
 from gateway.tokenizer import TextTokenizer
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from contracts.config import ClusterConfig
     from contracts.messages import DispatchItem
     from coordinator.decision import Chosen, Refused
+    from coordinator.holding import Room
     from coordinator.replan_terms import Split
     from coordinator.replanner import Replanner
     from coordinator.split_applier import SplitApplier
@@ -61,9 +65,17 @@ COORDINATOR_GRACE_S = 0.5
 
 @asynccontextmanager
 async def coordinator_service(
-    config: ClusterConfig, network: Network, clock: Clock, bind: str, log: Callable[[str], None]
+    config: ClusterConfig,
+    network: Network,
+    clock: Clock,
+    bind: str,
+    log: Callable[[str], None],
+    *,
+    weight_bytes: int = 0,
+    room: Room | None = None,
 ) -> AsyncGenerator[str]:
-    """Yields the address that it listens on. Raises ConfigError for a profile that cannot be used."""
+    """Yields the address that it listens on. `weight_bytes`: of the model, where they are known; `room`: memory that
+    its workers share with other models'. Raises ConfigError for a profile that cannot be used."""
     limits = MembershipLimits(
         heartbeat_interval_s=config.coordinator.heartbeat_interval_s,
         suspect_after_s=config.coordinator.suspect_after_s,
@@ -106,7 +118,7 @@ async def coordinator_service(
         await stack.enter_async_context(shell)
         if config.coordinator.replan.mode == "apply" and (applier := split_applier(shell, clock, log)) is not None:
             appliers.append(await stack.enter_async_context(applier))
-        if (scaler := autoscaler(config, shell, clock, log)) is not None:
+        if (scaler := autoscaler(config, shell, clock, log, weight_bytes=weight_bytes, room=room)) is not None:
             scaler.register_on(server)
             await stack.enter_async_context(scaler)
         try:
@@ -246,37 +258,54 @@ def gateway_settings(config: ClusterConfig, folder: Path, model_name: str) -> Ga
         snapshot_ttl_s=gateway.snapshot_ttl_s,
         graceful_stop_s=gateway.graceful_stop_s,
         max_heartbeat_age_s=config.coordinator.dead_after_s,
+        may_sleep=not can_serve([pool.role for pool in config.pools if pool.min_workers > 0]),
         version=version("tandem-serve"),
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontedModel:
+    """A model as the gateway needs it."""
+
+    settings: GatewaySettings
+    folder: Path
+    coordinator_address: str
+    #: Of its cell; "" where there is but one.
+    name: str = ""
+
+
 @asynccontextmanager
 async def gateway_service(
-    settings: GatewaySettings,
-    folder: Path,
+    models: Sequence[FrontedModel],
     network: Network,
     clock: Clock,
-    coordinator_address: str,
     sock: socket.socket,
     log: FilteringBoundLogger,
 ) -> AsyncGenerator[None]:
     """Answers on `sock`. Leaving lets open requests end for `graceful_stop_s`."""
-    tokenizer = TextTokenizer.load(folder, wall_s=clock.wall_s)
-    gateway_id = GatewayId(f"gateway-{os.getpid()}-{int(clock.wall_s() * 1000)}")
-    limits = GatewayLimits(
-        max_replays=settings.max_replays,
-        snapshot_ttl_s=settings.snapshot_ttl_s,
-        silent_after_s=settings.max_heartbeat_age_s / 2,
-        unnamed_for_s=settings.max_heartbeat_age_s,
-    )
-    async with GatewayCore(network, clock, gateway_id, coordinator_address, limits, log) as core:
-        app = create_app(core, tokenizer, settings, clock)
-        async with asyncio.TaskGroup() as tasks:
-            serving = tasks.create_task(serve(app, settings, sock), name="gateway-http")
-            try:
-                yield
-            finally:
-                serving.cancel()
+    first_id = f"gateway-{os.getpid()}-{int(clock.wall_s() * 1000)}"
+    async with AsyncExitStack() as stack:
+        served: list[ServedModel] = []
+        for model in models:
+            settings = model.settings
+            tokenizer = TextTokenizer.load(model.folder, wall_s=clock.wall_s)
+            limits = GatewayLimits(
+                max_replays=settings.max_replays,
+                snapshot_ttl_s=settings.snapshot_ttl_s,
+                silent_after_s=settings.max_heartbeat_age_s / 2,
+                unnamed_for_s=settings.max_heartbeat_age_s,
+            )
+            gateway_id = GatewayId(f"{first_id}-{model.name}" if model.name else first_id)
+            core = GatewayCore(network, clock, gateway_id, model.coordinator_address, limits, log)
+            await stack.enter_async_context(core)
+            served.append(ServedModel(core=core, tokenizer=tokenizer, settings=settings))
+        app = create_front(served, clock)
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        serving = tasks.create_task(serve(app, models[0].settings, sock), name="gateway-http")
+        try:
+            yield
+        finally:
+            serving.cancel()
 
 
 def _secrets(values: Sequence[SecretStr]) -> tuple[str, ...]:

@@ -20,7 +20,14 @@ from cluster.plan import Site, node_name, plan_launches, worker_environ
 from cluster.process_log import StreamLog
 from cluster.progress import ProgressLines
 from cluster.serve import EXIT_LOST, EXIT_OK, StopSignals, first_of, say
-from cluster.services import base_url, check_servable, coordinator_service, gateway_service, gateway_settings
+from cluster.services import (
+    FrontedModel,
+    base_url,
+    check_servable,
+    coordinator_service,
+    gateway_service,
+    gateway_settings,
+)
 from cluster.supervision import State
 from contracts.errors import ConfigError
 from gateway.server import bind
@@ -64,6 +71,7 @@ def run_gateway(config: ClusterConfig, coordinator_address: str, token: str) -> 
     """Serves until a signal. Raises ConfigError when the port is taken or the model has no tokenizer."""
     source = resolve_model(config.model, say, dtype=config.dtype, tier=config.weights.ssd)
     settings = gateway_settings(config, source.folder, config.served_model_name or source.name)
+    model = FrontedModel(settings=settings, folder=source.folder, coordinator_address=coordinator_address)
 
     async def live() -> int:
         async with AsyncExitStack() as stack:
@@ -72,9 +80,7 @@ def run_gateway(config: ClusterConfig, coordinator_address: str, token: str) -> 
             network = GrpcNetwork(token=token, log=say)
             stack.push_async_callback(network.close)
             logger = structured(StreamLog(sys.stderr), say)
-            await stack.enter_async_context(
-                gateway_service(settings, source.folder, network, LiveClock(), coordinator_address, sock, logger)
-            )
+            await stack.enter_async_context(gateway_service([model], network, LiveClock(), sock, logger))
             say(f"gateway at {base_url(sock)}")
             await signals.wanted.wait()
         return EXIT_OK
@@ -92,7 +98,8 @@ def run_agent(config: ClusterConfig, coordinator_address: str, token: str, runti
 
     async def live() -> int:
         clock = LiveClock()
-        agent, seen = make_agent(config, site, log_dir=log_folder(config, runtime_dir), clock=clock, say=say)
+        log_dir = log_folder(config, runtime_dir)
+        agent, _ = make_agent(config, [(config, site)], log_dir=log_dir, clock=clock, say=say)
         network = GrpcNetwork(token=token, log=say)
         async with AsyncExitStack() as stack:
             signals = stack.enter_context(StopSignals())
@@ -101,7 +108,7 @@ def run_agent(config: ClusterConfig, coordinator_address: str, token: str, runti
             signals.install(agent.kill_all)
             own_bind = f"{bind.rpartition(':')[0]}:0"
             await stack.enter_async_context(
-                agent_service(agent, seen, network, own_bind, first_incarnation(clock), say)
+                agent_service(agent, site, network, own_bind, first_incarnation(clock), say)
             )
             return await _keep(agent, signals.wanted, clock)
 

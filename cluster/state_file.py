@@ -33,9 +33,22 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
     problem: str | None = None
 
 
+class CellState(msgspec.Struct, frozen=True, kw_only=True):
+    """One of several models."""
+
+    #: As configured.
+    name: str
+    #: What clients ask for.
+    model_name: str
+    coordinator_address: str
+    #: All slots, whether somebody runs there or not.
+    worker_ids: tuple[WorkerId, ...]
+
+
 class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     base_url: str
+    #: Where there are several models, the first one's; as `coordinator_address`.
     model_name: str
     coordinator_address: str
     cluster_token: str
@@ -44,6 +57,8 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     #: Every worker is ready (or was given up while the others can serve).
     ready: bool
     workers: tuple[WorkerState, ...]
+    #: Where there are several models.
+    cells: tuple[CellState, ...] = ()
 
 
 def write_state(path: Path, state: ClusterState) -> None:

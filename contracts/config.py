@@ -16,6 +16,7 @@ from contracts.config_fields import (
     SIZE_UNITS,
     Count,
     DurationS,
+    Label,
     PoolName,
     Section,
     SizeBytes,
@@ -30,6 +31,7 @@ from contracts.coordinator_config import (
     ExpectedWorkload,
     QueueConfig,
 )
+from contracts.models_config import DtypeName, ModelConfig, SloTargets
 from contracts.pool_config import PoolConfig
 from contracts.requests import MOST_PRIORITY
 
@@ -48,6 +50,7 @@ __all__ = [
     "ExpectedWorkload",
     "GatewayConfig",
     "Label",
+    "ModelConfig",
     "PoolConfig",
     "SizeBytes",
     "SloTargets",
@@ -61,20 +64,6 @@ __all__ = [
     "parse_duration_s",
     "parse_size",
 ]
-
-
-class SloTargets(Section):
-    """What a request of this class is to meet; both jointly."""
-
-    ttft_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Time to first token, at most, from when its client asked."""
-
-    tpot_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Mean time per output token after the first, at most."""
-
-
-#: Becomes part of metric labels and header values.
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
 class TenantConfig(Section):
@@ -298,20 +287,26 @@ class WeightsConfig(Section):
         return format_size(size_bytes) if isinstance(size_bytes, int) else size_bytes
 
 
+#: Of a pool, its model included.
+MAX_NAME_CHARS = 40
+
 DEFAULT_POOLS = (PoolConfig(name="prefill", role="prefill"), PoolConfig(name="decode", role="decode"))
 
 
 class ClusterConfig(Section):
-    """One cluster serving one model."""
+    """One cluster serving one model, or several."""
 
     model: str = "demo"
     """`demo`, a folder with a checkpoint in Hugging Face layout or Tandem's, a hub id such as org/name, or the
     address of such a folder in an object store: s3://bucket/folder, gs://, az://, https://."""
 
+    models: tuple[ModelConfig, ...] = ()
+    """Several models instead of `model`: see docs/models.md."""
+
     served_model_name: str | None = None
     """Name in the API; the default is the folder's name or the hub id."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: DtypeName = "auto"
     """Type of weights and KV; auto: the checkpoint's."""
 
     max_model_len: Count | None = None
@@ -344,20 +339,24 @@ class ClusterConfig(Section):
     engine: EngineConfig = EngineConfig()
     supervisor: SupervisorConfig = SupervisorConfig()
 
+    workers_memory: SizeBytes | None = None
+    """What the workers of all models may take together on this machine, weights and KV: where one has to be started
+    that does not fit, idle pools that may be empty make room, the one first that was used longest ago. None: no
+    limit."""
+
     node: PoolName | None = None
     """Name of this machine, different from those of the cluster's others; default: its host name."""
 
     log_dir: str | None = None
     """Folder for the workers' logs; the default is a temporary one that goes when all ended well."""
 
+    @field_serializer("workers_memory", when_used="json")
+    def _size_with_unit(self, size_bytes: int | None) -> str | None:
+        return None if size_bytes is None else format_size(size_bytes)
+
     @model_validator(mode="after")
     def _pools_can_serve(self) -> ClusterConfig:
-        repeated = [name for name, count in Counter(pool.name for pool in self.pools).items() if count > 1]
-        if repeated:
-            raise ValueError(f"two pools are named {repeated[0]!r}")
-        named = {self.default_slo_class, *(tenant.slo_class for tenant in self.gateway.tenants)} - {None}
-        if unknown := sorted(str(name) for name in named if name not in self.slo):
-            raise ValueError(f"no SLO class is named {unknown[0]!r}; `slo` has {', '.join(sorted(self.slo)) or 'none'}")
+        self._check_cell(self.pools, self.slo, self.default_slo_class)
         tenants = Counter(tenant.name for tenant in self.gateway.tenants)
         if repeated := [name for name, count in tenants.items() if count > 1]:
             raise ValueError(f"two tenants are named {repeated[0]!r}")
@@ -367,8 +366,60 @@ class ClusterConfig(Section):
         )
         if any(count > 1 for count in keys.values()):
             raise ValueError("an API key stands twice in gateway.api_keys and gateway.tenants")
-        roles = {pool.role for pool in self.pools}
+        return self
+
+    @model_validator(mode="after")
+    def _models_can_stand_beside_each_other(self) -> ClusterConfig:
+        if not self.models:
+            return self
+        if named := {"model", "served_model_name"} & self.model_fields_set:
+            raise ValueError(f"`{min(named)}` and `models` cannot both be set: name all models under `models`")
+        if self.coordinator.dispatch.profile is not None:
+            raise ValueError("coordinator.dispatch.profile is of one model: set models.NAME.profile")
+        for what, names in (
+            ("models are named", [model.name for model in self.models]),
+            ("models are served as", [model.api_name for model in self.models]),
+            (
+                "pools would be named",
+                [self.pool_name(model, pool) for model in self.models for pool in self._pools(model)],
+            ),
+        ):
+            if repeated := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"two {what} {repeated[0]!r}")
+        for model in self.models:
+            try:
+                self._check_cell(
+                    self._pools(model), model.slo or self.slo, model.default_slo_class or self.default_slo_class
+                )
+            except ValueError as error:
+                raise ValueError(f"models.{model.name}: {error}") from None
+            for pool in self._pools(model):
+                if len(self.pool_name(model, pool)) > MAX_NAME_CHARS:
+                    raise ValueError(
+                        f"models.{model.name}: {self.pool_name(model, pool)!r} has more than {MAX_NAME_CHARS} "
+                        "characters: workers are named by model and pool"
+                    )
+        return self
+
+    def _pools(self, model: ModelConfig) -> tuple[PoolConfig, ...]:
+        return model.pools or self.pools
+
+    @staticmethod
+    def pool_name(model: ModelConfig, pool: PoolConfig) -> str:
+        """Of a pool of one of several models: unique in the cluster."""
+        return f"{model.name}-{pool.name}"
+
+    def _check_cell(
+        self, pools: tuple[PoolConfig, ...], slo: dict[str, SloTargets], default_slo_class: str | None
+    ) -> None:
+        """What one model is served by. Raises ValueError."""
+        repeated = [name for name, count in Counter(pool.name for pool in pools).items() if count > 1]
+        if repeated:
+            raise ValueError(f"two pools are named {repeated[0]!r}")
+        named = {default_slo_class, *(tenant.slo_class for tenant in self.gateway.tenants)} - {None}
+        if unknown := sorted(str(name) for name in named if name not in slo):
+            raise ValueError(f"no SLO class is named {unknown[0]!r}; `slo` has {', '.join(sorted(slo)) or 'none'}")
+        roles = {pool.role for pool in pools}
         if "mixed" not in roles and not {"prefill", "decode"} <= roles:
             missing = "decode" if "prefill" in roles else "prefill"
             raise ValueError(f"no pool has the role {missing!r} (or 'mixed'): requests could never finish")
-        return self

@@ -94,6 +94,9 @@ DurationS = Annotated[
 #: Becomes part of worker ids, log file names and environment variables.
 PoolName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
 
+#: Becomes part of metric labels and header values.
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
 Count = Annotated[int, Field(ge=1)]
 
 PositiveFigure = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -46,6 +46,9 @@ MAX_FILE_BYTES = 1 << 20
 
 #: What the checks of the whole tree compare with each other.
 _COMPARED: tuple[KeyPath, ...] = (
+    ("model",),
+    ("served_model_name",),
+    ("models",),
     ("pools",),
     ("slo",),
     ("default_slo_class",),
@@ -101,8 +104,8 @@ def load_config(
     """Merges the layers.
 
     `flags`: key such as "gateway.port" -> (the flag's name, its value); None says the flag was not given. A
-    key such as "pools.*.device" sets every pool. `overrides` are the pairs of `--set key=value`, read as
-    variables are. Raises ConfigError.
+    key such as "pools.*.device" sets every pool, those of `models` too. `overrides` are the pairs of `--set
+    key=value`, read as variables are. Raises ConfigError.
     """
     layers = _Layers()
     if path is not None:
@@ -120,8 +123,9 @@ def load_config(
 def file_schema() -> dict[str, Any]:
     """JSON schema of a cluster file, for editors; `$defs/PoolConfig` is that of a pool file."""
     schema = ClusterConfig.model_json_schema()
-    pools = schema["properties"]["pools"]
-    pools["items"] = {"anyOf": [pools["items"], {"type": "string", "description": "Path of a pool file."}]}
+    for section in (schema, schema["$defs"]["ModelConfig"]):
+        pools = section["properties"]["pools"]
+        pools["items"] = {"anyOf": [pools["items"], {"type": "string", "description": "Path of a pool file."}]}
     schema["title"] = "Tandem cluster file"
     return schema
 
@@ -148,12 +152,26 @@ class _Layers:
             source = Source("env", name)
             segments = [part.lower() for part in name.removeprefix(ENV_PREFIX).split("__")]
             self.set_key(segments, _from_text(environ[name], source), source)
-            if segments == ["pools"]:
+            if segments in (["pools"], ["models"]):
                 self._expand_pools(Path())
 
     def set_key(self, segments: Sequence[str], value: object, source: Source) -> None:
         for path in resolve(self._tree, segments, source):
             self._set(path, value, source)
+        if list(segments[:2]) == ["pools", "*"]:
+            for index in range(len(self._model_entries())):
+                for place in range(len(self._pool_entries(index))):
+                    self._set(("models", index, "pools", place, *segments[2:]), value, source)
+
+    def _model_entries(self) -> list[object]:
+        given: object = self._tree.get("models")
+        return cast("list[object]", given) if isinstance(given, list) else []
+
+    def _pool_entries(self, index: int) -> list[object]:
+        """Those of a model's own pools that are sections."""
+        entry = self._model_entries()[index]
+        given = cast("Tree", entry).get("pools") if isinstance(entry, dict) else None
+        return cast("list[object]", given) if isinstance(given, list) else []
 
     def validated(self) -> ClusterConfig:
         try:
@@ -182,12 +200,16 @@ class _Layers:
     def _expand_pools(self, folder: Path) -> None:
         """Reads the pool files, unless the defaults still stand."""
         given: object = self._tree["pools"] if ("pools",) in self.sources else []
-        pools = cast("list[object]", given) if isinstance(given, list) else []
+        self._read_pools(("pools",), cast("list[object]", given) if isinstance(given, list) else [], folder)
+        for index in range(len(self._model_entries())):
+            self._read_pools(("models", index, "pools"), self._pool_entries(index), folder)
+
+    def _read_pools(self, where: KeyPath, pools: list[object], folder: Path) -> None:
         for index, entry in enumerate(pools):
             if isinstance(entry, str):
                 path = folder / entry
                 pool = pools[index] = {"name": path.stem, **read_mapping(path)}
-                self._note(("pools", index), pool, Source("file", str(path)))
+                self._note((*where, index), pool, Source("file", str(path)))
 
     def _explain(self, detail: ErrorDetails) -> str:
         path = tuple(part for part in detail["loc"] if not _is_union_tag(part))

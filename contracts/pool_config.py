@@ -67,6 +67,20 @@ class ScaleConfig(Section):
     to_zero_after_s: DurationS | None = None
     """Without a request for so long the last worker goes; needs `workers.min` 0. Default: it stays."""
 
+    keep_alive: Literal["fixed", "lru", "histogram", "cost_aware"] = "fixed"
+    """For how long an idle pool keeps its last worker, where `workers.min` is 0; see docs/models.md. `fixed`:
+    `to_zero_after_s`. `histogram`: by the idle times seen, and a worker is started before it is asked for;
+    `cost_aware`: while holding costs less than it is likely to save; `lru`: until another model needs the memory."""
+
+    keep_bin_s: DurationS = 60.0
+    """Width of the 240 bins in which idle times are counted."""
+
+    keep_min_times: Count = 8
+    """Idle times that must have been seen before anything is concluded from them."""
+
+    keep_price: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
+    """Of `cost_aware`: seconds of waiting that are worth as much as one GiB held for one second."""
+
     flip: bool = True
     """A worker that another pool can spare changes its role where that is faster than a start."""
 
@@ -156,6 +170,15 @@ class PoolConfig(Section):
             raise ValueError(
                 f"scale.to_zero_after_s ({self.scale.to_zero_after_s:g}) needs workers.min 0, and it is "
                 f"{self.min_workers}: write workers: {{min: 0, max: {self.max_workers}}}"
+            )
+        if self.scale.keep_alive != "fixed" and self.min_workers > 0:
+            raise ValueError(
+                f"scale.keep_alive {self.scale.keep_alive} needs workers.min 0, and it is {self.min_workers}: "
+                f"write workers: {{min: 0, max: {self.max_workers}}}"
+            )
+        if self.scale.keep_alive != "fixed" and self.scale.to_zero_after_s is not None:
+            raise ValueError(
+                f"scale.to_zero_after_s goes with keep_alive fixed; {self.scale.keep_alive} decides by itself"
             )
         return self
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from contracts.messages import DispatchItem, Empty, Rejection, TtftTally
     from coordinator.conductor import Conductor
     from coordinator.decision import Chosen, Refused
+    from coordinator.holding import Room
     from coordinator.policy.lending import LendDecision
     from coordinator.policy.scaling_terms import PoolView, ScaleDecision, ScaleMemory
     from coordinator.policy.virtual_usage import UsageView
@@ -45,11 +46,12 @@ if TYPE_CHECKING:
 #: A pool that has nobody is looked at for a request at once, but not more often.
 _WAKE_INTERVAL_S = 0.5
 #: Why nothing is done, where somebody could do something about it.
-_WORTH_SAYING = frozenset({"at_maximum", "nothing_to_start"})
+_WORTH_SAYING = frozenset({"at_maximum", "nothing_to_start", "no_room"})
 #: Done or proposed ones that are told.
 _MAX_TOLD = 32
 
 _WOKEN = RarePath("coordinator.pool_woken", "a worker is started for a request that found nobody")
+_PREWARMED = RarePath("coordinator.pool_prewarmed", "a worker is started before the request that is expected")
 _TO_ZERO = RarePath("coordinator.pool_to_zero", "an idle pool is left without its last worker")
 _LENT = RarePath("coordinator.worker_lent", "a worker is lent to the other phase")
 _RETURNED = RarePath("coordinator.worker_given_back", "a lent worker goes home")
@@ -68,15 +70,17 @@ class Autoscaler:
         *,
         usage: Callable[[], UsageView],
         log: Callable[[str], None],
+        room: Room | None = None,
     ) -> None:
-        """`usage`: what workers tell now, as `coordinator.usage_rows.usage_of` makes it."""
+        """`usage`: what workers tell now, as `coordinator.usage_rows.usage_of` makes it. `room`: memory that is shared
+        with other models' workers."""
         self._clock = clock
         self._settings = settings
         self._conductor = conductor
         self._operator = operator
         self._usage = usage
         self._log = log
-        self.watch = PoolWatch(settings, conductor, clock.now_s())
+        self.watch = PoolWatch(settings, conductor, clock.now_s(), room)
         self._lend_memory = LendMemory()
         self._told: deque[tuple[float, str]] = deque(maxlen=_MAX_TOLD)
         self._looked_s = -math.inf
@@ -212,6 +216,10 @@ class Autoscaler:
             if blocked and blocked != each.said:
                 self._log(f"{blocked}: {decision.reason}")
             each.said = blocked
+            # To be there before anybody asks is no reason to send others away.
+            is_needed = decision.why == "no_room" and (each.is_awaited or decision.present > 0)
+            if is_needed and self._settings.mode == "apply":
+                self.watch.room.ask(pool.name, pool.worker_bytes, now_s)
             return
         each.said = ""
         self._tell(f"pool {pool.name}: {decision.reason}", self._settings.mode, now_s)
@@ -219,6 +227,8 @@ class Autoscaler:
             return
         if decision.why == "wake":
             _WOKEN.reached()
+        elif decision.why == "prewarm":
+            _PREWARMED.reached()
         elif decision.why == "idle" and decision.wanted == 0:
             _TO_ZERO.reached()
         for spare in decision.flips:

@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from contracts.ids import WorkerId
     from contracts.messages import Role, WorkerInfo
     from coordinator.policy.outlook import Outlook
-    from coordinator.policy.scaling_terms import ScaleRules
+    from coordinator.policy.scaling_terms import Hold, ScaleRules
     from coordinator.policy.virtual_usage import UsageView
     from coordinator.pool_history import Durations, Seen
 
 #: A slot's worker is not there yet, and will be.
 _COMING = frozenset({"new", "starting", "restarting", "ready"})
+#: It has a process, or is about to.
+_THERE = frozenset({"new", "starting", "restarting", "ready", "ending"})
 _STARTABLE = frozenset({"absent", "stopped"})
 
 
@@ -44,6 +46,8 @@ class ScaledPool:
     name: str
     role: Role
     rules: ScaleRules
+    #: What one worker takes, weights and KV; 0: not known.
+    worker_bytes: int = 0
 
     @property
     def is_scaled(self) -> bool:
@@ -100,6 +104,8 @@ class PoolSight:
     answer_s: float | None
     answers_limit: float | None
     spares: tuple[SpareWorker, ...] = ()
+    hold: Hold | None = None
+    fits: int | None = None
 
 
 def pool_view(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterSeen, sight: PoolSight) -> PoolView:
@@ -122,7 +128,22 @@ def pool_view(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterSee
         num_judged=sight.seen.num_judged if pool.reads else 0,
         unserved_requests=sight.unserved_requests,
         idle_s=sight.idle_s,
+        hold=sight.hold,
+        fits=sight.fits,
     )
+
+
+def num_present(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterSeen) -> int:
+    """Processes of the pool that take memory, or will: also those that leave, until they are gone."""
+    slots = {slot.worker_id for slot in cluster.slots if slot.pool == pool.name and slot.state in _THERE}
+    infos = {info.worker_id for info in cluster.infos if cluster.home_of(info, pools) is pool}
+    starting = {
+        status.operation.worker_id
+        for status in cluster.operations
+        if status.state == "running" and isinstance(status.operation, StartOperation)
+    }
+    own = {slot.worker_id for slot in cluster.slots if slot.pool == pool.name}
+    return len(slots | infos | (starting & own))
 
 
 def pool_workers(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterSeen) -> tuple[PoolWorker, ...]:

@@ -12,9 +12,10 @@ from contracts.control_messages import FlipOperation
 from contracts.errors import NotReady
 from contracts.failpoints import RarePath
 from coordinator.decision import Refused
+from coordinator.holding import PoolHold, Room
 from coordinator.policy.scaling_terms import ScaleMemory
 from coordinator.pool_history import Durations, PoolHistory
-from coordinator.pool_views import PoolSight, ScaledPool, answers_limit, pool_view
+from coordinator.pool_views import PoolSight, ScaledPool, answers_limit, num_present, pool_view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +37,8 @@ WARM_UP_S = 10.0
 SHORTEST_WAIT_S = 0.5
 #: Of slots: nobody comes from there.
 _NEVER_READY = frozenset({"given_up"})
+#: Pauses of less than so many looks are not told from requests that overlap.
+_BLIND_LOOKS = 2
 
 _WAITS = RarePath("coordinator.waits_for_start", "a request that found nobody is told to wait for a start")
 
@@ -47,6 +50,7 @@ class Watched:
     pool: ScaledPool
     history: PoolHistory
     start: Durations
+    hold: PoolHold
     memory: ScaleMemory = field(default_factory=ScaleMemory)
     #: As of the last look: how many it is to have, are ready to stay, are coming; and what was decided, by its word.
     wanted: int = 0
@@ -57,14 +61,24 @@ class Watched:
     unserved_s: deque[float] = field(default_factory=lambda: deque[float](maxlen=256))
     #: What was said last, so that it is not said again.
     said: str = ""
+    #: A request found nobody, and waits.
+    is_awaited: bool = False
 
 
 class PoolWatch:
     """Times of calls must not go backwards."""
 
-    def __init__(self, settings: AutoscaleSettings, conductor: Conductor, now_s: float) -> None:
+    def __init__(
+        self, settings: AutoscaleSettings, conductor: Conductor, now_s: float, room: Room | None = None
+    ) -> None:
+        self.room = room or Room()
         self.pools = {
-            pool.name: Watched(pool, PoolHistory(pool.rules.window_s, now_s), Durations(settings.start_s))
+            pool.name: Watched(
+                pool,
+                PoolHistory(pool.rules.window_s, now_s),
+                Durations(settings.start_s),
+                PoolHold(pool, _BLIND_LOOKS * settings.interval_s),
+            )
             for pool in settings.pools
         }
         self.flip = Durations(settings.flip_s)
@@ -97,10 +111,15 @@ class PoolWatch:
             if found_nobody:
                 # It comes again and again until there is somebody.
                 each.unserved_s.append(now_s)
+                if not each.is_awaited:
+                    each.is_awaited = True
+                    each.hold.came(each.history.idle_s(now_s))
                 each.history.busy(now_s)
                 wakes |= each.pool.is_scaled and not (each.ready or each.coming)
             elif chosen is None or each.pool.name in names:
                 # Who was refused everywhere would have gone anywhere.
+                each.is_awaited = False
+                each.hold.came(each.history.idle_s(now_s))
                 each.history.arrived(now_s, work_s if each.pool.reads else 0.0)
         return wakes
 
@@ -183,6 +202,10 @@ class PoolWatch:
                 each.unserved_s.popleft()
             if each.unserved_s:
                 each.history.warms_up(now_s + WARM_UP_S)
+            if each.is_awaited:
+                # Until it found somebody: then it has arrived. Or until it gave up.
+                each.is_awaited = bool(each.unserved_s)
+                each.history.busy(now_s)
 
     def view(self, each: Watched, cluster: ClusterSeen, now_s: float) -> PoolView:
         """The pool as scaling looks at it, as of the last `note`."""
@@ -190,13 +213,20 @@ class PoolWatch:
         infos = [fleet.info_at(row) for row in range(len(fleet))]
         rows = [row for row, info in enumerate(infos) if self._pool_names.get(info.worker_id) == pool.name]
         outlook = fleet.outlook()
+        idle_s = each.history.idle_s(now_s)
+        num_workers = num_present(pool, self._settings.pools, cluster)
+        held = each.hold.held(num_workers=num_workers, reload_s=each.start.mean_s, idle_s=idle_s, now_s=now_s)
+        may_go = pool.rules.min_workers == 0 and num_workers > 0 and each.hold.is_idle(idle_s)
+        self.room.tell(pool.name, num_workers * pool.worker_bytes, held if may_go else None)
         sight = PoolSight(
             seen=each.history.seen(now_s),
-            idle_s=each.history.idle_s(now_s),
+            idle_s=idle_s,
             unserved_requests=sum(at_s >= now_s - _UNSERVED_S for at_s in each.unserved_s),
             start=each.start,
             flip=self.flip,
             answer_s=outlook.pace.answer_s if outlook.knows_writing else None,
             answers_limit=answers_limit(outlook, rows, infos, self._settings.tpot_s),
+            hold=(self.room.wanted_from(pool.name, now_s) if may_go else None) or each.hold.decide(held, now_s),
+            fits=self.room.fits(pool.worker_bytes),
         )
         return pool_view(pool, self._settings.pools, cluster, sight)

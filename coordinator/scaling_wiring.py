@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from contracts.clock import Clock
     from contracts.control_messages import Operation, OperationStatus, WorkerSlot
+    from coordinator.holding import Room
     from coordinator.operations_shell import OperationsShell
     from coordinator.policy.virtual_usage import UsageView
     from coordinator.scaling_settings import AutoscaleSettings
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def autoscaler_of(
-    shell: CoordinatorShell, settings: AutoscaleSettings, clock: Clock, log: Callable[[str], None]
+    shell: CoordinatorShell,
+    settings: AutoscaleSettings,
+    clock: Clock,
+    log: Callable[[str], None],
+    *,
+    room: Room | None = None,
 ) -> Autoscaler | None:
     """Of this coordinator, which hears of decisions from it where scaling is on. None where the coordinator gives no
     orders."""
@@ -32,7 +38,7 @@ def autoscaler_of(
         return usage_of(shell.conductor, shell.membership.standing(now_s), shell.closed(), {}, now_s)
 
     operator = ShellOperator(operations, clock)
-    scaler = Autoscaler(clock, settings, shell.conductor, operator, usage=usage, log=log)
+    scaler = Autoscaler(clock, settings, shell.conductor, operator, usage=usage, log=log, room=room)
     if settings.is_on:
         shell.scaler = shell.figures.scaler = scaler
     return scaler

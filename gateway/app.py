@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -19,7 +19,7 @@ from contracts.errors import NoCapacity, NotFound, NotReady, TandemError
 from contracts.messages import MembersReply
 from gateway.formats import format_of
 from gateway.generation import Generation, TimelineLog, run_all, timeline_json
-from gateway.health import HealthCheck
+from gateway.health import HealthCheck, HealthReport
 from gateway.metrics import Metrics
 from gateway.planning import Plan, Planner
 from gateway.schemas import (
@@ -44,7 +44,10 @@ from gateway.web import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator
+    from collections.abc import AsyncGenerator, Generator, Sequence
+
+    from prometheus_client.core import Metric
+    from structlog.typing import FilteringBoundLogger
 
     from contracts.clock import Clock
     from gateway.core import GatewayCore
@@ -72,25 +75,45 @@ def create_app(
 
     The core must be entered by the caller, and stay so for as long as the app is served.
     """
-    pool = TokenizingPool(tokenizer, num_threads=settings.tokenizer_threads)
-    if rng is None:
-        rng = random.Random(f"{core.gateway_id} {clock.wall_s()}")
-    api = _Api(core, pool, settings, clock, rng)
+    api = Api(core, TokenizingPool(tokenizer, num_threads=settings.tokenizer_threads), settings, clock, rng)
+    return app_of(api, [api], settings, core.log)
+
+
+def app_of(endpoints: Endpoints, apis: Sequence[Api], settings: GatewaySettings, log: FilteringBoundLogger) -> FastAPI:
+    """`apis`: what stands behind the endpoints, one for each model."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        with pool:
+        with ExitStack() as stack:
+            for api in apis:
+                stack.enter_context(api.pool)
             yield
 
     app = FastAPI(title="Tandem", version=settings.version, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(Gate, settings=settings, new_request_id=api.new_request_id, log=core.log)
+    app.add_middleware(Gate, settings=settings, new_request_id=apis[0].new_request_id, log=log)
     app.add_exception_handler(TandemError, _on_tandem_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    _add_routes(app, api)
+    _add_routes(app, endpoints)
     return app
 
 
-def _add_routes(app: FastAPI, api: _Api) -> None:
+class Endpoints(Protocol):
+    """What the paths lead to."""
+
+    async def completions(self, request: Request) -> Response: ...
+    async def chat_completions(self, request: Request) -> Response: ...
+    async def tokenize(self, request: Request) -> Response: ...
+    async def detokenize(self, request: Request) -> Response: ...
+    async def models(self) -> Response: ...
+    async def model(self, model: str) -> Response: ...
+    async def timeline(self, request: Request, request_id: str) -> Response: ...
+    async def health(self) -> Response: ...
+    async def live(self) -> Response: ...
+    async def version(self) -> Response: ...
+    async def metrics(self) -> Response: ...
+
+
+def _add_routes(app: FastAPI, api: Endpoints) -> None:
     gets: dict[str, Handler] = {
         "/v1/models": api.models,
         "/v1/models/{model:path}": api.model,
@@ -125,7 +148,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrival:
+class Arrival:
     """When and as what a request came."""
 
     request_id: str
@@ -133,8 +156,8 @@ class _Arrival:
     created: int
 
 
-class _Api:
-    """The endpoints."""
+class Api:
+    """The endpoints of one model."""
 
     def __init__(
         self,
@@ -142,10 +165,13 @@ class _Api:
         pool: TokenizingPool,
         settings: GatewaySettings,
         clock: Clock,
-        rng: random.Random,
+        rng: random.Random | None = None,
     ) -> None:
+        """`rng` as in `create_app`. `pool` must be entered before the first request."""
+        if rng is None:
+            rng = random.Random(f"{core.gateway_id} {clock.wall_s()}")
         self._core = core
-        self._pool = pool
+        self.pool = self._pool = pool
         self._settings = settings
         self._clock = clock
         self._planner = Planner(settings, pool, rng)
@@ -188,7 +214,7 @@ class _Api:
             self._metrics.count_refusal(error.reason or error.code, terms.slo_class, terms.tenant)
             raise
 
-    async def _answer(self, request: Request, arrival: _Arrival, terms: Terms, plan: Plan) -> Response:
+    async def _answer(self, request: Request, arrival: Arrival, terms: Terms, plan: Plan) -> Response:
         block_keys = [await self._block_keys(prompt.token_ids, terms) for prompt in plan.prompts]
         with self._counting_refusal(terms):
             generation = Generation(
@@ -236,27 +262,34 @@ class _Api:
     # --- about the gateway ----------------------------------------------------------------------
 
     async def models(self) -> Response:
-        entries = [self._model_entry(name) for name in self._settings.served_model_names]
-        return json_response({"object": "list", "data": entries})
+        return json_response({"object": "list", "data": self.entries()})
+
+    def entries(self) -> list[dict[str, object]]:
+        return [self._model_entry(name) for name in self._settings.served_model_names]
 
     async def model(self, model: str) -> Response:
         return json_response(self._model_entry(self._planner.check_model(model)))
 
     async def timeline(self, request: Request, request_id: str) -> Response:
         """By the id of the answer, or by the request id."""
+        answer = self.timeline_of(request.state.tenant.name, request_id)
+        if answer is None:
+            raise no_timeline(request_id, self._settings.max_timelines)
+        return json_response(answer)
+
+    def timeline_of(self, tenant: str, request_id: str) -> dict[str, object] | None:
         bare = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
-        timelines = self._timelines.get(request.state.tenant.name, bare)
-        if timelines is None:
-            raise NotFound(
-                f"no timeline of request {request_id[:64]!r}; the last {self._settings.max_timelines} are kept"
-            )
-        return json_response({"id": bare, "object": "timeline", **timeline_json(timelines)})
+        timelines = self._timelines.get(tenant, bare)
+        return None if timelines is None else {"id": bare, "object": "timeline", **timeline_json(timelines)}
 
     async def health(self) -> Response:
-        report = await self._health.report()
+        report = await self.health_report()
         if report.ok:
             return json_response(report.as_json())
         return json_response(report.as_json(), NotReady.http_status, {"retry-after": "1"})
+
+    async def health_report(self) -> HealthReport:
+        return await self._health.report()
 
     async def live(self) -> Response:
         return json_response({"status": "ok"})
@@ -265,21 +298,30 @@ class _Api:
         return json_response({"version": self._settings.version})
 
     async def metrics(self) -> Response:
-        """Answered without the workers' part while the coordinator does not answer."""
+        return metrics_response(self._metrics.exposition(await self._told()))
+
+    async def metric_families(self) -> list[Metric]:
+        """What `metrics` tells."""
+        return list(self._metrics.families(await self._told()))
+
+    async def _told(self) -> MembersReply:
+        """Without the workers' part while the coordinator does not answer."""
         try:
-            cluster = await self._core.cluster()
+            return await self._core.cluster()
         except TandemError:
-            cluster = MembersReply(members=())
-        text = self._metrics.exposition(cluster)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+            return MembersReply(members=())
 
     # --- shared ---------------------------------------------------------------------------------
 
-    def _arrival(self, request: Request) -> _Arrival:
-        return _Arrival(request.state.request_id, self._clock.now_s(), int(self._clock.wall_s()))
+    def _arrival(self, request: Request) -> Arrival:
+        known: Arrival | None = getattr(request.state, "arrival", None)
+        return known or arrival_of(request, self._clock)
 
     async def _body(self, request: Request, kind: type[BodyT]) -> BodyT:
-        body, unknown = parse(await read_body(request, self._settings), kind)
+        raw: bytes | None = getattr(request.state, "raw_body", None)
+        # A stream may last long, and needs it no more.
+        request.state.raw_body = None
+        body, unknown = parse(await read_body(request, self._settings) if raw is None else raw, kind)
         if self._settings.strict_fields:
             refuse_unknown(unknown, kind)
         self._metrics.count_unknown(unknown)
@@ -293,6 +335,19 @@ class _Api:
             "owned_by": "tandem",
             "max_model_len": self._settings.max_model_len,
         }
+
+
+def arrival_of(request: Request, clock: Clock) -> Arrival:
+    """Of a request that comes now."""
+    return Arrival(request.state.request_id, clock.now_s(), int(clock.wall_s()))
+
+
+def no_timeline(request_id: str, capacity: int) -> NotFound:
+    return NotFound(f"no timeline of request {request_id[:64]!r}; the last {capacity} are kept")
+
+
+def metrics_response(text: bytes) -> Response:
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _whole(generation: Generation, form: Format, created: int) -> Response:

@@ -26,6 +26,8 @@ class HealthReport:
     num_decode: int = 0
     #: Of these, not heard of for a while.
     num_suspect: int = 0
+    #: The coordinator answered.
+    is_heard: bool = True
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -84,5 +86,5 @@ class HealthCheck:
         snapshot = self._core.snapshot
         report = judge(snapshot.members, self._settings.max_heartbeat_age_s)
         if not (report.ok and snapshot.is_usable(self._clock.now_s())):
-            return HealthReport(ok=False, reason=reason)
-        return replace(report, reason=f"{report.reason}; {reason}")
+            return HealthReport(ok=False, reason=reason, is_heard=False)
+        return replace(report, reason=f"{report.reason}; {reason}", is_heard=False)

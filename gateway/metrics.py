@@ -6,7 +6,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gateway.service_metrics import CoordinatorCollector, ServiceMetrics
@@ -14,8 +14,6 @@ from gateway.transfer_metrics import TransferCollector
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    from prometheus_client.core import Metric
 
     from contracts.messages import Member, MembersReply
     from gateway.core import GatewayCore
@@ -69,12 +67,20 @@ class Metrics:
 
     def exposition(self, cluster: MembersReply) -> bytes:
         """The text for Prometheus; `cluster` as the coordinator just told."""
+        return generate_latest(self.registry) + generate_latest(self._told(cluster))
+
+    def families(self, cluster: MembersReply) -> Iterable[Metric]:
+        """The same before it is text."""
+        yield from self.registry.collect()
+        yield from self._told(cluster).collect()
+
+    def _told(self, cluster: MembersReply) -> CollectorRegistry:
         told = CollectorRegistry()
         told.register(_WorkerCollector(cluster.members))
         told.register(TransferCollector(cluster.members))
         if cluster.coordinator is not None:
             told.register(CoordinatorCollector(cluster.coordinator))
-        return generate_latest(self.registry) + generate_latest(told)
+        return told
 
     def count_unknown(self, names: Iterable[str]) -> None:
         for name in names:
@@ -180,6 +186,27 @@ class _CoreCollector(Collector):
         yield CounterMetricFamily(
             "tandem_dropped_verdicts", "Answers to claims that did not arrive.", value=self._core.num_dropped_verdicts
         )
+
+
+def exposition_of(parts: Iterable[tuple[str, Iterable[Metric]]]) -> bytes:
+    """Several models' families as one text: each family once, each sample with the label `model`."""
+    merged = CollectorRegistry()
+    merged.register(_Merged(parts))
+    return generate_latest(merged)
+
+
+class _Merged(Collector):
+    def __init__(self, parts: Iterable[tuple[str, Iterable[Metric]]]) -> None:
+        self._families: dict[str, Metric] = {}
+        for model, families in parts:
+            for family in families:
+                known = self._families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                known.samples += [
+                    sample._replace(labels={"model": model, **sample.labels}) for sample in family.samples
+                ]
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families.values()
 
 
 def _histogram_of(name: str, text: str, durations: Durations) -> HistogramMetricFamily:

@@ -47,7 +47,7 @@ from gateway import events as ev
 from gateway.claims import Claims, Outcome, Standing, is_life, moved, owner_of, verdict, why_refused
 from gateway.delivery import Delivery
 from gateway.failures import may_hold_it, owner_ids, worker_error
-from gateway.replay import Failure, GiveUp, History, Stage, decide
+from gateway.replay import WAKING, Failure, GiveUp, History, Stage, decide
 from gateway.terms import NO_TERMS, Terms
 from gateway.timeline import Marks, Timeline, timeline_of
 
@@ -206,6 +206,8 @@ class RequestMachine:
     def _trouble(self, event: ev.Event, now_s: float) -> list[ev.Instruction]:
         match event:
             case ev.Refused(error):
+                if error.reason == WAKING and self._marks.waking_s is None:
+                    self._marks.waking_s = now_s
                 return self._fail(Failure(Stage.REJECTED, error), now_s)
             case ev.Unanswered(error):
                 return self._fail(Failure(Stage.UNANSWERED, error), now_s)
@@ -231,6 +233,8 @@ class RequestMachine:
     def _placed(self, placement: Placement, now_s: float) -> list[ev.Instruction]:
         assert self.phase is Phase.DISPATCHING, f"{self!r} was placed twice"
         self.history = self.history.placed()
+        if self._marks.waking_s is not None and self._marks.woken_s is None:
+            self._marks.woken_s = now_s
         if self._refusal is not None and not self.history.accepted:
             full, error = self._refusal
             if full == placement.prefill:

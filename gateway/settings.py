@@ -72,6 +72,8 @@ class GatewaySettings:
     tokenizer_threads: int = 2
     #: What open requests get to end when the gateway stops.
     graceful_stop_s: float = 5.0
+    #: The model may be without a worker until somebody asks.
+    may_sleep: bool = False
     version: str = "0.1.0"
 
     def __post_init__(self) -> None:

@@ -33,6 +33,8 @@ class Timeline:
     total_us: int
     #: Received until Prefill was sent: validating, tokenising, dispatch.
     gateway_us: int
+    #: Of that: from hearing that a worker is being started until it was placed.
+    waking_us: int = 0
     #: Prefill sent until the prompt's first step, with the transit of both messages.
     queue_us: int
     prefill_us: int
@@ -78,6 +80,7 @@ class Timeline:
         return {
             "request_id": self.request_id,
             **{f"{phase}_ms": getattr(self, f"{phase}_us") / 1000 for phase in phases},
+            "waking_ms": _ms(self.waking_us),
             "ttft_ms": _ms(self.ttft_us),
             "predicted_ttft_ms": _ms(self.predicted_ttft_us),
             "predicted_tpot_ms": _ms(self.predicted_tpot_us),
@@ -100,6 +103,9 @@ class Marks:
     """When one request passed which point, on the gateway's clock; what workers reported. Only grows."""
 
     received_s: float
+    #: First heard that a worker is being started for it, and first placed after that.
+    waking_s: float | None = None
+    woken_s: float | None = None
     sent_s: float | None = None
     first_token_s: float | None = None
     #: The latest so far.
@@ -165,6 +171,7 @@ def timeline_of(
         request_id=request.request_id,
         total_us=sum(getattr(phases, name) for name in phases.__slots__),
         gateway_us=phases.gateway_us,
+        waking_us=waking_us(marks, phases.gateway_us),
         queue_us=phases.queue_us,
         prefill_us=phases.prefill_us,
         handoff_us=phases.handoff_us,
@@ -202,6 +209,14 @@ def split(marks: Marks, end_s: float) -> Phases:
         handoff_us=handoff_us,
         decode_us=total_us - first_us - handoff_us,
     )
+
+
+def waking_us(marks: Marks, gateway_us: int) -> int:
+    """The part of the gateway's phase in which a worker was being started for the request."""
+    if marks.waking_s is None:
+        return 0
+    begin_us = min(gateway_us, _us(marks.waking_s - marks.received_s))
+    return _mark_us(marks, marks.woken_s, gateway_us) - begin_us
 
 
 def _split_prefill(marks: Marks, window_us: int) -> tuple[int, int]:

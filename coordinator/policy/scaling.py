@@ -106,9 +106,16 @@ def _up(
         why = "minimum"
     if not present and view.unserved_requests:
         needed, soon, why = max(needed, 1), max(soon, 1), "wake"
+    elif not present and view.hold is not None and view.hold.kind == "warm":
+        needed, soon, why = max(needed, 1), max(soon, 1), "prewarm"
+    elif not present and not rules.min_workers and _is_let_go(view, rules):
+        # What the load of late asks for was weighed when the last one went.
+        return 0
     wanted = min(max(needed, rules.min_workers), rules.max_workers)
     soon = min(soon, rules.max_workers)
     text = f"{counted}; {by_start.text}" + (f"; attainment {view.attainment:.0%}" if why == "attainment" else "")
+    if why == "prewarm" and view.hold is not None:
+        text = f"idle for {view.idle_s:.0f} s ({view.hold.reason}): {text}"
     if max(wanted, soon) <= present:
         if present <= rules.max_workers < max(needed, settled):
             words = f"needs {max(needed, settled)}, {rules.max_workers} at most: {text}"
@@ -134,7 +141,8 @@ def _more(
     spares = view.spares if rules.flip else ()
     faster = [spare for spare in spares if spare.flip_s < start_s]
     flips: list[SpareWorker] = faster[: max(0, min(soon - present, room))]
-    num_starts = max(0, min(wanted - present - len(flips), room - len(flips), view.num_startable))
+    num_startable = view.num_startable if view.fits is None else min(view.num_startable, view.fits)
+    num_starts = max(0, min(wanted - present - len(flips), room - len(flips), num_startable))
     slower = [spare for spare in spares if spare.flip_s >= start_s]
     flips += slower[: max(0, min(wanted - present - len(flips) - num_starts, room - len(flips) - num_starts))]
     if not flips and not num_starts:
@@ -144,6 +152,9 @@ def _more(
         if soon > present >= wanted:
             reason = f"would be needed now, and no more when it could be ready: {text}"
             return _keep(view, "steady", present, present, reason)
+        if num_startable < view.num_startable:
+            reason = f"needs {wanted}, and there is no memory for another worker: {text}"
+            return _keep(view, "no_room", wanted, present, reason)
         reason = f"needs {wanted}, and no worker can be started, none flipped: {text}"
         return _keep(view, "nothing_to_start", wanted, present, reason)
     done = [
@@ -173,19 +184,22 @@ def _down(
     serving, starting = len(view.serving), coming(view)
     present = serving + starting
     state = f"{serving} ready, {starting} coming, freeness {_number(view.freeness)}; {needs.text}"
+    if view.hold is not None:
+        state = f"{state}; {view.hold.reason}"
 
     def keep(why: Why, words: str) -> ScaleDecision:
         return _keep(view, why, max(needed, min(present, rules.max_workers)), present, f"{words}: {state}")
 
     above = serving + len(view.starting) - rules.max_workers
     least = max(rules.min_workers, 1)
-    is_idle = rules.to_zero_after_s is not None and view.idle_s >= rules.to_zero_after_s and not view.unserved_requests
+    is_idle = _is_let_go(view, rules)
     if is_idle:
         least = 0
     if not serving or (serving <= least and above <= 0):
         return keep("starting" if starting else "steady", f"needs {needed}")
     waited_s = now_s - max(memory.up_s, memory.down_s, memory.first_look_s)
-    if waited_s < rules.cooldown_down_s:
+    is_urgent = is_idle and view.hold is not None and view.hold.is_urgent
+    if waited_s < rules.cooldown_down_s and not is_urgent:
         return keep("cooldown", f"{waited_s:.1f} s after the last change ({rules.cooldown_down_s:g} s before fewer)")
     if view.starting or _num_leaving(view):
         return keep("starting", "workers come or leave")
@@ -211,6 +225,13 @@ def _down(
         return keep("steady", f"{serving - 1} would not do for {most:.2f}, the most within {rules.window_s:g} s")
     words = f"{left} do for {most:.2f}, the most within {rules.window_s:g} s, freeness then"
     return _fewer(view, "free", serving - left, present, f"{words} {_number(view.freeness_with(left))}: {state}")
+
+
+def _is_let_go(view: PoolView, rules: ScaleRules) -> bool:
+    """Nobody asks, and has not for so long that nobody needs to stay."""
+    is_over = rules.to_zero_after_s is not None and view.idle_s >= rules.to_zero_after_s
+    is_released = view.hold is not None and view.hold.kind == "release"
+    return (is_over or is_released) and not view.unserved_requests
 
 
 def _fewer(view: PoolView, why: Why, count: int, present: int, text: str) -> ScaleDecision:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from coldstart.keep_alive import KeepRules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,17 @@ class SpareWorker:
     flip_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Whether an idle pool keeps a worker, by `coldstart.keep_alive` or for want of memory."""
+
+    #: `warm`: it has none, and will be asked for one soon.
+    kind: Literal["keep", "release", "warm"]
+    reason: str
+    #: Another model waits for the memory: no cooldown counts.
+    is_urgent: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolView:
     """A pool as it is, and what was seen of it over the last `ScaleRules.window_s`."""
@@ -85,6 +99,10 @@ class PoolView:
     unserved_requests: int = 0
     #: For how long nothing came, waited or ran.
     idle_s: float = 0.0
+    #: None: `ScaleRules.to_zero_after_s` says all there is to say.
+    hold: Hold | None = None
+    #: Workers that there is memory for; None: nobody counts it.
+    fits: int | None = None
 
     @property
     def serving(self) -> tuple[PoolWorker, ...]:
@@ -134,6 +152,10 @@ class ScaleRules:
     max_step_down: int = 1
     #: None: the last worker stays.
     to_zero_after_s: float | None = None
+    #: Instead of that: how long the last worker stays, and when one is started before it is asked for.
+    keep: KeepRules | None = None
+    #: Width of the bins in which idle times are counted.
+    keep_bin_s: float = 60.0
     #: Workers of other pools may change their role to join this one.
     flip: bool = True
     #: What is observed; load has to be low for so long before the pool shrinks.
@@ -162,6 +184,10 @@ class ScaleRules:
             raise ValueError(f"needs window_s > 0 and recover_s > 0: {self}")
         if self.to_zero_after_s is not None and (self.min_workers > 0 or self.to_zero_after_s <= 0):
             raise ValueError(f"to_zero_after_s needs min_workers = 0, and to be above 0: {self}")
+        if self.keep is not None and (self.min_workers > 0 or self.to_zero_after_s is not None):
+            raise ValueError(f"keep needs min_workers = 0, and no to_zero_after_s: {self}")
+        if self.keep_bin_s <= 0:
+            raise ValueError(f"needs keep_bin_s > 0: {self}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +219,7 @@ Why = Literal[
     #: What calls for more.
     "minimum",
     "wake",
+    "prewarm",
     "demand",
     "attainment",
     #: Or for fewer.
@@ -206,6 +233,7 @@ Why = Literal[
     "cooldown",
     "at_maximum",
     "nothing_to_start",
+    "no_room",
 ]
 
 

@@ -84,6 +84,8 @@ def build_setup(
     _check(cluster, policy)
     loaded = load_config(cluster.config, {}, {})
     config = loaded.config
+    if config.models:
+        raise ConfigError(f"{cluster.config}: it has several `models`; a study is of one")
     costs = choose_costs(latency, config_model=None if cluster.config is None else config.model)
     pools = _pools(config.pools, cluster.workers)
     groups = tuple(

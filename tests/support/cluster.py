@@ -209,10 +209,10 @@ def _is_ours(process: psutil.Process) -> bool:
         return False
 
 
-def serve_arguments(model: str | Path, config: str | Path | None, overrides: Mapping[str, str]) -> list[str]:
+def serve_arguments(model: str | Path | None, config: str | Path | None, overrides: Mapping[str, str]) -> list[str]:
     """`overrides`: keys of the configuration tree, such as "pools.decode.workers". There is no store unless one is
-    asked for: most tests count processes, blocks and bytes of the others."""
-    arguments = ["--model", str(model)]
+    asked for: most tests count processes, blocks and bytes of the others. `model` None: `models` says it."""
+    arguments = [] if model is None else ["--model", str(model)]
     if config is not None:
         arguments += ["--config", str(config)]
     for key, value in {"store.dram": "null", **overrides}.items():
@@ -223,7 +223,7 @@ def serve_arguments(model: str | Path, config: str | Path | None, overrides: Map
 @contextmanager
 def started_cluster(
     *,
-    model: str | Path = "demo",
+    model: str | Path | None = "demo",
     config: str | Path | None = None,
     overrides: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
@@ -240,7 +240,7 @@ def started_cluster(
 @asynccontextmanager
 async def running_cluster(
     *,
-    model: str | Path = "demo",
+    model: str | Path | None = "demo",
     config: str | Path | None = None,
     overrides: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,

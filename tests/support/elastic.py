@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from contracts.control_messages import Operation, SlotState
     from contracts.messages import Role
+    from coordinator.holding import Room
     from coordinator.policy.virtual_usage import UsageView
     from coordinator.scaling_settings import AutoscaleSettings
 
@@ -76,6 +77,8 @@ class ElasticCluster:
         self,
         settings: AutoscaleSettings,
         initial: dict[str, int],
+        room: Room | None = None,
+        /,
         *,
         start_s: float = START_S,
         answer_s: float = ANSWER_S,
@@ -98,7 +101,9 @@ class ElasticCluster:
         #: Worker-seconds so far.
         self.worker_s = 0.0
         self._queues: dict[WorkerId, deque[float]] = {}
-        self.scaler = Autoscaler(self.clock, settings, self.conductor, self, usage=self._usage, log=self.told.append)
+        self.scaler = Autoscaler(
+            self.clock, settings, self.conductor, self, usage=self._usage, log=self.told.append, room=room
+        )
         for pool in settings.pools:
             for number in range(initial.get(pool.name, 0)):
                 self._add(WorkerId(f"{pool.name}-{number}"), pool.role)

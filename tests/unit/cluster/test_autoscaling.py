@@ -11,6 +11,7 @@ import msgspec
 
 from cluster.autoscaling import autoscale_settings, autoscaler
 from cluster.scale_report import dry_run_lines, lines
+from coldstart.keep_alive import KeepRules
 from contracts.config import ClusterConfig
 from contracts.config_loader import load_config
 from contracts.control_messages import AGENT_BEAT, AgentBeat, WorkerSlot
@@ -67,6 +68,15 @@ def test_rules_follow_from_pools_and_targets() -> None:
     assert (reading.is_scaled, writing.is_scaled, settings.is_on) == (True, False, True)
     assert (settings.mode, settings.start_s, settings.tpot_s) == ("propose", 3.0, 0.05)
     assert (settings.lend_mode, settings.lend_rules.memory_low) == ("apply", 0.5)
+
+
+def test_how_long_an_idle_pool_is_kept_follows_from_its_scale() -> None:
+    scale = {"keep_alive": "cost_aware", "keep_min_times": 3, "keep_price": 0.5, "keep_bin_s": "30s"}
+    config = config_of({**EMPTY_POOL, "kv_memory": "1GiB", "scale": scale}, {**WRITING, "workers": 1})
+    kept, fixed = autoscale_settings(config, weight_bytes=2**31).pools
+    assert kept.rules.keep == KeepRules(way="cost_aware", min_times=3, wait_s_per_gib_s=0.5)
+    assert (kept.rules.keep_bin_s, kept.worker_bytes) == (30.0, 3 * 2**30)
+    assert fixed.rules.keep is None
 
 
 def test_nothing_looks_where_pools_are_fixed() -> None:

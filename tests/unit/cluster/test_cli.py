@@ -45,10 +45,11 @@ REACHED = {"--coordinator", "--state-file", "--token-file"}
 OPTIONS = {
     "serve": {*KNOWN_FLAGS, "--config", "--set", "--no-strict-fields", "--state-file"},
     "demo": {*KNOWN_FLAGS, "--config", "--set", "--no-strict-fields"},
-    "coordinator": {*KNOWN_FLAGS, "--config", "--set", "--no-strict-fields", "--bind", "--token-file"},
-    "gateway": {*KNOWN_FLAGS, "--config", "--set", "--no-strict-fields", "--coordinator", "--token-file"},
+    "coordinator": {*KNOWN_FLAGS, "--config", "--set", "--no-strict-fields", "--cell", "--bind", "--token-file"},
+    "gateway": {*KNOWN_FLAGS, "--config", "--set", "--no-strict-fields", "--cell", "--coordinator", "--token-file"},
     "agent": {
         *KNOWN_FLAGS,
+        "--cell",
         "--config",
         "--set",
         "--no-strict-fields",
@@ -59,6 +60,7 @@ OPTIONS = {
     },
     "worker": {
         *KNOWN_FLAGS,
+        "--cell",
         "--config",
         "--set",
         "--no-strict-fields",
@@ -80,6 +82,7 @@ OPTIONS = {
     },
     "profile": {
         *KNOWN_FLAGS,
+        "--cell",
         "--config",
         "--set",
         "--no-strict-fields",
@@ -89,11 +92,11 @@ OPTIONS = {
         "--serving",
         "--threads",
     },
-    "workers": {*REACHED, "--json"},
-    "operations": {*REACHED, "--json", "--cancel"},
+    "workers": {*REACHED, "--json", "--model"},
+    "operations": {*REACHED, "--json", "--cancel", "--model"},
     "drain": {*REACHED, "--force", "--no-wait", "--undo", "--within"},
     "flip": {*REACHED, "--force", "--no-wait"},
-    "restart": {*REACHED, "--force", "--no-wait", "--python", "--rolling"},
+    "restart": {*REACHED, "--force", "--no-wait", "--python", "--rolling", "--model"},
     "start": {*REACHED, "--no-wait", "--role"},
     "stop": {*REACHED, "--force", "--no-wait", "--within"},
 }

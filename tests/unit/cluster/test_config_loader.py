@@ -61,7 +61,11 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 
 
 def test_every_shipped_pool_file_is_used_by_a_configuration() -> None:
-    used = {f"{pool.name}.yaml" for path in CONFIGS for pool in load(path).config.pools}
+    configs = [load(path).config for path in CONFIGS]
+    pools = [
+        pool for config in configs for own in (config.pools, *(each.pools for each in config.models)) for pool in own
+    ]
+    used = {f"{pool.name}.yaml" for pool in pools}
     assert used == {path.name for path in POOL_FILES}
 
 

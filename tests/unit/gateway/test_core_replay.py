@@ -215,6 +215,8 @@ async def test_a_first_request_waits_for_its_worker_to_start(
     script.rejection = None
     assert await tokens_of(stream) == TEN
     assert core.stats.replays == {}
+    assert stream.timeline is not None
+    assert 0 < stream.timeline.waking_us <= stream.timeline.gateway_us
 
 
 @pytest.mark.parametrize("limits", [replace(REPLAYING, wake_patience_s=0.1)])

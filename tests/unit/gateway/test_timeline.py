@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.timeline import Marks, split
+from gateway.timeline import Marks, split, waking_us
 
 DURATIONS = st.floats(0, 1e4)
 OPTIONAL = st.none() | DURATIONS
@@ -67,3 +67,21 @@ def test_a_request_that_ended_early(sent_s: float | None, expected: tuple[int, i
     phases = split(Marks(received_s=0.0, sent_s=sent_s), 0.030)
     assert (phases.gateway_us, phases.queue_us) == expected
     assert phases.prefill_us == phases.handoff_us == phases.decode_us == 0
+
+
+@pytest.mark.parametrize(
+    ("waking_s", "woken_s", "sent_s", "expected_us"),
+    [
+        (None, None, 0.01, 0),
+        (0.002, 3.0, 3.01, 2_998_000),
+        # It was never placed: until the request ended.
+        (0.002, None, None, 4_998_000),
+        # Refused again later, after it had been sent once: not counted twice.
+        (0.5, 0.7, 0.2, 0),
+    ],
+)
+def test_waiting_for_a_worker_is_a_part_of_the_gateways_phase(
+    waking_s: float | None, woken_s: float | None, sent_s: float | None, expected_us: int
+) -> None:
+    marks = Marks(received_s=0.0, waking_s=waking_s, woken_s=woken_s, sent_s=sent_s)
+    assert waking_us(marks, split(marks, 5.0).gateway_us) == expected_us

@@ -1,0 +1,156 @@
+"""How long pools keep their last worker, in the words of scaling; and who makes room for whom."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from coldstart.keep_alive import KeepRules, Way
+from coordinator.holding import PoolHold, Room
+from coordinator.policy.scaling import decide
+from coordinator.policy.scaling_terms import Hold, Look, PoolView, PoolWorker, ScaleMemory, ScaleRules, StartingWorker
+from coordinator.pool_views import ScaledPool
+
+GIB = 2**30
+RULES = ScaleRules(min_workers=0, max_workers=2, keep=KeepRules(way="histogram", min_times=4), keep_bin_s=10.0)
+POOL = ScaledPool(name="night", role="mixed", rules=RULES, worker_bytes=GIB)
+RESTED = ScaleMemory(first_look_s=-1e6, up_s=-1e6, down_s=-1e6)
+
+
+def hold(way: Way, *idle_s: float, price: float = 1e-4) -> PoolHold:
+    keep = KeepRules(way=way, min_times=4, wait_s_per_gib_s=price)
+    made = PoolHold(replace(POOL, rules=replace(RULES, keep=keep)), resolution_s=4.0)
+    for each in idle_s:
+        made.came(each)
+    return made
+
+
+def kind(made: PoolHold, idle_s: float, *, num_workers: int, reload_s: float = 5.0) -> str:
+    decision = made.decide(made.held(num_workers=num_workers, reload_s=reload_s, idle_s=idle_s, now_s=1e4), 1e4)
+    assert decision is not None
+    return decision.kind
+
+
+# --- when ----------------------------------------------------------------------------------------------
+
+
+def test_a_pool_that_is_asked_for_every_ten_minutes_is_let_go_of_and_warmed() -> None:
+    made = hold("histogram", *[605.0] * 8)
+    # Away until 600 s less a margin and the start, there until 610 and a margin.
+    found = {idle_s: kind(made, idle_s, num_workers=1) for idle_s in (1.0, 5.0, 530.0, 540.0, 670.0, 672.0)}
+    assert found == {1.0: "keep", 5.0: "release", 530.0: "release", 540.0: "keep", 670.0: "keep", 672.0: "release"}
+    found = {idle_s: kind(made, idle_s, num_workers=0) for idle_s in (5.0, 530.0, 540.0, 672.0)}
+    assert found == {5.0: "release", 530.0: "release", 540.0: "warm", 672.0: "release"}
+
+
+def test_pauses_that_cannot_be_told_from_requests_that_overlap_do_not_count() -> None:
+    made = hold("histogram", *[0.5] * 100, *[605.0] * 8)
+    assert kind(made, 5.0, num_workers=1) == "release"
+
+
+def test_nobody_is_warmed_who_was_never_there() -> None:
+    for way in ("histogram", "lru", "cost_aware"):
+        assert kind(hold(way), 60.0, num_workers=0) == "release"
+
+
+def test_what_costs_more_than_it_saves_goes() -> None:
+    spread = [10.0 * number + 5.0 for number in range(8)]
+    cheap, dear = hold("cost_aware", *spread, price=1e-6), hold("cost_aware", *spread, price=10.0)
+    assert (kind(cheap, 30.0, num_workers=1), kind(dear, 30.0, num_workers=1)) == ("keep", "release")
+
+
+def test_fixed_is_left_to_the_rules() -> None:
+    made = PoolHold(replace(POOL, rules=replace(RULES, keep=None)), resolution_s=4.0)
+    assert made.decide(made.held(num_workers=1, reload_s=5.0, idle_s=1e5, now_s=1e6), 1e6) is None
+
+
+# --- what scaling makes of it --------------------------------------------------------------------------
+
+HERE = (PoolWorker(worker_id="night-0", memory_tokens=1e4),)
+
+
+def view(workers: tuple[PoolWorker, ...] = (), **figures: object) -> PoolView:
+    return replace(PoolView(pool="night", num_startable=2, start_s=5.0, idle_s=50.0), workers=workers, **figures)  # type: ignore[arg-type]
+
+
+def test_held_released_and_warmed() -> None:
+    released, _ = decide(view(HERE, hold=Hold("release", "because")), RULES, 0.0, RESTED)
+    assert (released.why, released.remove) == ("idle", ("night-0",))
+    assert "because" in released.reason
+    kept, _ = decide(view(HERE, hold=Hold("keep", "so")), RULES, 0.0, RESTED)
+    assert kept.kind == "keep"
+    warmed, memory = decide(view(hold=Hold("warm", "soon")), RULES, 0.0, RESTED)
+    assert (warmed.kind, warmed.why, warmed.num_starts) == ("up", "prewarm", 1)
+    assert warmed.reason.startswith("starts 1")
+    assert "idle for 50 s (soon)" in warmed.reason
+    # Once let go of, what came before calls for nobody.
+    late = replace(RESTED, looks=(Look(-2.0, 0.4, 0.4),))
+    assert decide(view(hold=Hold("release", "because"), arrivals=9, work_rate=0.3), RULES, 0.0, late)[0].kind == "keep"
+    coming = view(hold=Hold("warm", "soon"), starting=(StartingWorker(worker_id="s", age_s=1.0, takes_s=5.0),))
+    assert decide(coming, RULES, 1.0, memory)[0].kind == "keep"
+
+
+def test_whoever_waits_is_not_sent_away_and_no_cooldown_holds_up_who_is_asked_for_room() -> None:
+    waits = view(HERE, hold=Hold("release", "because"), unserved_requests=1)
+    assert decide(waits, RULES, 0.0, RESTED)[0].kind == "keep"
+    fresh = replace(RESTED, up_s=-1.0)
+    assert decide(view(HERE, hold=Hold("release", "idle")), RULES, 0.0, fresh)[0].why == "cooldown"
+    urgent = view(HERE, hold=Hold("release", "room", is_urgent=True))
+    assert decide(urgent, RULES, 0.0, fresh)[0].why == "idle"
+
+
+def test_nobody_is_started_where_there_is_no_memory() -> None:
+    full = view(unserved_requests=1, fits=0)
+    decision, _ = decide(full, RULES, 0.0, RESTED)
+    assert (decision.kind, decision.why, decision.wanted) == ("keep", "no_room", 1)
+    assert decide(replace(full, fits=1), RULES, 0.0, RESTED)[0].num_starts == 1
+
+
+@pytest.mark.parametrize("wrong", [{"min_workers": 1}, {"to_zero_after_s": 5.0}])
+def test_rules_that_contradict_each_other_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="keep needs min_workers = 0, and no to_zero_after_s"):
+        replace(RULES, **wrong)  # type: ignore[arg-type]
+
+
+# --- room ----------------------------------------------------------------------------------------------
+
+
+def room(*idle_s: float, busy: int = 0) -> Room:
+    """Of 4 GiB each pool here has one; `busy` ones cannot go."""
+    made = Room(4 * GIB)
+    for number, each in enumerate(idle_s):
+        own = PoolHold(replace(POOL, name=f"p{number}"), 4.0)
+        made.tell(f"p{number}", GIB, own.held(num_workers=1, reload_s=5.0, idle_s=each, now_s=1000.0))
+    for number in range(busy):
+        made.tell(f"b{number}", GIB, None)
+    return made
+
+
+def test_the_one_makes_room_that_was_used_longest_ago() -> None:
+    made = room(50.0, 300.0, 100.0, busy=1)
+    assert made.fits(GIB) == 0
+    assert made.ask("new", GIB, 1000.0) == ("p1",)
+    wanted = made.wanted_from("p1", 1001.0)
+    assert wanted is not None
+    assert (wanted.kind, wanted.is_urgent) == ("release", True)
+    assert wanted.reason.startswith("room for new: 1.00 GiB are needed; idle for 300 s")
+    assert made.wanted_from("p0", 1001.0) is None
+    # Who needed it may have gone.
+    assert made.wanted_from("p1", 1100.0) is None
+    # It left.
+    made.tell("p1", 0, None)
+    assert (made.fits(GIB), made.wanted_from("p1", 1002.0), made.ask("new", GIB, 1002.0)) == (1, None, ())
+
+
+def test_nobody_goes_in_vain() -> None:
+    made = room(50.0, busy=3)
+    assert made.ask("new", 2 * GIB, 1000.0) == ()
+    assert made.wanted_from("p0", 1000.0) is None
+
+
+def test_where_nobody_counts_everything_fits() -> None:
+    assert Room().fits(GIB) is None
+    assert Room().ask("new", GIB, 0.0) == ()
+    # What is not known to take memory takes none.
+    assert room(1.0).fits(0) is None
