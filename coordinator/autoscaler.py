@@ -155,13 +155,15 @@ class Autoscaler:
             self._carry_out_lending(found, now_s)
 
     def _cluster(self, now_s: float) -> ClusterSeen:
+        # First: who looks at the members may find that some are gone, and these leave the fleet.
+        usage = self._usage()
         fleet = self._conductor.fleet
         rows = range(len(fleet))
         shares = fleet.outlook().reading_share(now_s).tolist()
         infos = tuple(fleet.info_at(row) for row in rows)
         return ClusterSeen(
             infos=tuple(info for info in infos if info.role != "store"),
-            usage=self._usage(),
+            usage=usage,
             open_requests={
                 info.worker_id: load.open_requests
                 for info, load in zip(infos, fleet.loads, strict=True)

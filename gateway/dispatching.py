@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from contracts.errors import NoCapacity, NotReady, TandemError
 from contracts.failpoints import Failpoint, RarePath
 from contracts.messages import DISPATCH, DispatchItem, DispatchRequest, Placement, Rejection
+from gateway.replay import WAKING
 from gateway.snapshot import OwnLoad, Snapshot
 
 if TYPE_CHECKING:
@@ -269,7 +270,8 @@ class Dispatcher:
 
 
 def _lacks_workers(verdict: Placement | Rejection) -> bool:
-    return isinstance(verdict, Rejection) and verdict.code == NotReady.code
+    """It knows of none; not: it knows that there are none but those that leave, and has one started."""
+    return isinstance(verdict, Rejection) and verdict.code == NotReady.code and verdict.reason != WAKING
 
 
 def _no_answer(what: str) -> TandemError:

@@ -121,8 +121,10 @@ def decide(history: History, failure: Failure, now_s: float, limits: GatewayLimi
     """`history` is the request's before this failure."""
     is_started = failure.stage is Stage.STARTED
     is_waking = _is_waking(failure)
-    # To wait for a worker is no replay.
-    if not (is_waking or (limits.max_replays and _may_go_on(history, failure))):
+    # To wait for a worker is no replay, and neither is to go elsewhere when one does not take it any more: because it
+    # drains, or has another role than when the request was placed.
+    is_sent_on = failure.stage is Stage.REFUSED and isinstance(failure.error, NotReady)
+    if not (is_waking or is_sent_on or (limits.max_replays and _may_go_on(history, failure))):
         return GiveUp(_final(failure.error, history))
     if is_started and history.num_replays >= limits.max_replays:
         return GiveUp(_final(failure.error, history))

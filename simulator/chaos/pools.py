@@ -12,6 +12,7 @@ import asyncio
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from coldstart.keep_alive import IdleTimes
 from contracts.control_messages import FlipOperation, RemoveOperation, StartOperation
 from simulator.elastic import pool_name
 
@@ -53,6 +54,7 @@ class PoolAuditor:
         slowest_s = max(
             rules.window_s
             + (rules.to_zero_after_s or 0.0)
+            + (IdleTimes(rules.keep_bin_s).range_s if rules.keep is not None else 0.0)
             + rules.max_workers * (max(rules.cooldown_down_s, rules.cooldown_up_s) + _STEP_S)
             for rules in (pool.rules for pool in self._pools)
         )

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from coldstart.keep_alive import KeepRules
 from contracts.control_messages import FlipOperation, RemoveOperation, RestartOperation
 from contracts.errors import TandemError
 from contracts.ids import WorkerId
@@ -37,6 +38,8 @@ _LAYOUTS: tuple[tuple[dict[str, Role], int], ...] = (
 )
 #: KV tokens of a worker: a burst of a few requests fills it.
 _POOL_TOKENS = (192, 256, 384)
+#: Of learned idle times. What is known of none is kept for 240 of these.
+_KEEP_BIN_S = 0.05
 LONGEST_PROMPT, LONGEST_ANSWER = 90, 90
 #: Within which requests are asked, and how many there are at most.
 _ASKED_WITHIN_S = (14.0, 24.0)
@@ -113,24 +116,44 @@ def draw_pools(rng: random.Random, cluster: ClusterSpec, *, calm: bool) -> Clust
 
 def _rules(rng: random.Random, goes_to_zero: bool) -> ScaleRules:
     least = 0 if goes_to_zero else rng.choice([1, 1, 2])
+    # So long after the last request, or as the idle times of before say: these are few, and looked at finely.
+    to_zero_after_s = rng.choice([None, 4.0]) if goes_to_zero else None
     return ScaleRules(
         min_workers=least,
         max_workers=max(least, 1) + rng.randint(1, 2),
         queue_delay_s=rng.choice([0.05, 0.3]),
         cooldown_up_s=rng.choice([0.5, 2.0]),
         # Shorter than the window that is looked at, or longer.
-        cooldown_down_s=rng.choice([1.0, 6.0]),
+        cooldown_down_s=rng.choice([1.0, 6.0]) if to_zero_after_s or not goes_to_zero else 1.0,
         # A pool may shrink while answers are written, or has to wait until few are.
         freeness_low=2.0,
         freeness_high=rng.choice([5.0, 60.0]),
         max_step_up=rng.choice([1, 4]),
         max_step_down=rng.choice([1, 2]),
-        to_zero_after_s=rng.choice([1.5, 4.0]) if goes_to_zero else None,
+        to_zero_after_s=to_zero_after_s,
+        keep=KeepRules(way="histogram", min_times=1) if goes_to_zero and to_zero_after_s is None else None,
+        keep_bin_s=_KEEP_BIN_S,
         flip=rng.random() < 0.7,
         window_s=rng.choice([2.0, 5.0]),
         settle_s=rng.choice([0.0, 0.3, 1.0]),
         recover_s=2.0,
     )
+
+
+def is_learning(cluster: ClusterSpec) -> bool:
+    """Whether a pool is kept, and warmed, by the idle times that were seen."""
+    return cluster.elastic is not None and any(pool.rules.keep for pool in cluster.elastic.settings.pools)
+
+
+def draw_rhythm(rng: random.Random) -> tuple[Ask, ...]:
+    """Small bursts with equal pauses, for pools that learn from them when they will be asked next."""
+    pause_s = rng.uniform(4.5, 7.0)
+    times_s = [
+        beat * pause_s + rng.uniform(0.5, 0.8)
+        for beat in range(int((LATEST_ASK_S - 1.0) // pause_s) + 1)
+        for _ in range(rng.randint(2, 5))
+    ]
+    return tuple(_ask(rng, at_s) for at_s in sorted(times_s))
 
 
 def draw_bursts(rng: random.Random) -> tuple[Ask, ...]:

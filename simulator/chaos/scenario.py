@@ -19,7 +19,14 @@ from gateway.limits import GatewayLimits
 from prefill import PrefillLimits
 from simulator.chaos.drawing import Victims, draw_faults, draw_loss, draw_power_cut
 from simulator.chaos.operations import draw_moves, draw_operations, draw_rebalancing
-from simulator.chaos.scaling import draw_bursts, draw_pools, draw_scaling_faults, is_elastic
+from simulator.chaos.scaling import (
+    draw_bursts,
+    draw_pools,
+    draw_rhythm,
+    draw_scaling_faults,
+    is_elastic,
+    is_learning,
+)
 from simulator.chaos.stores import draw_chats, draw_rush, draw_stores
 from simulator.clients import Ask
 from simulator.cluster import AGENT_HOST, COORDINATOR_HOST, GATEWAY_HOST, ClusterSpec
@@ -131,7 +138,8 @@ def draw(seed: int) -> Scenario:
     has_pools = not is_survivable and is_elastic(pools_rng, calm=is_calm)
     if has_pools:
         cluster = draw_pools(pools_rng, cluster, calm=is_calm)
-        drawn = draw_bursts(random.Random(f"{seed}/bursts"))
+        bursts_rng = random.Random(f"{seed}/bursts")
+        drawn = draw_rhythm(bursts_rng) if is_learning(cluster) else draw_bursts(bursts_rng)
     else:
         drawn = _draw_asks(random.Random(f"{seed}/asks"), cluster)
     asks = _begin_alike(random.Random(f"{seed}/beginnings"), drawn)

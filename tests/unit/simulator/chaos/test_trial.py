@@ -90,10 +90,12 @@ def test_a_gateway_that_never_sends_a_cancel_is_told_though_no_client_notices(mo
     def forgets(queue: CancelQueue, peer: Peer, key: RequestKey, reason: str) -> None:
         return None
 
-    sound = try_seed(CALM_IN)
+    # What a stopped worker may forget is not judged where pools breathe.
+    seed = next(seed for seed in range(CALM_IN, 1000, CALM_IN) if draw(seed).cluster.elastic is None)
+    sound = try_seed(seed)
     assert sound.problems == ()
     monkeypatch.setattr(CancelQueue, "add", forgets)
-    verdict = try_seed(CALM_IN)
+    verdict = try_seed(seed)
     assert verdict.outcomes == sound.outcomes
     assert verdict.problems
     assert all(" s after it was forgotten" in problem for problem in verdict.problems)
