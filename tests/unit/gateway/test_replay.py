@@ -99,9 +99,25 @@ def test_what_is_taken_up_again(history: History, stage: Stage, error: TandemErr
 @pytest.mark.parametrize("stage", Stage)
 @pytest.mark.parametrize("history", [NEW, PLACED, RUNNING])
 def test_switched_off_every_failure_is_final(kind: type[TandemError], stage: Stage, history: History) -> None:
+    """But where a worker does not take what was meant for it (it drains, or has another role by now): nothing was begun."""
     error = kind("?")
     verdict = decide(history, Failure(stage, error), 0.0, GatewayLimits(max_replays=0))
-    assert verdict == GiveUp(error)
+    if (stage, kind) == (Stage.REFUSED, NotReady):
+        assert isinstance(verdict, Retry)
+        assert verdict.history.num_replays == history.num_replays
+    else:
+        assert verdict == GiveUp(error)
+
+
+def test_who_is_sent_on_is_not_sent_on_for_ever() -> None:
+    history, now_s, limits = NEW, 0.0, GatewayLimits(max_replays=0)
+    for _ in range(1000):
+        verdict = decide(history, Failure(Stage.REFUSED, NotReady("it drains")), now_s, limits)
+        if isinstance(verdict, GiveUp):
+            break
+        history, now_s = verdict.history, now_s + verdict.delay_s
+    assert isinstance(verdict, GiveUp)
+    assert now_s <= max(limits.dispatch_patience_s, limits.replay_patience_s)
 
 
 def test_the_first_try_elsewhere_is_at_once_then_less_and_less_often() -> None:
