@@ -77,6 +77,12 @@ def command(cluster: ClusterProcess, *arguments: str) -> str:
     return output
 
 
+async def operations(cluster: ClusterProcess, model: str) -> list[dict[str, Any]]:
+    told = await asyncio.to_thread(command, cluster, "operations", "--model", model, "--json")
+    statuses: list[dict[str, Any]] = json.loads(told)
+    return statuses
+
+
 def print_phases(timelines: list[dict[str, Any]]) -> None:
     print(f"\ntime to first token of {len(timelines)} requests to a sleeping model, ms (median, most):")
     for phase in PHASES:
@@ -126,6 +132,10 @@ async def test_each_model_answers_and_one_sleeps_meanwhile(tmp_path: Path) -> No
         told = await asyncio.to_thread(command, cluster, "autoscale", "--model", "night")
         assert "pool night-all: starts 1" in told
         assert "pool night-all: removes night-all-0" in told
+        # Asleep is who serves nothing; on a busy machine its process may still be leaving, and the stop be under way.
+        async with asyncio.timeout(PATIENCE_S):
+            while any(one["state"] == "running" for one in await operations(cluster, "night")):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.2)
         # Which coordinator is meant follows from the worker's name.
         started = await asyncio.to_thread(command, cluster, "start", "night-all-0")
         assert "done after" in started
