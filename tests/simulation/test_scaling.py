@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from contracts.control_messages import FlipOperation, RemoveOperation, StartOperation
+from contracts.ids import WorkerId
 from coordinator.policy.lending import LendRules
 from coordinator.policy.scaling_terms import ScaleRules
 from coordinator.pool_views import ScaledPool
@@ -18,6 +19,7 @@ from tests.support.elastic import ElasticCluster
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from coordinator.policy.virtual_usage import UsageView
     from simulator import Program
 
 RULES = ScaleRules(
@@ -203,3 +205,24 @@ def test_two_runs_are_alike(seed: int) -> None:
         await cluster.serve(100.0, lambda at_s: 0.5 + seed * (at_s > 30.0))
 
     assert with_cluster(body).begun == with_cluster(body).begun
+
+
+def test_a_worker_that_is_found_gone_in_the_middle_of_a_look_ends_nothing() -> None:
+    """Who asks the members what they use may find that one has not been heard of for too long: it leaves the fleet."""
+    gone = WorkerId("decode-0")
+
+    async def body(cluster: ElasticCluster) -> None:
+        cluster.scaler.look()
+        usage = cluster.scaler._usage  # pyright: ignore[reportPrivateUsage]
+
+        def usage_that_finds_it_gone() -> UsageView:
+            if gone in cluster.workers:
+                del cluster.workers[gone]
+                cluster.conductor.remove(gone)
+            return usage()
+
+        cluster.scaler._usage = usage_that_finds_it_gone  # pyright: ignore[reportPrivateUsage]
+        cluster.scaler.look()
+        assert any(isinstance(operation, StartOperation) for _, operation in cluster.begun), cluster.told
+
+    with_cluster(body, initial={"prefill": 1, "decode": 1})
