@@ -41,7 +41,7 @@ STOP_GRACE_S = 1.0
 #: Told to end by somebody else than its node agent, a worker drains for so long: it is gone within 10 s.
 DRAIN_S = 7.0
 #: The node agent gives up earlier.
-WEIGHTS_TIMEOUT_S = 660.0
+WEIGHTS_TIMEOUT_S = 140.0
 #: When a worker's life is over, the kernel gets this long to take its last words.
 EXIT_DELAY_S = 0.2
 #: Exit status of such a worker.

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from coldstart.loaded import LoadedWeights, load_partition, partition_of, read_checkpoint
+from coldstart.loaded import LoadedWeights, read_checkpoint
 from coldstart.memory import address_of
+from coldstart.reading import load_partition, partition_of
 from contracts.errors import Cancelled, LoadError
 
 if TYPE_CHECKING:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coldstart.file_source import FileSource
 from coldstart.format import check_folder, read_index
 from coldstart.memory import WeightMemory, as_array
 from coldstart.partition import PartitionPlan
-from coldstart.pipeline import NUM_THREADS, MemoryDestination, PartitionLoad
+from coldstart.pipeline import MemoryDestination
+from coldstart.reading import load_partition, partition_of
 from contracts.errors import ConfigError, CorruptCheckpoint
 from engine.checkpoint import torch_dtype
 from engine.model_config import load_model_config
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Buffer
 
-    from coldstart.format import Index, Partition
-    from coldstart.pipeline import Destination, LoadProgress, LoadReport
+    from coldstart.format import Index
+    from coldstart.pipeline import LoadProgress
     from engine.canary import Canary
     from engine.safetensors_files import StoredDtype
 
@@ -103,44 +102,6 @@ def check_fits(folder: Path, index: Index) -> None:
         plan = PartitionPlan(config, index.dtype, rank=rank, tensor_parallel=index.tensor_parallel)
         if plan.entries != partition.tensors or plan.num_bytes != partition.num_bytes:
             raise CorruptCheckpoint(f"{folder}: its index does not fit its config.json")
-
-
-def partition_of(index: Index, rank: int) -> Partition:
-    """Raises ConfigError when there is no such rank."""
-    if not 0 <= rank < index.tensor_parallel:
-        raise ConfigError(f"there is no rank {rank} of {index.tensor_parallel}")
-    return index.partitions[rank]
-
-
-def load_partition(
-    folder: Path,
-    index: Index,
-    rank: int,
-    destination: Destination,
-    *,
-    num_threads: int = NUM_THREADS,
-    progress: Callable[[LoadProgress], None] | None = None,
-) -> LoadReport:
-    """Reads a weight file of this machine into `destination`. Blocks. Raises as `PartitionLoad.run`."""
-    partition = partition_of(index, rank)
-    with ExitStack() as stack:
-        # Whatever happens, nobody writes to the destination afterwards.
-        stack.callback(destination.stop)
-        source = FileSource(folder / partition.file)
-        stack.callback(source.close)
-        # A page that came wrong past the cache may come right through it, and the other way round.
-        second = FileSource(folder / partition.file, direct=not source.is_direct)
-        stack.callback(second.close)
-        load = PartitionLoad(
-            source,
-            partition,
-            index.chunk_bytes,
-            destination,
-            second=second,
-            num_threads=num_threads,
-            progress=progress,
-        )
-        return load.run()
 
 
 def load_checkpoint(

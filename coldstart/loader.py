@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from coldstart.file_source import FileSource
 from coldstart.format import INDEX_NAME, check_folder, encode_index, is_converted, read_index
-from coldstart.pipeline import MemoryDestination, PartitionLoad
+from coldstart.pipeline import MemoryDestination
+from coldstart.reading import load_partition
 from coldstart.tier_handles import Loading
 from coldstart.tier_records import CheckpointKey
 from contracts.errors import ConfigError, LoadError, TandemError
@@ -91,7 +91,8 @@ class WeightLoader:
             index, tier = self._fuser.fill(memory[: self._fuser.num_bytes], self._report), "original"
         else:
             assert self._folder is not None
-            index, tier = self._load(*self._folder, memory), self._folder[2]
+            folder, index, tier, entry = self._folder
+            self._load(folder, index, entry, memory)
         weight_bytes = index.partitions[self._key.rank].num_bytes
         data = encode_index(index)
         memory[weight_bytes : weight_bytes + len(data)] = data
@@ -165,33 +166,22 @@ class WeightLoader:
 
     # --- filling ----------------------------------------------------------------------------------------
 
-    def _load(self, folder: Path, index: Index, tier: str, entry: Entry | None, memory: memoryview) -> Index:
-        del tier
-        partition = index.partitions[self._key.rank]
-        path = folder / partition.file
-        with ExitStack() as stack:
-            source = FileSource(path)
-            stack.callback(source.close)
-            second = FileSource(path, direct=not source.is_direct)
-            stack.callback(second.close)
-            destination = MemoryDestination(memory[: partition.num_bytes], index.chunk_bytes)
-            stack.callback(destination.stop)
-            load = PartitionLoad(
-                source,
-                partition,
-                index.chunk_bytes,
+    def _load(self, folder: Path, index: Index, entry: Entry | None, memory: memoryview) -> None:
+        rank = self._key.rank
+        destination = MemoryDestination(memory[: index.partitions[rank].num_bytes], index.chunk_bytes)
+        try:
+            load_partition(
+                folder,
+                index,
+                rank,
                 destination,
-                second=second,
                 progress=lambda at: self._report(at.verified_bytes, at.total_bytes),
             )
-            try:
-                load.run()
-            except LoadError as error:
-                if entry is not None:
-                    # The next one converts it anew.
-                    entry.discard(error.message)
-                raise
-        return index
+        except LoadError as error:
+            if entry is not None:
+                # The next one converts it anew.
+                entry.discard(error.message)
+            raise
 
     def _report(self, done_bytes: int, total_bytes: int) -> None:
         self._progress("weights", done_bytes, total_bytes)

@@ -19,8 +19,9 @@ from typing import TypeAlias
 
 import msgspec
 
-#: A client waits this long for its weights, and then reads them itself.
-PATIENCE_S = 600.0
+#: A client waits this long for its weights, and then reads them itself: within the time that a worker's start may take
+#: (300 s), or it would be killed while it waits, again and again.
+PATIENCE_S = 120.0
 #: Clients at a time; one more is refused.
 MAX_CLIENTS = 1024
 #: Loads that wait for the disk; one more is refused.

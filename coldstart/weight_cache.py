@@ -248,12 +248,13 @@ class WeightCache:
             waiting.set_result(answer)
 
     async def _load(self, load: int, key: WeightsKey) -> None:
-        writable = os.memfd_create("tandem-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        writable = -1
         room = self._room[load] = asyncio.get_running_loop().create_future()
         started_s = self._clock.now_s()
         under_way: Load | None = None
         event: ResidenceEvent
         try:
+            writable = os.memfd_create("tandem-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             under_way = self._start_load(key, writable)
             self._take(Sized(load, await under_way.sized()))
             num_bytes = await room
@@ -268,14 +269,16 @@ class WeightCache:
             return
         except Exception as error:
             # Whatever it was, its clients wait: they are told, and read their weights themselves.
-            self._log(f"weights of {key.folder} are not loaded: {error}")
-            event = LoadFailed(load, str(error))
+            message = str(error) or type(error).__name__
+            self._log(f"weights of {key.folder} are not loaded: {message}")
+            event = LoadFailed(load, message)
         finally:
             self._room.pop(load, None)
             if under_way is not None:
                 with contextlib.suppress(Exception):
                     await asyncio.shield(under_way.abort())
-            os.close(writable)
+            if writable >= 0:
+                os.close(writable)
         self._take(event)
 
 

@@ -211,3 +211,17 @@ async def test_a_node_agent_that_ends_in_the_middle_of_a_load_hangs_up() -> None
     with pytest.raises(LoadError):
         await asking
     assert one.num_filled == 0
+
+
+async def test_no_descriptor_for_memory_is_told_and_the_next_load_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(name: str, flags: int = 0) -> int:
+        raise OSError(24, "Too many open files")
+
+    async with site() as one:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "memfd_create", none_left)
+            with pytest.raises(LoadError, match="Too many open files"):
+                await one.ask("model")
+        handed = await one.ask("model")
+        assert one.num_begun == 1
+        handed.close()
