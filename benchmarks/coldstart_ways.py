@@ -21,9 +21,10 @@ import torch
 
 from coldstart.file_source import FileSource
 from coldstart.format import checksum, read_index
-from coldstart.loaded import LoadedWeights, load_partition
+from coldstart.loaded import LoadedWeights
 from coldstart.memory import WeightMemory, populate_read
 from coldstart.pipeline import NUM_THREADS, MemoryDestination, PartitionLoad
+from coldstart.reading import load_partition
 from contracts.ids import BlockId
 from engine.checkpoint import Checkpoint
 from engine.fused import expected_tensors

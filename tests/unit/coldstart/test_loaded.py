@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from coldstart.convert import ConvertOptions, convert
 from coldstart.format import INDEX_NAME, read_index
-from coldstart.loaded import LoadedWeights, load_checkpoint, load_partition
+from coldstart.loaded import LoadedWeights, load_checkpoint
 from coldstart.memory import WeightMemory
 from coldstart.pipeline import MemoryDestination
+from coldstart.reading import load_partition
 from contracts.errors import ConfigError, CorruptCheckpoint, LoadError
 from tests.support.checkpoints import fused_original, same_bits
 from tests.support.tiny_models import make_tiny_model
