@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,16 @@ def available_names() -> tuple[TransportName, ...]:
 
 def has_nixl() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in PACKAGES)
+
+
+def warm_up() -> None:
+    """Imports what the transports of this machine need, and starts nothing. What is missing is told by who needs it."""
+    import kvtransfer.collective
+    import kvtransfer.ucx  # noqa: F401
+    from kvtransfer.ucx_agent import preload
+
+    with contextlib.suppress(ConfigError):
+        preload()
 
 
 def check_interface(interface: str | None) -> None:

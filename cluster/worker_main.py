@@ -49,7 +49,16 @@ EXIT_LIFE_OVER = 3
 
 
 #: What a start imports late, after its cores are taken.
-WARM_MODULES = ("cluster.transports", "engine.executor", "kvtransfer", "prefill", "coldstart.loaded", "worker.retiring")
+WARM_MODULES = (
+    "cluster.transports",
+    "coldstart.loaded",
+    "engine.compose",
+    "engine.executor",
+    "kvtransfer",
+    "prefill.ordering",
+    "rpc.grpc_network",
+    "worker.retiring",
+)
 
 
 def main() -> int:
@@ -60,10 +69,12 @@ def main() -> int:
 
 def _warm_up(device: str) -> None:
     """All that the start of any worker costs, whatever its model."""
+    from cluster import transports
     from engine.ops import select_ops
 
     for module in WARM_MODULES:
         importlib.import_module(module)
+    transports.warm_up()
     select_ops("cuda" if device == "cuda" else "cpu", log=log)
 
 

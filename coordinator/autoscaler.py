@@ -83,7 +83,8 @@ class Autoscaler:
         self.watch = PoolWatch(settings, conductor, clock.now_s(), room)
         self._lend_memory = LendMemory()
         self._told: deque[tuple[float, str]] = deque(maxlen=_MAX_TOLD)
-        self._looked_s = -math.inf
+        #: When a request last made it look. Other looks do not count: a request that comes just after one would wait.
+        self._woken_s = -math.inf
         self._task: asyncio.Task[None] | None = None
         self._group: asyncio.TaskGroup | None = None
 
@@ -122,7 +123,8 @@ class Autoscaler:
     def decided(self, item: DispatchItem, decision: Chosen | Refused, now_s: float) -> None:
         """A decision was made; its rows are those of the conductor's fleet at this moment."""
         is_asked = self.watch.decided(item, decision, now_s)
-        if is_asked and self._task is not None and now_s - self._looked_s >= _WAKE_INTERVAL_S:
+        if is_asked and self._task is not None and now_s - self._woken_s >= _WAKE_INTERVAL_S:
+            self._woken_s = now_s
             self.look()
 
     def judged(self, tally: TtftTally, now_s: float) -> None:
@@ -142,7 +144,7 @@ class Autoscaler:
 
     def look(self) -> None:
         """Decides about each pool, and begins what was decided."""
-        now_s = self._looked_s = self._clock.now_s()
+        now_s = self._clock.now_s()
         cluster = self._cluster(now_s)
         self.watch.note(cluster, now_s)
         for each, view, decision, memory in [] if self._settings.mode == "off" else self._decide(cluster, now_s):

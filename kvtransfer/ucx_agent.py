@@ -50,6 +50,9 @@ DEFAULTS = {
     # Reads over TCP are answered in messages of this size: half as fast again as with UCX's own 8 KiB.
     "UCX_TCP_TX_SEG_SIZE": "64k",
     "UCX_TCP_RX_SEG_SIZE": "256k",
+    # UCX would patch every library of the process to hear of memory that goes, a third of a second with torch loaded.
+    # It is for caches of registered memory; here only pools are, for as long as they live.
+    "UCX_MEM_EVENTS": "n",
     # Signals are the interpreter's. A peer's death is a typed error here, not a line on standard output.
     "UCX_HANDLE_ERRORS": "none",
     "UCX_LOG_LEVEL": "fatal",
@@ -114,14 +117,13 @@ class Agent:
 
     def __init__(self, name: str, interface: str | None, *, serves: bool) -> None:
         """Listens on that network interface alone; None: on loopback. Raises ConfigError where NIXL is missing
-        or cannot start. The first of a process takes half a second.
+        or cannot start. The first of a process loads NIXL, unless `preload` did.
 
         `serves`: others read from it, and a thread of NIXL's answers them. Otherwise nothing moves but in
         `Read.post`, `Read.poll` and `progress`.
         """
         devices = net_devices(interface)
-        chosen = {name: os.environ.get(name, default) for name, default in DEFAULTS.items()}
-        with _environment({**chosen, "UCX_NET_DEVICES": devices}):
+        with _environment({**_chosen(), "UCX_NET_DEVICES": devices}):
             self._bindings, self.software = load()
             config = self._bindings.nixlAgentConfig()
             config.useProgThread = serves
@@ -234,6 +236,18 @@ def load() -> tuple[Any, str]:
         # NIXL sets logging up on import, for the whole process.
         logging.raiseExceptions = raise_exceptions
     raise ConfigError("transport ucx: NIXL is not installed; it comes with: pip install 'tandem-serve[ucx]'")
+
+
+def preload() -> None:
+    """Has the libraries in this process before an agent is made, which then takes less. No thread is started.
+    Raises ConfigError as `load` does."""
+    # Some settings are read when a library is loaded.
+    with _environment(_chosen()):
+        load()
+
+
+def _chosen() -> dict[str, str]:
+    return {name: os.environ.get(name, default) for name, default in DEFAULTS.items()}
 
 
 @contextmanager
