@@ -9,13 +9,12 @@ staging.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from coldstart.format import checksum, tensors_in
-from coldstart.memory import address_of
+from coldstart.memory import address_of, ask_for_huge_pages, populate_write
 from coldstart.source import ALIGNMENT_BYTES
 from contracts.errors import Cancelled, CorruptCheckpoint, LoadError
 
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 #: Reads under way at once. A disk of its own is busy with four; beside others a deeper queue gets the larger share.
 NUM_THREADS = 16
 
-#: Of madvise(2), since Linux 5.14; this Python has no name for it.
-_MADV_POPULATE_WRITE = 23
 #: Bytes given pages in one call, which keeps the process's other threads from mapping memory: some 3 ms.
 _POPULATED_AT_ONCE = 4 << 20
 
@@ -67,6 +64,7 @@ class MemoryDestination:
         self._address = address_of(self._view)
         if self._address % ALIGNMENT_BYTES:
             raise ValueError(f"memory for weights begins at {self._address:#x}, not at a page")
+        ask_for_huge_pages(self._address, len(self._view))
         self._stopping = threading.Event()
         self._populating: threading.Thread | None = None
         if populate and len(self._view) > chunk_bytes:
@@ -94,12 +92,10 @@ class MemoryDestination:
         self.stop()
 
     def _populate(self) -> None:
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         for start in range(0, len(self._view), _POPULATED_AT_ONCE):
             size = min(_POPULATED_AT_ONCE, len(self._view) - start)
             # Where the kernel cannot do that, reads make the pages.
-            if self._stopping.is_set() or madvise(self._address + start, size, _MADV_POPULATE_WRITE) != 0:
+            if self._stopping.is_set() or not populate_write(self._address + start, size):
                 return
 
 
