@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import mmap
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +16,12 @@ from cluster.launch import (
     MAX_LAUNCH_BYTES,
     Failed,
     Filled,
-    Loading,
     Sized,
     decode_go,
     decode_loader_launch,
 )
 from cluster.lifeline import die_with_parent
+from cluster.telling import Teller
 from coldstart.loader import WeightLoader
 from coldstart.local_tier import LocalTier
 from coldstart.tier_files import LiveTierFiles
@@ -32,25 +30,6 @@ from rpc.clock import LiveBlockingClock
 
 if TYPE_CHECKING:
     from cluster.launch import WeightTierOptions
-
-#: Between two words on how far it is: also the sign that it gets on.
-TELL_INTERVAL_S = 0.2
-
-
-class Teller:
-    """Says how far a load is, not more often than somebody would want to know."""
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._next_s = 0.0
-
-    def __call__(self, what: str, done_bytes: int, total_bytes: int) -> None:
-        now_s = time.monotonic()
-        with self._guard:
-            if now_s < self._next_s:
-                return
-            self._next_s = now_s + TELL_INTERVAL_S
-            tell(Loading(what=what, fraction=done_bytes / max(1, total_bytes)))
 
 
 def main() -> int:

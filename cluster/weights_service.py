@@ -43,7 +43,8 @@ class WeightsService:
         log: ProcessLog,
     ) -> None:
         self._ssd = ssd
-        self._environ = dict(environ)
+        # One thread of it: others compute on these cores.
+        self._environ = {**environ, "OPENBLAS_NUM_THREADS": "1"}
         self._parent_pid = parent_pid
         self._log = log
         self._guard: Guard | None = None

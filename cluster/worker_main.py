@@ -20,6 +20,7 @@ from cluster.build import build_name
 from cluster.child_main import log, run_child, stand_by, tell, tell_alive, tell_if_room
 from cluster.launch import Failed, Loading, Ready, Serves, WorkerLaunch, decode_launch
 from cluster.standby import STANDBY_FLAG
+from cluster.telling import Teller
 from cluster.weights_service import key_of
 from coldstart.format import decode_index, is_converted
 from coldstart.handing import ask
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from cluster.child_main import Departure
     from coldstart.handing import HandedWeights
     from contracts.clock import Clock
+    from engine.canary import Canary
     from engine.executor import LiveEngine
     from engine.weights import FusedWeights
     from worker import WorkerShell
@@ -246,6 +248,7 @@ async def _load(
     from engine.runner import EngineOptions
 
     device = _device(launch)
+    weights = await asyncio.to_thread(_weights, launch, handed)
     options = EngineOptions(
         dtype=launch.dtype,
         device=device,
@@ -262,8 +265,17 @@ async def _load(
         pool_buffer_factory=make_pool,
         progress=lambda done, total: tell(Loading(what="weights", fraction=done / max(1, total))),
         log=log,
-        weights=await asyncio.to_thread(_weights, launch, handed),
+        weights=weights,
+        # Of weights that come from elsewhere it lies with them.
+        canary=await asyncio.to_thread(_canary, launch) if weights is None else None,
     )
+
+
+def _canary(launch: WorkerLaunch) -> Canary | None:
+    """Of an original that this process reads itself: it is read twice, by two ways."""
+    from coldstart.canary_run import canary_of
+
+    return canary_of(Path(launch.model_dir), progress=partial(Teller(), "canary"))
 
 
 def _device(launch: WorkerLaunch) -> str:

@@ -1,34 +1,52 @@
-"""The canary of a checkpoint that was just converted, by an engine that computes on its file."""
+"""The canary of a model, computed from its original: not from the form in which workers get the weights, and not by the
+operators that they use."""
 
 from __future__ import annotations
 
-import mmap
+import hashlib
+from math import isfinite
 from typing import TYPE_CHECKING
 
-from coldstart.loaded import LoadedWeights
-from contracts.errors import LoadError
-from engine.canary import measure_canary
-from engine.ops import TorchOps
-from engine.runner import EngineOptions, load_runner
+import numpy as np
+
+from coldstart.reference import reference_logits
+from engine.canary import NUM_TOKENS, Canary
+from engine.model_config import load_model_config
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from coldstart.format import Index
-    from engine.canary import Canary
+    from coldstart.reference import Floats
 
-_NUM_BLOCKS = 2
+#: Computed side by side. The one whose answer is the clearest becomes the canary: of each all beginnings are tried that
+#: are half as long or longer.
+_NUM_PROMPTS = 2
+_NUM_LAST = NUM_TOKENS // 2
 
 
-def canary_of(folder: Path, index: Index) -> Canary | None:
-    """`folder` holds weights and config; `index` need not be written yet. The weights are used where the page cache has
-    them, so that a model larger than memory can be asked too. By torch's own operators: another way than workers take.
-    Raises LoadError when the file cannot be read."""
-    partition = index.partitions[0]
-    try:
-        with (folder / partition.file).open("rb") as file:
-            mapping = mmap.mmap(file.fileno(), partition.num_bytes, prot=mmap.PROT_READ)
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{folder / partition.file}: cannot be mapped: {error}") from error
-    options = EngineOptions(num_blocks=_NUM_BLOCKS)
-    return measure_canary(load_runner(folder, options, TorchOps(), weights=LoadedWeights(mapping, index)))
+def canary_of(model_dir: Path, *, progress: Callable[[int, int], None] = lambda _done, _total: None) -> Canary | None:
+    """Of a folder in Hugging Face layout, whose weights are read once, a few rows at a time; None where it computes no
+    numbers. `progress(bytes read, bytes in all)`. Blocks. Raises ConfigError, LoadError, CorruptCheckpoint."""
+    vocab_size = load_model_config(model_dir).vocab_size
+    prompts = [_prompt(number, vocab_size) for number in range(_NUM_PROMPTS)]
+    logits_BTV = reference_logits(model_dir, prompts, num_last=_NUM_LAST, progress=progress)
+    found = [
+        _canary(prompt[: NUM_TOKENS - _NUM_LAST + 1 + position], logits_BTV[number, position])
+        for number, prompt in enumerate(prompts)
+        for position in range(_NUM_LAST)
+    ]
+    return max((each for each in found if isfinite(each.margin)), key=lambda each: each.margin, default=None)
+
+
+def _canary(prompt: tuple[int, ...], logits_V: Floats) -> Canary:
+    token = int(logits_V.argmax())
+    others = np.delete(logits_V, token)
+    margin = float(logits_V[token] - others.max()) if np.isfinite(logits_V).all() and len(others) else float("nan")
+    return Canary(prompt=prompt, token=token, margin=round(margin, 4))
+
+
+def _prompt(number: int, vocab_size: int) -> tuple[int, ...]:
+    """Some tokens, the same ones everywhere."""
+    digest = hashlib.sha256(f"canary {number}".encode()).digest()
+    return tuple(int.from_bytes(digest[4 * i : 4 * i + 4], "little") % vocab_size for i in range(NUM_TOKENS))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from coldstart.canary_run import canary_of
 from coldstart.durable import DurableFiles, writing_failed
 from coldstart.file_source import FileSource
 from coldstart.format import (
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from pathlib import Path
 
-    from engine.canary import Canary
     from engine.compute_dtype import DtypeChoice
     from engine.safetensors_files import StoredDtype
 
@@ -58,14 +58,14 @@ class ConvertOptions:
     dtype: DtypeChoice = "auto"
     tensor_parallel: int = 1
     chunk_bytes: int = CHUNK_BYTES
-    #: Ask an engine with the converted weights for a few tokens, which every worker must answer alike before it serves.
-    #: Not where ranks share the weights. Imports torch, and reads all weights once more.
+    #: Compute from the original what follows a few tokens, which every worker must answer alike before it serves. Reads
+    #: the original once more.
     canary: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertProgress:
-    #: Written, or read back to check.
+    #: written, checked (read back), or canary (the original's bytes read for it).
     what: str
     done_bytes: int
     total_bytes: int
@@ -111,7 +111,7 @@ class _Conversion:
         self._files = files
         self._report = progress
         self._chunk_bytes = options.chunk_bytes
-        self._has_canary = options.canary and options.tensor_parallel == 1
+        self._has_canary = options.canary
         self._dtype: StoredDtype = original.dtype(options.dtype)
         ranks = options.tensor_parallel
         self._plans = [
@@ -315,17 +315,20 @@ class _Conversion:
             files=tuple(copied),
         )
         if self._has_canary:
-            index = msgspec.structs.replace(index, canary=self._canary(index))
+            canary = canary_of(
+                self._original.folder,
+                progress=lambda done, total: self._report(
+                    ConvertProgress(what="canary", done_bytes=done, total_bytes=total)
+                ),
+            )
+            # It read the files anew: they must still be those that were converted.
+            self._original.check_unchanged()
+            index = msgspec.structs.replace(index, canary=canary)
         self._files.sync_folder(self._folder)
         unfinished = self._folder / f"{INDEX_NAME}.new"
         self._write_file(stack, unfinished, encode_index(index))
         self._files.rename(unfinished, self._folder / INDEX_NAME)
         return index
-
-    def _canary(self, index: Index) -> Canary | None:
-        from coldstart.canary_run import canary_of
-
-        return canary_of(self._folder, index)
 
     def _write_file(self, stack: ExitStack, path: Path, data: bytes) -> None:
         descriptor = self._files.open(path)

@@ -3,7 +3,7 @@
 The tiers, nearest first: the folder itself, where it is converted; the disk tier's copy of it; the original, converted
 into the disk tier on its first use, or, where there is no disk tier or it fails, fused straight into memory.
 
-Torch is imported only where something is converted or fused.
+Torch is not imported.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class WeightLoader:
         elif self._tier is None or not self._take_from_tier(self._tier, model_dir):
             self._take_original(model_dir)
         if self._fuser is not None:
-            return self._fuser.num_bytes + len(encode_index(self._fuser.index({})))
+            return self._fuser.num_bytes + len(encode_index(self._fuser.longest_index()))
         assert self._folder is not None
         index = self._folder[1]
         return index.partitions[self._key.rank].num_bytes + len(encode_index(index))
@@ -88,7 +88,7 @@ class WeightLoader:
         """`memory`: zeroed, page-aligned, as long as `prepare` said. Raises ConfigError and LoadError: nothing in it is
         worth anything then."""
         if self._fuser is not None:
-            index, tier = self._fuser.fill(memory[: self._fuser.num_bytes], self._report), "original"
+            index, tier = self._fuser.fill(memory[: self._fuser.num_bytes], self._progress), "original"
         else:
             assert self._folder is not None
             folder, index, tier, entry = self._folder

@@ -3,8 +3,6 @@ bound or mapped wrongly, answer otherwise."""
 
 from __future__ import annotations
 
-import hashlib
-from math import isfinite
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,10 +17,8 @@ if TYPE_CHECKING:
 
     from engine.runner import Runner
 
-#: Of one prompt. A block holds it, whatever its size.
+#: Of the longest prompt.
 NUM_TOKENS = 8
-#: Prompts that are tried; the one whose answer is the clearest becomes the canary.
-NUM_TRIES = 4
 #: Between the logits of the answer and of the next best token: other kernels must not turn it, in bfloat16 either.
 CLEAR_MARGIN = 0.25
 
@@ -32,12 +28,6 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     token: int
     #: Between its logit and the next best one's.
     margin: float
-
-
-def measure_canary(runner: Runner) -> Canary | None:
-    """Of right weights; None of those that compute no numbers. Overwrites the first blocks of the runner's pool."""
-    found = [_measured(runner, number) for number in range(NUM_TRIES)]
-    return max((each for each in found if isfinite(each.margin)), key=lambda each: each.margin, default=None)
 
 
 def check_canary(runner: Runner, canary: Canary) -> None:
@@ -54,18 +44,6 @@ def check_canary(runner: Runner, canary: Canary) -> None:
             f"canary: after {list(canary.prompt)} comes token {canary.token}, but the model says {token}: "
             "its weights are wrong"
         )
-
-
-def _measured(runner: Runner, number: int) -> Canary:
-    prompt = _prompt(number, runner.config.vocab_size)
-    best = _logits(runner, prompt).topk(2)
-    return Canary(prompt=prompt, token=int(best.indices[0]), margin=float(best.values[0] - best.values[1]))
-
-
-def _prompt(number: int, vocab_size: int) -> tuple[int, ...]:
-    """Some tokens, the same ones everywhere."""
-    digest = hashlib.sha256(f"canary {number}".encode()).digest()
-    return tuple(int.from_bytes(digest[4 * i : 4 * i + 4], "little") % vocab_size for i in range(NUM_TOKENS))
 
 
 def _logits(runner: Runner, prompt: tuple[int, ...]) -> Tensor:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from contracts.clock import Clock
     from contracts.layout import KvIdentity
+    from engine.canary import Canary
     from engine.kv_pool import KvPool
     from engine.model_config import ModelConfig
     from engine.plan import StepPlan, StepResult
@@ -190,8 +191,10 @@ async def load_engine(
     progress: Callable[[int, int], None] | None = None,
     log: Callable[[str], None] = lambda _: None,
     weights: FusedWeights | None = None,
+    canary: Canary | None = None,
 ) -> LiveEngine:
-    """Loads a model folder on a new engine thread; the event loop stays free meanwhile. `weights`: as `load_runner`.
+    """Loads a model folder on a new engine thread; the event loop stays free meanwhile. `weights`, `canary`: as
+    `load_runner`.
 
     `pool_buffer_factory(num_blocks, block_bytes)`, `progress(bytes read, bytes in all)` and `log(line)` are
     called in the engine's thread. Raises ConfigError naming file, tensor or option.
@@ -206,6 +209,7 @@ async def load_engine(
             pool_buffer_factory=pool_buffer_factory,
             progress=progress,
             weights=weights,
+            canary=canary,
         )
         return runner, _describe(runner, torch.get_num_threads())
 

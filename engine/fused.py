@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
-_FINAL_NORM = "model.norm.weight"
+FINAL_NORM = "model.norm.weight"
 FUSED_EMBEDDING, FUSED_FINAL_NORM, FUSED_LM_HEAD = "embedding", "final_norm", "lm_head"
 
 
@@ -44,7 +44,7 @@ class FusedTensor:
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this config must hold, with its shape."""
     hidden = config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden), _FINAL_NORM: (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden), FINAL_NORM: (hidden,)}
     if not config.tie_word_embeddings:
         shapes[LM_HEAD] = (config.vocab_size, hidden)
     for index in range(config.num_layers):
@@ -84,7 +84,7 @@ def fused_tensors(config: ModelConfig) -> tuple[FusedTensor, ...]:
         found.append(_fused(shapes, f"{fused}post_attention_norm", (f"{prefix}post_attention_layernorm.weight",)))
         found += _fused_linear(shapes, f"{fused}gate_up", f"{prefix}mlp.", ("gate_proj", "up_proj"), Split.ROWS)
         found += _fused_linear(shapes, f"{fused}down", f"{prefix}mlp.", ("down_proj",), Split.COLUMNS)
-    found.append(_fused(shapes, FUSED_FINAL_NORM, (_FINAL_NORM,)))
+    found.append(_fused(shapes, FUSED_FINAL_NORM, (FINAL_NORM,)))
     if not config.tie_word_embeddings:
         found.append(_fused(shapes, FUSED_LM_HEAD, (LM_HEAD,), Split.ROWS))
     return tuple(found)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from contracts.layout import BlockLayout
+    from engine.canary import Canary
     from engine.checkpoint import WeightSource
     from engine.ops.api import Ops
     from engine.plan import StepPlan
@@ -124,13 +125,15 @@ def load_runner(
     pool_buffer_factory: Callable[[int, int], Buffer] | None = None,
     progress: Callable[[int, int], None] | None = None,
     weights: FusedWeights | None = None,
+    canary: Canary | None = None,
 ) -> Runner:
     """Reads a model folder in Hugging Face layout.
 
     `pool_buffer_factory(num_blocks, block_bytes)` gives the pool's memory (None: own); `progress(bytes read,
     bytes in all)` is called while weights load. With `weights`, of the folder only its config is read: a CPU engine
-    computes on them where they lie, or, where it computes in another dtype, on a copy.
-    Raises ConfigError naming file, tensor or option, and CorruptCheckpoint where their canary does not answer right.
+    computes on them where they lie, or, where it computes in another dtype, on a copy. `canary`: what the model must
+    answer, where the weights do not say it themselves.
+    Raises ConfigError naming file, tensor or option, and CorruptCheckpoint where it answers otherwise.
     """
     config = load_model_config(model_dir)
     device = torch.device(options.device)
@@ -159,8 +162,9 @@ def load_runner(
         cos_sin_PE=cos_sin_table(config.rope, config.head_dim, num_positions).to(device),
         identity=identity,
     )
-    if weights is not None and weights.canary is not None:
-        check_canary(runner, weights.canary)
+    expected = weights.canary if weights is not None else canary
+    if expected is not None:
+        check_canary(runner, expected)
     return runner
 
 

@@ -160,7 +160,9 @@ def test_progress_tells_all_bytes_twice(models: Path, tmp_path: Path) -> None:
         steps = [state.done_bytes for state in told if state.what == what]
         assert steps == sorted(steps)
         assert steps[-1] == total
-    assert {state.total_bytes for state in told} == {total}
+        assert {state.total_bytes for state in told if state.what == what} == {total}
+    assert told[-1].what == "canary"
+    assert told[-1].done_bytes == told[-1].total_bytes
 
 
 def test_what_is_there_already_is_left_alone(models: Path, tmp_path: Path) -> None:

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import mmap
+import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from coldstart.canary_run import canary_of
 from coldstart.convert import ConvertOptions, convert
 from coldstart.format import decode_index
 from coldstart.loaded import LoadedWeights
 from coldstart.loader import Loaded, WeightLoader, folder_identity
 from coldstart.local_tier import LocalTier
+from coldstart.original import Original
 from coldstart.residence import WeightsKey
 from coldstart.tier_files import LiveTierFiles
-from contracts.errors import ConfigError, LoadError
+from contracts.errors import ConfigError, CorruptCheckpoint, LoadError
+from engine.ops.torch_ops import TorchOps
+from engine.runner import EngineOptions, load_runner
 from rpc.clock import LiveBlockingClock
 from tests.support.checkpoints import fused_original
 from tests.support.tiny_models import make_tiny_model
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from coldstart.partition import Span
+    from engine.safetensors_files import StoredDtype
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +73,31 @@ def test_without_a_disk_tier_an_original_is_fused_in_memory(original: Path) -> N
     weights, loaded = site.load(original)
     assert loaded.tier == "original"
     assert_same(weights, original)
-    assert site.seen[-1] == ("weights", loaded.weight_bytes, loaded.weight_bytes)
+    assert ("weights", loaded.weight_bytes, loaded.weight_bytes) in site.seen
+    assert {what for what, _, _ in site.seen} <= {"weights", "canary"}
+
+
+def test_what_is_fused_in_memory_has_the_canary_of_its_original(original: Path, tmp_path: Path) -> None:
+    weights, _ = Site().load(original)
+    assert weights.canary is not None
+    assert weights.canary == canary_of(original)
+    load_runner(original, EngineOptions(num_blocks=2), TorchOps(), weights=weights)
+    shared, _ = Site().load(original, ranks=2, rank=1)
+    assert shared.canary == weights.canary
+
+
+def test_an_original_fused_wrongly_serves_nobody(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Keys where queries belong and the other way round: right bytes with right checksums, in wrong places.
+    def swapped(original: Original, span: Span, dtype: StoredDtype, into: memoryview) -> None:
+        names = {"q_proj": "o_proj", "o_proj": "q_proj"}
+        source = re.sub("[qo]_proj", lambda found: names[found[0]], span.piece.source)
+        read(original, replace(span, piece=replace(span.piece, source=source)), dtype, into)
+
+    read = Original.read
+    monkeypatch.setattr(Original, "read", swapped)
+    weights, _ = Site().load(original)
+    with pytest.raises(CorruptCheckpoint, match="canary: after"):
+        load_runner(original, EngineOptions(num_blocks=2), TorchOps(), weights=weights)
 
 
 def test_in_another_dtype_too(original: Path) -> None:

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from msgspec.structs import replace
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
 import engine
+from coldstart.canary_run import canary_of
 from coldstart.convert import ConvertOptions, convert
 from coldstart.loaded import load_checkpoint
 from contracts.errors import CorruptCheckpoint
-from engine.canary import CLEAR_MARGIN, Canary, check_canary, measure_canary
+from engine.canary import CLEAR_MARGIN, Canary, check_canary
 from engine.ops import select_ops
 from engine.ops.torch_ops import TorchOps
 from engine.runner import EngineOptions, Runner, load_runner
-from tests.support.tiny_models import make_tiny_model
+from tests.support.tiny_models import TINY_MODELS, make_tiny_model
 
 if TYPE_CHECKING:
     from coldstart.loaded import LoadedWeights
@@ -75,7 +77,6 @@ def test_weights_that_are_no_numbers_are_found(converted: Path) -> None:
         broken._decoder._weights.final_norm_D.fill_(torch.nan)  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(CorruptCheckpoint, match="numbers that are none"):
         check_canary(broken, weights.canary)
-    assert measure_canary(broken) is None
 
 
 def test_an_answer_that_was_not_clear_says_nothing(converted: Path) -> None:
@@ -92,7 +93,36 @@ def test_a_pool_too_small_for_the_prompt_is_let_pass() -> None:
     check_canary(small, Canary(prompt=tuple(range(8)), token=-1, margin=9.0))
 
 
-def test_a_conversion_for_several_ranks_has_none(tmp_path: Path) -> None:
+def test_a_conversion_for_several_ranks_has_it_too(tmp_path: Path) -> None:
     original = make_tiny_model("llama", tmp_path / "original")
-    assert convert(original, tmp_path / "shared", ConvertOptions(tensor_parallel=2)).canary is None
+    whole = convert(original, tmp_path / "whole").canary
+    assert whole is not None
+    assert convert(original, tmp_path / "shared", ConvertOptions(tensor_parallel=2)).canary == whole
     assert convert(original, tmp_path / "plain", ConvertOptions(canary=False)).canary is None
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_kind_of_model_answers_its_canary_from_the_original_and_converted(name: str, tmp_path: Path) -> None:
+    original = make_tiny_model(name, tmp_path)
+    canary = canary_of(original)
+    assert canary is not None
+    load_runner(original, OPTIONS, TorchOps(), canary=canary)
+    convert(original, tmp_path / "converted")
+    assert load_checkpoint(tmp_path / "converted").canary == canary
+    load_runner(original, OPTIONS, TorchOps(), weights=load_checkpoint(tmp_path / "converted"))
+
+
+def test_a_model_read_from_its_original_is_asked_too(tmp_path: Path) -> None:
+    canary = canary_of(DEMO)
+    assert canary is not None
+    with pytest.raises(CorruptCheckpoint, match=r"canary: after \[.*\] comes token"):
+        load_runner(DEMO, OPTIONS, TorchOps(), canary=replace(canary, token=(canary.token + 1) % 100))
+
+
+def test_a_model_that_computes_no_numbers_has_none(tmp_path: Path) -> None:
+    original = make_tiny_model("llama", tmp_path)
+    (path,) = original.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert canary_of(original) is None
