@@ -33,6 +33,7 @@ from contracts.messages import (
     PrefillRequest,
     Rejection,
     RequestKey,
+    WorkerLife,
 )
 from contracts.requests import GenerateRequest, SamplingParams
 from gateway import events as ev
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 
     from contracts.clock import Clock
     from contracts.ids import Attempt, GatewayId, WorkerId
-    from contracts.messages import MembersReply, WorkerLife
+    from contracts.messages import MemberRole, MembersReply
     from contracts.requests import Claim, Frame, TokenDelta
     from gateway.limits import GatewayLimits
     from gateway.snapshot import Snapshot
@@ -116,6 +117,8 @@ class GatewayCore:
         self._running: dict[asyncio.Task[None], None] = {}
         #: Set while the coordinator may know others than the snapshot does.
         self._others_are_there = asyncio.Event()
+        #: Of the coordinator's last answer: lives, and what they did.
+        self._roles: set[tuple[WorkerLife, MemberRole]] = set()
         self._cancels = CancelQueue(network, clock, limits, self._spawn)
         self._verdicts = VerdictQueue(network, gateway_id, limits, self._spawn)
         self._links = WorkerLinks(network, clock, gateway_id, limits, self._spawn, self._on_frame, self._on_lost)
@@ -291,7 +294,8 @@ class GatewayCore:
 
     async def _watch_members(self) -> None:
         """Keeps what is known of the cluster up to date: now and then, and when a dispatch was answered by a
-        coordinator that knows others. More often after a change: where one worker starts, more do."""
+        coordinator that knows others. More often after a change (where one worker starts, more do), and most often
+        while requests wait for one to start."""
         limits = self.limits
         while True:
             self._others_are_there.clear()
@@ -299,6 +303,8 @@ class GatewayCore:
             await self._follow_members()
             is_quiet = self.snapshot.mark == before and not self.snapshot.is_empty
             longest_s = limits.members_interval_s if is_quiet else limits.probe_interval_s
+            if any(entry.retry is not None and entry.machine.history.is_awaited for entry in self._open.values()):
+                longest_s = limits.members_pause_s
             pause_s = min(limits.members_pause_s, longest_s)
             await self.clock.sleep(pause_s)
             with suppress(TimeoutError):
@@ -323,6 +329,23 @@ class GatewayCore:
             except StaleIncarnation as error:
                 self.log.debug("stream_not_opened", worker=peer.worker_id, error=error.message)
         self.block_hints.learn(member.info.identity for member in members)
+        roles = {(WorkerLife(each.info.worker_id, each.info.incarnation), each.info.role) for each in members}
+        if roles - self._roles:
+            self._ask_again()
+        self._roles = roles
+
+    def _ask_again(self) -> None:
+        """Somebody has come: whoever waits to ask for a place need not wait any longer."""
+        for request_id, entry in list(self._open.items()):
+            if entry.retry is not None:
+                entry.retry.cancel()
+                self._retry(request_id)
+
+    def _retry(self, request_id: RequestId) -> None:
+        entry = self._open.get(request_id)
+        if entry is not None:
+            entry.retry = None
+            self.feed(request_id, ev.RetryDue())
 
     def _heard(self) -> set[WorkerLife]:
         return self._links.heard(self.limits.silent_after_s)
@@ -353,7 +376,9 @@ class GatewayCore:
                 except NoCapacity as error:
                     self.feed(request_id, ev.Unanswered(error))
             case ev.RetryLater(delay_s):
-                entry.retry = self._feed_later(delay_s, request_id, ev.RetryDue())
+                entry.retry = asyncio.get_running_loop().call_later(delay_s, self._retry, request_id)
+                if entry.machine.history.is_awaited:
+                    self._others_are_there.set()
             case ev.OpenStreams(attempt, placement):
                 self._spawn(self._open_streams(request_id, attempt, placement))
             case ev.SendPrefill(placement, request):

@@ -10,7 +10,8 @@ answer (429) at once: it knows better than we whether to ask again. Afterwards t
 is waited for like any other hindrance.
 
 A pool that is scaled to zero has no worker until a request comes. The coordinator then starts one and says so: for
-that a request waits `wake_patience_s`, whether it has been placed before or not.
+that a request waits `wake_patience_s`, whether it has been placed before or not. However long the delay until the next
+question: it is asked at once when the coordinator names a worker that it has not named before (`gateway.core`).
 """
 
 from __future__ import annotations
