@@ -196,6 +196,8 @@ class Filled(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="
     index_bytes: int
     #: Where they came from: "original" (fused on the way), "ssd", "remote".
     tier: str
+    #: The loader goes on, over memory that it can only read, to complete the disk tier's copy.
+    goes_on: bool = False
 
 
 class Alive(msgspec.Struct, frozen=True, tag_field="event", tag="alive"):

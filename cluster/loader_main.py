@@ -7,7 +7,9 @@ agent drops memory whose loader did not end well.
 from __future__ import annotations
 
 import mmap
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,7 @@ from cluster.launch import (
     decode_loader_launch,
 )
 from cluster.lifeline import die_with_parent
+from cluster.remote_model import open_far
 from cluster.telling import Teller
 from coldstart.loader import WeightLoader
 from coldstart.local_tier import LocalTier
@@ -32,12 +35,16 @@ if TYPE_CHECKING:
     from cluster.launch import WeightTierOptions
 
 
+#: A model answers by then.
+_NICE = 10
+
+
 def main() -> int:
     try:
         launch = decode_loader_launch(sys.stdin.buffer.readline(MAX_LAUNCH_BYTES))
         die_with_parent(launch.parent_pid)
         tier = _tier(launch.ssd)
-        with WeightLoader(launch.key, tier, progress=Teller(), log=log) as loader:
+        with WeightLoader(launch.key, tier, progress=Teller(), log=log, open_far=partial(open_far, say=log)) as loader:
             tell(Sized(num_bytes=loader.prepare()))
             line = sys.stdin.buffer.readline(MAX_LAUNCH_BYTES)
             if not line:
@@ -45,7 +52,16 @@ def main() -> int:
             go = decode_go(line)
             with mmap.mmap(launch.descriptor, go.num_bytes) as mapping, memoryview(mapping) as memory:
                 loaded = loader.fill(memory)
-        tell(Filled(weight_bytes=loaded.weight_bytes, index_bytes=loaded.index_bytes, tier=loaded.tier))
+            tell(
+                Filled(
+                    weight_bytes=loaded.weight_bytes,
+                    index_bytes=loaded.index_bytes,
+                    tier=loaded.tier,
+                    goes_on=loader.has_more,
+                )
+            )
+            if loader.has_more:
+                _complete(loader, launch.descriptor, go.num_bytes)
     except TandemError as error:
         tell(Failed(error=error.code, message=error.message))
         return 1
@@ -53,6 +69,16 @@ def main() -> int:
         tell(Failed(error=LoadError.code, message=f"memory for weights: {error}"))
         return 1
     return 0
+
+
+def _complete(loader: WeightLoader, descriptor: int, num_bytes: int) -> None:
+    """The disk tier's copy. The agent seals the memory meanwhile: it is mapped anew, in a way that can only be read."""
+    os.nice(_NICE)
+    read_only = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    os.close(descriptor)
+    with mmap.mmap(read_only, num_bytes, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as memory:
+        os.close(read_only)
+        loader.finish(memory)
 
 
 def _tier(options: WeightTierOptions | None) -> LocalTier | None:

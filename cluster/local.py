@@ -72,7 +72,9 @@ class LocalCell:
     @classmethod
     def resolved(cls, cell: Cell, say: Callable[[str], None]) -> LocalCell:
         """Blocks while the model is fetched. Raises ConfigError."""
-        source = resolve_model(cell.config.model, say, dtype=cell.config.dtype, tier=cell.config.weights.ssd)
+        weights = cell.config.weights
+        stream = weights.dram is not None
+        source = resolve_model(cell.config.model, say, dtype=cell.config.dtype, tier=weights.ssd, stream=stream)
         return cls(cell.name, cell.config.served_model_name or source.name, cell.config, source.folder, source.pin)
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.remote_model import fetch_model, is_remote
+from cluster.remote_model import is_remote, reach_model
 from coldstart.format import INDEX_NAME, is_converted
 from contracts.config import WeightTierConfig
 from contracts.errors import ConfigError
@@ -49,14 +49,16 @@ def resolve_model(
     *,
     dtype: DtypeChoice = "auto",
     tier: WeightTierConfig | None = None,
+    stream: bool = False,
 ) -> ModelSource:
     """Raises ConfigError that names `model` and what to do, and LoadError for an object store that does not give it.
-    Blocks while it downloads. What comes from an object store goes to `tier`, in the form for `dtype`."""
+    Blocks while it downloads. What comes from an object store goes to `tier`, in the form for `dtype`; with `stream`
+    its weights may come only when they are loaded."""
     if model == DEMO:
         return ModelSource(_demo_folder(), DEMO)
     if is_remote(model):
-        entry = fetch_model(model, dtype, tier or WeightTierConfig(), say)
-        return ModelSource(_checked(entry.path), model.rstrip("/").rpartition("/")[2], entry)
+        folder, entry = reach_model(model, dtype, tier or WeightTierConfig(), say, stream=stream)
+        return ModelSource(_checked(folder), model.rstrip("/").rpartition("/")[2], entry)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return ModelSource(_checked(folder.resolve()), folder.resolve().name)

@@ -69,7 +69,8 @@ def _collect_garbage_rarely() -> None:
 
 def run_gateway(config: ClusterConfig, coordinator_address: str, token: str) -> int:
     """Serves until a signal. Raises ConfigError when the port is taken or the model has no tokenizer."""
-    source = resolve_model(config.model, say, dtype=config.dtype, tier=config.weights.ssd)
+    # Of what lies in an object store it needs only what is small.
+    source = resolve_model(config.model, say, dtype=config.dtype, tier=config.weights.ssd, stream=True)
     settings = gateway_settings(config, source.folder, config.served_model_name or source.name)
     model = FrontedModel(settings=settings, folder=source.folder, coordinator_address=coordinator_address)
 
@@ -135,7 +136,8 @@ def _site(
     config: ClusterConfig, coordinator_address: str, token: str, runtime_dir: Path, bind: str, parent_pid: int | None
 ) -> Site:
     check_servable(config)
-    source = resolve_model(config.model, say, dtype=config.dtype, tier=config.weights.ssd)
+    stream = config.weights.dram is not None
+    source = resolve_model(config.model, say, dtype=config.dtype, tier=config.weights.ssd, stream=stream)
     runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     return Site(
         model_dir=str(source.folder),

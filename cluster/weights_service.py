@@ -49,6 +49,8 @@ class WeightsService:
         self._log = log
         self._guard: Guard | None = None
         self._running: asyncio.Task[None] | None = None
+        #: One that has filled its memory may still be busy with the disk tier.
+        self._loaders: list[LoaderProcess] = []
         self.cache = WeightCache(budget_bytes, self._start_load, clock, lambda line: log.write(line.encode()))
 
     @property
@@ -65,6 +67,8 @@ class WeightsService:
             self._running.cancel()
             await asyncio.wait([self._running])
             await self.cache.close()
+        for loader in self._loaders:
+            await loader.end()
 
     def expect(self, launch: Launch) -> None:
         """A process is starting that will ask for weights: they may begin to come while it imports what it needs."""
@@ -75,7 +79,9 @@ class WeightsService:
     def _start_load(self, key: WeightsKey, descriptor: int) -> LoaderProcess:
         assert self._guard is not None, "started before anybody can ask"
         launch = LoaderLaunch(key=key, descriptor=descriptor, ssd=self._ssd, parent_pid=self._parent_pid)
-        return LoaderProcess(launch, self._environ, self._guard, self._log)
+        self._loaders = [loader for loader in self._loaders if not loader.is_gone]
+        self._loaders.append(LoaderProcess(launch, self._environ, self._guard, self._log))
+        return self._loaders[-1]
 
 
 def key_of(launch: Launch) -> WeightsKey | None:
@@ -94,6 +100,7 @@ class LoaderProcess:
         self._child = Child(_COMMAND, environ, launch, guard, descriptors=(launch.descriptor,))
         self._told: asyncio.Queue[Status | None] = asyncio.Queue(_MAX_WAITING)
         self._num_bytes = 0
+        self._goes_on = False
         self._how = ""
         self._ended = asyncio.create_task(self._see_out(log), name=f"loader-{self._child.pid}")
 
@@ -104,14 +111,27 @@ class LoaderProcess:
     async def filled(self) -> Filled:
         self._child.give(Go(num_bytes=self._num_bytes))
         status = await self._until(FilledStatus)
-        # Its mapping goes with it.
-        async with asyncio.timeout(STALL_S):
-            await asyncio.shield(self._ended)
+        if status.goes_on:
+            # The writable mapping is gone; what it does now is its own, and a load that fails takes nothing from it.
+            self._goes_on = True
+        else:
+            # Its mapping goes with it.
+            async with asyncio.timeout(STALL_S):
+                await asyncio.shield(self._ended)
         return Filled(num_bytes=status.weight_bytes, index_bytes=status.index_bytes, tier=status.tier)
 
     async def abort(self) -> None:
+        if not self._goes_on:
+            await self.end()
+
+    async def end(self) -> None:
+        """Now. Idempotent."""
         self._child.kill()
         await asyncio.wait([self._ended])
+
+    @property
+    def is_gone(self) -> bool:
+        return self._ended.done()
 
     async def _until(self, kind: type[StatusT]) -> StatusT:
         while True:

@@ -229,6 +229,8 @@ def _ask(launch: WorkerLaunch) -> HandedWeights | None:
 
 def _weights(launch: WorkerLaunch, handed: HandedWeights | None) -> FusedWeights | None:
     """None: a model folder is read as it is. Raises ConfigError, LoadError."""
+    from cluster.remote_model import fetch_far
+    from coldstart.far import read_far
     from coldstart.loaded import LoadedWeights, check_fits, load_checkpoint
 
     folder = Path(launch.model_dir)
@@ -236,6 +238,10 @@ def _weights(launch: WorkerLaunch, handed: HandedWeights | None) -> FusedWeights
         index = decode_index(handed.index, where=f"the weights of {folder} in memory")
         check_fits(folder, index)
         return LoadedWeights(handed.weights, index)
+    far = read_far(folder)
+    if far is not None:
+        with fetch_far(far, log) as entry:
+            return load_checkpoint(entry.path)
     return load_checkpoint(folder) if is_converted(folder) else None
 
 

@@ -17,6 +17,7 @@ from tests.support.chaos_asking import asking, question, until
 from tests.support.cluster import running_cluster
 from tests.support.layout import ROOT
 from tests.support.long_tests import LONG
+from tests.support.range_server import range_server
 
 if TYPE_CHECKING:
     from tests.support.cluster import ClusterProcess
@@ -113,6 +114,34 @@ async def test_a_converted_folder_is_served_as_the_model_it_was_made_from(tmp_pa
     overrides = {**as_demo, "weights.dram": "null"}
     async with running_cluster(model=tmp_path / "converted", config=CONFIG, overrides=overrides) as cluster:
         await answers(cluster, auditor)
+
+
+@pytest.mark.slow
+async def test_weights_come_from_a_store_into_memory_while_the_disk_tier_fills(
+    tmp_path: Path, auditor: Auditor
+) -> None:
+    command = [sys.executable, "-m", "cluster", "convert", str(DEMO), str(tmp_path / "converted"), "--dtype", "float32"]
+    await asyncio.to_thread(subprocess.run, command, check=True, timeout=100, cwd=ROOT)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "converted").iterdir()}
+    overrides = {**FP32, "served_model_name": "demo", "weights.ssd.path": str(tmp_path / "tier")}
+    weights = "weights-00001-of-00001.tandem"
+    with range_server(files) as web:
+        async with running_cluster(model=web.url, config=CONFIG, overrides=overrides) as cluster:
+            assert len(shared(cluster)) == 1
+            assert "bytes in memory from remote" in weights_log(cluster)
+            await answers(cluster, auditor)
+            # Not a condition of being served, but soon after.
+            await until(lambda: any((tmp_path / "tier").glob(f"entries/*/checkpoint/{weights}")), "the tier has it", 60)
+        asked = [bounds for name, bounds in web.asked if name == weights]
+        assert len(asked) == len(set(asked))
+        (kept,) = (tmp_path / "tier").glob(f"entries/*/checkpoint/{weights}")
+        assert kept.read_bytes() == files[weights]
+        # The next start takes it from the disk, and so does a worker that reads by itself.
+        for more in ({}, {"weights.dram": "null"}):
+            before = web.sent_bytes
+            async with running_cluster(model=web.url, config=CONFIG, overrides={**overrides, **more}) as cluster:
+                await answers(cluster, auditor)
+            assert web.sent_bytes - before < len(files[weights])
 
 
 @pytest.mark.slow

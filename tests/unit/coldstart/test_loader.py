@@ -29,7 +29,9 @@ from tests.support.tiny_models import make_tiny_model
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from coldstart.far import Far
     from coldstart.partition import Span
+    from coldstart.remote import RemoteFolder
     from engine.safetensors_files import StoredDtype
 
 
@@ -48,14 +50,19 @@ class Site:
         self.said = list[str]()
         self.seen = list[tuple[str, int, int]]()
 
+    def _open_far(self, far: Far) -> tuple[RemoteFolder, LocalTier]:
+        raise AssertionError(f"{far.url} stands nowhere here")
+
     def _note(self, what: str, done_bytes: int, total_bytes: int) -> None:
         self.seen.append((what, done_bytes, total_bytes))
 
     def load(self, folder: Path, *, dtype: str = "auto", ranks: int = 1, rank: int = 0) -> tuple[LoadedWeights, Loaded]:
         key = WeightsKey(folder=str(folder), dtype=dtype, tensor_parallel=ranks, rank=rank)
-        with WeightLoader(key, self.tier, progress=self._note, log=self.said.append) as loader:
+        with WeightLoader(key, self.tier, progress=self._note, log=self.said.append, open_far=self._open_far) as loader:
             memory = mmap.mmap(-1, loader.prepare())
             loaded = loader.fill(memoryview(memory))
+            if loader.has_more:
+                loader.finish(memory)
         end = loaded.weight_bytes + loaded.index_bytes
         index = decode_index(bytes(memory[loaded.weight_bytes : end]), where="memory")
         return LoadedWeights(memory, index, rank), loaded
