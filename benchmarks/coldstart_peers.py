@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-LOADERS = ("torch", "safetensors", "fastsafetensors", "runai", "tensorizer")
+LOADERS = ("torch", "safetensors", "fastsafetensors", "runai", "tensorizer", "runai-s3")
 NUM_READERS = 4
 PAGE = 4096
 
@@ -90,6 +90,26 @@ def _runai(folder: Path) -> Callable[[], object]:
     return load
 
 
+def _runai_s3(folder: Path) -> Callable[[], object]:
+    """`folder`: s3://bucket, whose index names the shards. Where the store is, the environment says."""
+    import importlib
+    import os
+    import urllib.request
+
+    streamer_class: Any = importlib.import_module("runai_model_streamer").SafetensorsStreamer
+    bucket = str(folder).removeprefix("s3:").strip("/")
+    address = f"{os.environ['AWS_ENDPOINT_URL']}/{bucket}/model.safetensors.index.json"
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        shards = sorted(set(json.load(answer)["weight_map"].values()))
+
+    def load() -> object:
+        with streamer_class() as streamer:
+            streamer.stream_files([f"s3://{bucket}/{shard}" for shard in shards])
+            return [tensor for _, tensor in streamer.get_tensors()]
+
+    return load
+
+
 def _tensorizer(folder: Path) -> Callable[[], object]:
     import importlib
 
@@ -114,7 +134,7 @@ def _tensorizer(folder: Path) -> Callable[[], object]:
 
 def main() -> None:
     loader, folder = sys.argv[1], Path(sys.argv[2])
-    makers = (_torch_load, _safetensors, _fastsafetensors, _runai, _tensorizer)
+    makers = (_torch_load, _safetensors, _fastsafetensors, _runai, _tensorizer, _runai_s3)
     try:
         load = makers[LOADERS.index(loader)](folder)
         _torch().set_num_threads(2)
