@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cluster.progress import doing
 from cluster.supervision import State
 from contracts.control_messages import (
     AGENT_BEAT,
@@ -154,6 +155,7 @@ class AgentService:
                 start_s=worker.start_s,
                 age_s=ages_s.get(worker.worker_id),
                 problem=worker.problem or "",
+                doing="" if worker.loading is None or worker.state is not State.STARTING else doing(worker.loading),
             )
             for worker in self._agent.workers()
             if worker_ids is None or worker.worker_id in worker_ids

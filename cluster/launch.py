@@ -171,6 +171,8 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=
     what: str
     #: 0 to 1; None where there is no telling.
     fraction: float | None = None
+    #: It cannot go on before that is there.
+    is_waiting: bool = False
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="ready"):

@@ -151,7 +151,7 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     total_blocks: int = 0
     node: str = ""
     build: str = ""
-    #: The operation that has it, or why it is not up.
+    #: The operation that has it, what its start is at, or why it is not up.
     note: str = ""
 
 
@@ -192,7 +192,7 @@ def _slot_row(slot: WorkerSlot, notes: dict[WorkerId, str]) -> WorkerRow:
         worker_id=slot.worker_id,
         role=slot.role,
         state=slot.state.replace("_", " "),
-        note=notes.get(slot.worker_id, slot.problem),
+        note=notes.get(slot.worker_id, slot.doing or slot.problem),
     )
 
 

@@ -32,7 +32,7 @@ class ProgressLines:
         for worker in workers:
             if worker.state is not State.STARTING or worker.loading is None:
                 continue
-            text = _loading_text(worker.loading)
+            text = doing(worker.loading)
             stage, last_text, at_s = self._told.get(worker.worker_id, ("", "", 0.0))
             if worker.loading.what != stage or (text != last_text and now_s - at_s >= INTERVAL_S):
                 self._told[worker.worker_id] = (worker.loading.what, text, now_s)
@@ -40,10 +40,10 @@ class ProgressLines:
         return lines
 
 
-def _loading_text(loading: Loading) -> str:
-    if not loading.fraction:
-        return f"loading {loading.what}"
-    return f"loading {loading.what} {loading.fraction:.0%}"
+def doing(loading: Loading) -> str:
+    """'loading weights 40%'."""
+    text = f"{'waiting for' if loading.is_waiting else 'loading'} {loading.what}"
+    return f"{text} {loading.fraction:.0%}" if loading.fraction else text
 
 
 def starting_line(model_name: str, roles: Sequence[MemberRole]) -> str:

@@ -10,7 +10,7 @@ from cluster.child import Child
 from cluster.launch import Failed, Go, LoaderLaunch, Loading, Sized
 from cluster.launch import Filled as FilledStatus
 from coldstart.residence import WeightsKey
-from coldstart.weight_cache import Filled, WeightCache
+from coldstart.weight_cache import Filled, LoadPoint, WeightCache
 from contracts.errors import LoadError
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class LoaderProcess:
         self._num_bytes = 0
         self._goes_on = False
         self._how = ""
+        self.point = LoadPoint()
         self._ended = asyncio.create_task(self._see_out(log), name=f"loader-{self._child.pid}")
 
     async def sized(self) -> int:
@@ -145,8 +146,8 @@ class LoaderProcess:
                     raise LoadError(f"{self._name}: its loader ended early: {self._how}")
                 case Failed():
                     raise LoadError(status.message)
-                case Loading():
-                    continue
+                case Loading(what=what, fraction=fraction):
+                    self.point = LoadPoint(what, fraction)
                 case _ if isinstance(status, kind):
                     return status
                 case _:

@@ -24,6 +24,7 @@ from cluster.telling import Teller
 from cluster.weights_service import key_of
 from coldstart.format import decode_index, is_converted
 from coldstart.handing import ask
+from coldstart.residence import LONGEST_WAIT_S, PATIENCE_S
 from contracts.errors import ConfigError, LoadError, WorkerUnavailable
 from contracts.messages import WorkerInfo
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cluster.child_main import Departure
-    from coldstart.handing import HandedWeights
+    from coldstart.handing import Coming, HandedWeights
     from contracts.clock import Clock
     from engine.canary import Canary
     from engine.executor import LiveEngine
@@ -43,7 +44,8 @@ STOP_GRACE_S = 1.0
 #: Told to end by somebody else than its node agent, a worker drains for so long: it is gone within 10 s.
 DRAIN_S = 7.0
 #: The node agent gives up earlier.
-WEIGHTS_TIMEOUT_S = 140.0
+WEIGHTS_TIMEOUT_S = PATIENCE_S + 20.0
+LONGEST_WEIGHTS_WAIT_S = LONGEST_WAIT_S + 20.0
 #: When a worker's life is over, the kernel gets this long to take its last words.
 EXIT_DELAY_S = 0.2
 #: Exit status of such a worker.
@@ -221,10 +223,16 @@ def _ask(launch: WorkerLaunch) -> HandedWeights | None:
     assert key is not None
     assert door is not None
     try:
-        return ask(door, key, timeout_s=WEIGHTS_TIMEOUT_S)
+        return ask(door, key, timeout_s=WEIGHTS_TIMEOUT_S, longest_s=LONGEST_WEIGHTS_WAIT_S, progress=_tell_coming)
     except LoadError as error:
         log(f"{launch.worker_id}: reads the weights itself: {error.message}")
         return None
+
+
+def _tell_coming(coming: Coming) -> None:
+    """Also a sign that this start gets on, though it only waits."""
+    behind = f" (after {coming.num_ahead} other{'s' if coming.num_ahead > 1 else ''})" if coming.num_ahead else ""
+    tell(Loading(what=f"{coming.what}{behind}", fraction=coming.fraction))
 
 
 def _weights(launch: WorkerLaunch, handed: HandedWeights | None) -> FusedWeights | None:

@@ -1,8 +1,8 @@
 """How a worker gets the weights that its node agent holds: a descriptor of shared memory over a unix socket.
 
 The socket is abstract, so that it leaves nothing behind however the process ends. A caller of the same user that knows
-the secret says what it wants (one `Wish`), and hears one `Given`, with the descriptor, or one `Refused`. It keeps the
-connection for as long as it uses the memory: that is its pin.
+the secret says what it wants (one `Wish`), and hears one `Given`, with the descriptor, or one `Refused`; before that a
+`Coming` now and then, if it wants to. It keeps the connection for as long as it uses the memory: that is its pin.
 
 The memory: the partition's bytes, then its index as JSON. It is sealed: nobody can write to it any more.
 """
@@ -14,12 +14,16 @@ import mmap
 import os
 import socket
 import struct
-from typing import TypeAlias
+import time
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
 from coldstart.residence import WeightsKey
 from contracts.errors import LoadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 #: Before every message: its length.
 LENGTH = struct.Struct("<I")
@@ -41,6 +45,8 @@ class WeightsDoor(msgspec.Struct, frozen=True, kw_only=True):
 class Wish(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
     key: WeightsKey
+    #: Whether to tell it meanwhile how far the load is.
+    hears_progress: bool = False
 
 
 class Given(msgspec.Struct, frozen=True, kw_only=True, tag="given"):
@@ -50,16 +56,26 @@ class Given(msgspec.Struct, frozen=True, kw_only=True, tag="given"):
     index_bytes: int
 
 
+class Coming(msgspec.Struct, frozen=True, kw_only=True, tag="coming"):
+    """The load has got on; told when that changes, once a second at most."""
+
+    #: Loads that come before this one.
+    num_ahead: int
+    #: What is done ("weights", "conversion: written"), and how far, 0 to 1; None where there is no telling.
+    what: str
+    fraction: float | None
+
+
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
     reason: str
 
 
 Answer: TypeAlias = Given | Refused
 
-_ANSWER: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
+_MESSAGE: msgspec.json.Decoder[Answer | Coming] = msgspec.json.Decoder(Answer | Coming)
 
 
-def framed(message: Wish | Answer) -> bytes:
+def framed(message: Wish | Answer | Coming) -> bytes:
     body = msgspec.json.encode(message)
     return LENGTH.pack(len(body)) + body
 
@@ -90,14 +106,31 @@ class HandedWeights:
         self._connection.close()
 
 
-def ask(door: WeightsDoor, key: WeightsKey, *, timeout_s: float) -> HandedWeights:
-    """Blocks until the weights are there. Raises LoadError: refused, nobody there, or not within the time."""
+def ask(
+    door: WeightsDoor,
+    key: WeightsKey,
+    *,
+    timeout_s: float,
+    longest_s: float | None = None,
+    progress: Callable[[Coming], None] | None = None,
+) -> HandedWeights:
+    """Blocks until the weights are there: for `timeout_s` without hearing that the load gets on, and for `longest_s`
+    (None: the same) in all. Raises LoadError: refused, nobody there, or not within the time."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    until_s = time.monotonic() + (timeout_s if longest_s is None else longest_s)
     try:
         connection.settimeout(timeout_s)
         connection.connect("\0" + door.socket_name)
-        connection.sendall(framed(Wish(secret=door.secret, key=key)))
-        answer, descriptors = _receive(connection)
+        connection.sendall(framed(Wish(secret=door.secret, key=key, hears_progress=progress is not None)))
+        while True:
+            answer, descriptors = _receive(connection)
+            if not isinstance(answer, Coming):
+                break
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if progress is not None:
+                progress(answer)
+            connection.settimeout(min(timeout_s, max(0.001, until_s - time.monotonic())))
         if isinstance(answer, Refused):
             raise LoadError(f"{key.folder}: {answer.reason}")
         if len(descriptors) != 1:
@@ -107,7 +140,10 @@ def ask(door: WeightsDoor, key: WeightsKey, *, timeout_s: float) -> HandedWeight
         return HandedWeights(connection, mapping, answer)
     except TimeoutError as error:
         connection.close()
-        raise LoadError(f"{key.folder}: the node agent gave no weights within {timeout_s:.0f} s") from error
+        why = f"nor said a word of them for {timeout_s:.0f} s"
+        if longest_s is not None and time.monotonic() >= until_s:
+            why = f"not within {longest_s:.0f} s"
+        raise LoadError(f"{key.folder}: the node agent gave no weights, {why}") from error
     except (OSError, ValueError, msgspec.MsgspecError) as error:
         connection.close()
         raise LoadError(f"{key.folder}: the node agent gives no weights: {error}") from error
@@ -116,7 +152,7 @@ def ask(door: WeightsDoor, key: WeightsKey, *, timeout_s: float) -> HandedWeight
         raise
 
 
-def _receive(connection: socket.socket) -> tuple[Answer, list[int]]:
+def _receive(connection: socket.socket) -> tuple[Answer | Coming, list[int]]:
     """One message and the descriptors with it; these are closed where the message is none."""
     descriptors = list[int]()
     try:
@@ -124,7 +160,7 @@ def _receive(connection: socket.socket) -> tuple[Answer, list[int]]:
         (length,) = LENGTH.unpack(head)
         if length > MAX_MESSAGE_BYTES:
             raise ValueError(f"a message of {length} bytes")
-        return _ANSWER.decode(_exactly(connection, length, descriptors)), descriptors
+        return _MESSAGE.decode(_exactly(connection, length, descriptors)), descriptors
     except BaseException:
         for descriptor in descriptors:
             os.close(descriptor)

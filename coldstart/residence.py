@@ -19,9 +19,11 @@ from typing import TypeAlias
 
 import msgspec
 
-#: A client waits this long for its weights, and then reads them itself: within the time that a worker's start may take
-#: (300 s), or it would be killed while it waits, again and again.
+#: A client waits so long without the line getting on, and then reads its weights itself: within the time that a start
+#: may take without a word (300 s), or the worker would be killed while it waits, again and again.
 PATIENCE_S = 120.0
+#: Nobody waits for one load for longer, however it gets on.
+LONGEST_WAIT_S = 1800.0
 #: Clients at a time; one more is refused.
 MAX_CLIENTS = 1024
 #: Loads that wait for the disk; one more is refused.
@@ -92,6 +94,13 @@ class Sized:
 
 
 @dataclass(frozen=True, slots=True)
+class Advanced:
+    """The load has got on since it was last heard of."""
+
+    load: int
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """All of it is there and verified."""
 
@@ -111,7 +120,7 @@ class Ticked:
     """Time has passed."""
 
 
-ResidenceEvent: TypeAlias = Asked | Gone | Sized | Loaded | LoadFailed | Ticked
+ResidenceEvent: TypeAlias = Asked | Gone | Sized | Advanced | Loaded | LoadFailed | Ticked
 
 
 # --- instructions ---------------------------------------------------------------------------------------
@@ -186,6 +195,15 @@ class Residence:
     def used_bytes(self) -> int:
         return sum(copy.num_bytes for copy in self._copies.values())
 
+    def num_ahead(self, key: WeightsKey) -> int:
+        """Loads that come before its own; 0 for one that is under way, is over, or was never asked for."""
+        copy = self._copies.get(key)
+        if copy is None or copy.state is not CopyState.QUEUED:
+            return 0
+        waiting = [each for each in self._copies.values() if each.state is CopyState.QUEUED]
+        under_way = sum(each.state in (CopyState.SIZING, CopyState.FILLING) for each in self._copies.values())
+        return under_way + waiting.index(copy)
+
     @property
     def deadline_s(self) -> float | None:
         """When `Ticked` is due next."""
@@ -200,9 +218,13 @@ class Residence:
                 self._let_go(client, now_s, done)
             case Sized(load, num_bytes):
                 self._size(load, num_bytes, now_s, done)
+            case Advanced(load):
+                self._get_on(load, now_s)
             case Loaded(load):
+                self._get_on(load, now_s)
                 self._finish(load, now_s, done)
             case LoadFailed(load, message):
+                self._get_on(load, now_s)
                 self._fail(load, message, done)
             case Ticked():
                 self._tick(now_s, done)
@@ -235,7 +257,7 @@ class Residence:
             copy.pins.add(client)
             done.append(Hand(client, key))
         else:
-            copy.waiting[client] = now_s + PATIENCE_S
+            copy.waiting[client] = _until_s(copy, now_s)
 
     def _let_go(self, client: int, now_s: float, done: list[ResidenceInstruction]) -> None:
         key = self._clients.pop(client, None)
@@ -270,6 +292,14 @@ class Residence:
         copy.num_bytes, copy.state = num_bytes, CopyState.FILLING
         done.append(Fill(load, num_bytes))
 
+    def _get_on(self, load: int, now_s: float) -> None:
+        """Of the whole line: whoever is behind it is nearer too."""
+        if self._loading(load, CopyState.SIZING, CopyState.FILLING) is None:
+            return
+        for copy in self._copies.values():
+            for client in copy.waiting:
+                copy.waiting[client] = _until_s(copy, now_s)
+
     def _finish(self, load: int, now_s: float, done: list[ResidenceInstruction]) -> None:
         copy = self._loading(load, CopyState.FILLING)
         if copy is None:
@@ -291,7 +321,10 @@ class Residence:
             for client in [each for each, until_s in copy.waiting.items() if now_s >= until_s]:
                 del copy.waiting[client]
                 del self._clients[client]
-                done.append(Refuse(client, copy.key, f"not loaded within {PATIENCE_S:.0f} s"))
+                why = f"no load got on for {PATIENCE_S:.0f} s"
+                if now_s >= copy.asked_s + LONGEST_WAIT_S:
+                    why = f"not loaded within {LONGEST_WAIT_S:.0f} s"
+                done.append(Refuse(client, copy.key, why))
 
     # --- how ------------------------------------------------------------------------------------------
 
@@ -328,3 +361,8 @@ class Residence:
         for client in copy.waiting:
             del self._clients[client]
             done.append(Refuse(client, copy.key, reason))
+
+
+def _until_s(copy: Copy, now_s: float) -> float:
+    """When a client gives up that heard now that the line gets on."""
+    return min(now_s + PATIENCE_S, copy.asked_s + LONGEST_WAIT_S)

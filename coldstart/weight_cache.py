@@ -14,13 +14,14 @@ import os
 import secrets
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from coldstart.handing import LENGTH, MAX_MESSAGE_BYTES, Given, Refused, WeightsDoor, Wish, framed
+from coldstart.handing import LENGTH, MAX_MESSAGE_BYTES, Coming, Given, Refused, WeightsDoor, Wish, framed
 from coldstart.residence import (
     Abort,
+    Advanced,
     Asked,
     Begin,
     Evict,
@@ -60,8 +61,21 @@ class Filled:
     tier: str
 
 
+@dataclass(frozen=True, slots=True)
+class LoadPoint:
+    """How far a load is."""
+
+    #: "weights", "conversion: written", ...
+    what: str = "weights"
+    #: 0 to 1; None where there is no telling.
+    fraction: float | None = None
+
+
 class Load(Protocol):
     """One load under way, over a descriptor of empty memory."""
+
+    @property
+    def point(self) -> LoadPoint: ...
 
     async def sized(self) -> int:
         """Bytes of memory that it needs. Raises LoadError or ConfigError."""
@@ -107,6 +121,7 @@ class WeightCache:
         self._tasks: set[asyncio.Task[None]] = set()
         #: Present while a load runs.
         self._loading: dict[int, asyncio.Task[None]] = {}
+        self._points: dict[int, Callable[[], LoadPoint]] = {}
         self._room: dict[int, asyncio.Future[int]] = {}
         self._memory: dict[WeightsKey, _Memory] = {}
         #: Who waits for an answer.
@@ -155,8 +170,13 @@ class WeightCache:
             task.add_done_callback(self._tasks.discard)
 
     async def _tick(self) -> None:
+        told = dict[int, LoadPoint]()
         while True:
             await self._clock.sleep(_LOOK_INTERVAL_S)
+            points = {load: point() for load, point in self._points.items()}
+            for load in [load for load, point in points.items() if point != told.get(load, LoadPoint())]:
+                self._take(Advanced(load))
+            told = points
             deadline_s = self._machine.deadline_s
             if deadline_s is not None and self._clock.now_s() >= deadline_s:
                 self._take(Ticked())
@@ -175,7 +195,7 @@ class WeightCache:
             hung_up = asyncio.ensure_future(loop.sock_recv(connection, 1))
             try:
                 self._take(Asked(client, wish.key))
-                await asyncio.wait([answer, hung_up], return_when=asyncio.FIRST_COMPLETED)
+                await self._until_answered(connection, wish, answer, hung_up)
                 if answer.done() and not hung_up.done() and self._send(connection, answer.result(), wish.key):
                     # It has nothing more to say: whatever comes is the end.
                     await asyncio.wait([hung_up])
@@ -188,6 +208,26 @@ class WeightCache:
             self._answers.pop(client, None)
             self._take(Gone(client))
             connection.close()
+
+    async def _until_answered(
+        self, connection: socket.socket, wish: Wish, answer: asyncio.Future[Answer], hung_up: asyncio.Future[bytes]
+    ) -> None:
+        """Or the caller has left. Meanwhile it is told how its load gets on."""
+        told = self._coming(wish.key)
+        news: tuple[asyncio.Future[Any], ...] = (answer, hung_up)
+        while not any(each.done() for each in news):
+            await asyncio.wait(news, timeout=_LOOK_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
+            coming = self._coming(wish.key)
+            if wish.hears_progress and coming != told and not answer.done():
+                told = coming
+                with contextlib.suppress(BlockingIOError):
+                    # One that takes nothing misses it.
+                    connection.send(framed(coming))
+
+    def _coming(self, key: WeightsKey) -> Coming:
+        """Where the line stands, from where this key is."""
+        point = next((point() for point in self._points.values()), LoadPoint())
+        return Coming(num_ahead=self._machine.num_ahead(key), what=point.what, fraction=point.fraction)
 
     async def _wish(self, connection: socket.socket) -> Wish | None:
         """None for somebody who is not to be answered."""
@@ -209,7 +249,8 @@ class WeightCache:
         return wish if hmac.compare_digest(wish.secret.encode(), self.door.secret.encode()) else None
 
     def _send(self, connection: socket.socket, answer: Answer, key: WeightsKey) -> bool:
-        """An answer fits into the empty buffer of its socket: it never waits."""
+        """An answer fits into the buffer of its socket, which its reader has emptied: it never waits. Raises OSError
+        where the reader takes nothing."""
         if isinstance(answer, Refused):
             connection.send(framed(answer))
             return False
@@ -255,7 +296,8 @@ class WeightCache:
         event: ResidenceEvent
         try:
             writable = os.memfd_create("tandem-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            under_way = self._start_load(key, writable)
+            under_way = started = self._start_load(key, writable)
+            self._points[load] = lambda: started.point
             self._take(Sized(load, await under_way.sized()))
             num_bytes = await room
             os.ftruncate(writable, num_bytes)
@@ -274,6 +316,7 @@ class WeightCache:
             event = LoadFailed(load, message)
         finally:
             self._room.pop(load, None)
+            self._points.pop(load, None)
             if under_way is not None:
                 with contextlib.suppress(Exception):
                     await asyncio.shield(under_way.abort())

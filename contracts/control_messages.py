@@ -66,6 +66,8 @@ class WorkerSlot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     #: Since its process was started; None while there is none.
     age_s: float | None = None
     problem: str = ""
+    #: What a start is at, or waits for; empty where there is none.
+    doing: str = ""
 
 
 class AgentBeat(msgspec.Struct, frozen=True, kw_only=True):

@@ -56,6 +56,11 @@ def loading(what: str, fraction: float | None) -> list[WorkerStatus]:
     return [worker("w", State.STARTING, loading=Loading(what=what, fraction=fraction))]
 
 
+def test_who_waits_for_somebody_else_says_so() -> None:
+    waiting = worker("s", State.STARTING, loading=Loading(what="a worker", is_waiting=True))
+    assert ProgressLines().update([waiting], 0.0) == ["s: waiting for a worker"]
+
+
 def test_progress_is_told_once_a_second() -> None:
     lines = ProgressLines()
     told = [line for step in range(40) for line in lines.update(loading("weights", step / 40), step / 10)]

@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from coldstart.residence import (
+    LONGEST_WAIT_S,
     MAX_QUEUED,
     PATIENCE_S,
     Abort,
+    Advanced,
     Asked,
     Begin,
     CopyState,
@@ -100,6 +102,40 @@ def test_who_waits_too_long_is_told_and_the_load_goes_on() -> None:
     assert machine.handle(Asked(1, A), 700.0) == [Hand(1, A)]
 
 
+def test_patience_counts_from_when_the_line_got_on_last() -> None:
+    machine = Residence(BUDGET_BYTES)
+    machine.handle(Asked(1, A), 0.0)
+    machine.handle(Asked(2, B), 0.0)
+    for now_s in (100.0, 200.0):
+        assert machine.handle(Advanced(1), now_s) == []
+    # Both: what comes before one's own load getting on brings it nearer too.
+    assert machine.handle(Ticked(), 200.0 + PATIENCE_S - 1) == []
+    assert loaded(machine, 1, 10, 250.0) == [Hand(1, A), Begin(2, B)]
+    assert machine.handle(Ticked(), 250.0 + PATIENCE_S) == [Refuse(2, B, f"no load got on for {PATIENCE_S:.0f} s")]
+    # Of a load that is over nothing is heard.
+    assert machine.handle(Advanced(1), 500.0) == []
+
+
+def test_nobody_waits_for_ever_for_a_load_that_gets_on() -> None:
+    machine = Residence(BUDGET_BYTES)
+    machine.handle(Asked(1, A), 0.0)
+    now_s = 0.0
+    while not (done := machine.handle(Ticked(), now_s)):
+        now_s += PATIENCE_S / 2
+        machine.handle(Advanced(1), now_s)
+    assert done == [Refuse(1, A, f"not loaded within {LONGEST_WAIT_S:.0f} s")]
+    assert now_s == LONGEST_WAIT_S
+
+
+def test_who_waits_knows_how_many_come_first() -> None:
+    machine = Residence(BUDGET_BYTES)
+    for client, name in enumerate("abc"):
+        machine.handle(Asked(client, key(name)), 0.0)
+    assert [machine.num_ahead(key(name)) for name in "abcd"] == [0, 1, 2, 0]
+    loaded(machine, 1, 10)
+    assert [machine.num_ahead(key(name)) for name in "abc"] == [0, 0, 1]
+
+
 def test_what_an_aborted_load_still_says_is_not_heard() -> None:
     machine = Residence(BUDGET_BYTES)
     machine.handle(Asked(1, A), 0.0)
@@ -185,6 +221,12 @@ class Story(RuleBasedStateMachine):
         self.load = None
         self.take(self.machine.handle(Loaded(load) if ends_well else LoadFailed(load, "broken"), self.now_s))
 
+    @rule(seconds=st.floats(0, 400))
+    def get_on(self, seconds: float) -> None:
+        self.now_s += seconds
+        if self.load is not None:
+            self.take(self.machine.handle(Advanced(self.load[0]), self.now_s))
+
     @rule()
     def tick(self) -> None:
         self.take(self.machine.handle(Ticked(), self.now_s))
@@ -192,7 +234,7 @@ class Story(RuleBasedStateMachine):
 
     @rule(load=st.integers(-3, 0))
     def an_old_load_speaks(self, load: int) -> None:
-        for event in (Sized(load, 5), Loaded(load), LoadFailed(load, "late")):
+        for event in (Sized(load, 5), Advanced(load), Loaded(load), LoadFailed(load, "late")):
             self.take(self.machine.handle(event, self.now_s))
 
     @invariant()

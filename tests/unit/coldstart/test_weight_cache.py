@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 from msgspec.structs import replace
 
-from coldstart.handing import HandedWeights, Wish, ask, framed
+from coldstart import residence
+from coldstart.handing import Coming, HandedWeights, Wish, ask, framed
 from coldstart.residence import CopyState, WeightsKey
-from coldstart.weight_cache import Filled, WeightCache
+from coldstart.weight_cache import Filled, LoadPoint, WeightCache
 from contracts.errors import ConfigError, LoadError
 from rpc import LiveClock
 
@@ -47,6 +48,10 @@ class ThreadLoad:
     def __init__(self, key: WeightsKey, descriptor: int, site: Site) -> None:
         self.key, self.descriptor, self.site = key, descriptor, site
 
+    @property
+    def point(self) -> LoadPoint:
+        return self.site.point
+
     async def sized(self) -> int:
         await self.site.may_size.wait()
         if self.key.folder == "missing":
@@ -74,6 +79,7 @@ class Site:
         self.may_size.set()
         self.may_fill.set()
         self.said = list[str]()
+        self.point = LoadPoint()
         self.cache = WeightCache(budget_bytes, self._start, LiveClock(), self.said.append)
 
     def _start(self, key: WeightsKey, descriptor: int) -> ThreadLoad:
@@ -118,6 +124,65 @@ async def test_workers_that_ask_at_once_share_one_load_and_one_memory() -> None:
         again = await one.ask("model")
         assert one.num_begun == 1
         again.close()
+
+
+async def test_who_waits_hears_how_far_the_load_is_and_what_comes_before_it() -> None:
+    async with site() as one:
+        one.may_fill.clear()
+        heard = dict[str, list[Coming]](first=[], second=[])
+
+        def asking(name: str) -> asyncio.Task[HandedWeights]:
+            door, progress = one.cache.door, heard[name].append
+            work = asyncio.to_thread(ask, door, key(name), timeout_s=PATIENCE_S, progress=progress)
+            return asyncio.create_task(work)
+
+        first = asking("first")
+        await one.until_waiting(1)
+        second = asking("second")
+        await one.until_waiting(2)
+        one.point = LoadPoint("conversion: written", 0.25)
+        await until(lambda: bool(heard["first"] and heard["second"]))
+        one.point = LoadPoint("weights", 0.5)
+        await until(lambda: len(heard["first"]) > 1 and len(heard["second"]) > 1)
+        assert heard["first"] == [
+            Coming(num_ahead=0, what="conversion: written", fraction=0.25),
+            Coming(num_ahead=0, what="weights", fraction=0.5),
+        ]
+        assert heard["second"][-1] == Coming(num_ahead=1, what="weights", fraction=0.5)
+        one.may_fill.set()
+        for handed in await asyncio.gather(first, second):
+            handed.close()
+
+
+async def test_who_hears_of_progress_gives_up_in_the_end_all_the_same() -> None:
+    async with site() as one:
+        one.may_fill.clear()
+        work = asyncio.to_thread(
+            ask, one.cache.door, key("model"), timeout_s=PATIENCE_S, longest_s=3.0, progress=lambda _: None
+        )
+        asking = asyncio.create_task(work)
+        while not asking.done():
+            one.point = LoadPoint("weights", ((one.point.fraction or 0.0) + 1) / 2)
+            await asyncio.sleep(0.2)
+        with pytest.raises(LoadError, match="model: the node agent gave no weights, not within 3 s"):
+            await asking
+        one.may_fill.set()
+
+
+async def test_a_load_that_gets_on_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than somebody waits for one that does not."""
+    monkeypatch.setattr(residence, "PATIENCE_S", 2.5)
+    async with site() as one:
+        one.may_fill.clear()
+        slow = asyncio.create_task(one.ask("slow"))
+        for step in range(8):
+            one.point = LoadPoint("weights", step / 8)
+            await asyncio.sleep(0.5)
+        assert not slow.done()
+        # From here on it stands still.
+        with pytest.raises(LoadError, match="slow: no load got on for 2 s"):
+            await slow
+        one.may_fill.set()
 
 
 async def test_nobody_can_write_to_what_was_handed_out() -> None:
@@ -176,7 +241,7 @@ async def test_what_is_in_use_stays_and_what_does_not_fit_beside_it_is_refused()
 async def test_who_goes_while_it_waits_is_forgotten_and_the_load_goes_on() -> None:
     async with site() as one:
         one.may_fill.clear()
-        with pytest.raises(LoadError, match="within 0 s"):
+        with pytest.raises(LoadError, match="nor said a word of them for 0 s"):
             await one.ask("model", timeout_s=0.3)
         await one.until_waiting(0)
         one.may_fill.set()
