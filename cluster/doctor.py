@@ -27,15 +27,17 @@ from cluster.state_file import read_state
 from cluster.transports import check_interface
 from contracts.cells import cells_of
 from contracts.config import format_size
+from contracts.control_messages import OPERATIONS, OperationsRequest
 from contracts.errors import ConfigError, TandemError
 from contracts.messages import AUDIT, MEMBERS, Empty
 from rpc import GrpcNetwork
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from contracts.config import ClusterConfig
+    from contracts.control_messages import WorkerSlot
     from contracts.messages import AuditReply, Member
     from rpc import Network
 
@@ -85,19 +87,27 @@ async def _audit(coordinator_address: str, token: str) -> list[Finding]:
     try:
         channel = network.channel(coordinator_address)
         members = (await channel.call(MEMBERS, Empty(), timeout_s=ASK_TIMEOUT_S)).members
+        slots = (await channel.call(OPERATIONS, OperationsRequest(), timeout_s=ASK_TIMEOUT_S)).slots
         found = await asyncio.gather(*(_audit_member(network, member) for member in members))
     except TandemError as error:
         return [Finding("fail", f"coordinator {coordinator_address}", error.message)]
     finally:
         await network.close()
-    verdict: Verdict = "ok" if members else "fail"
+    workers = [member for member in members if member.info.role != "store"]
+    verdict: Verdict = "ok" if workers else "note" if sleeps(slots) else "fail"
     links = [finding for member in members for finding in _links(member)]
     suspects = [member.info.worker_id for member in members if member.state == "suspect"]
     late = f", not heard of for a while: {', '.join(suspects)}" if suspects else ""
-    num_stores = sum(member.info.role == "store" for member in members)
+    num_stores = len(members) - len(workers)
     stores = f", {num_stores} store{'s' if num_stores > 1 else ''}" if num_stores else ""
-    present = f"{len(members) - num_stores} workers{stores}{late}"
+    present = f"{len(workers)} workers{stores}{late}{'; they can be started' if verdict == 'note' else ''}"
     return [Finding(verdict, f"coordinator {coordinator_address}", present), *found, *links]
+
+
+def sleeps(slots: Sequence[WorkerSlot]) -> bool:
+    """Whether nobody is there because nobody is wanted: a model that is scaled to zero, or was stopped. Pure."""
+    states = {slot.state for slot in slots if slot.role != "store"}
+    return bool(states) and states <= {"absent", "stopped"}
 
 
 def _links(member: Member) -> list[Finding]:

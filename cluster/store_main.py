@@ -142,7 +142,7 @@ async def _learn_identity(launch: StoreLaunch, network: Network, clock: Clock) -
             found = next((each for each in infos if each.role != "store" and each.model == launch.model_name), None)
             if found is not None:
                 return found.identity
-        tell_if_room(Loading(what="the workers' KV layout"))
+        tell_if_room(Loading(what="a worker, to have its KV layout", is_waiting=True))
         await clock.sleep(LOOK_INTERVAL_S)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,9 @@ async def test_each_model_answers_and_one_sleeps_meanwhile(tmp_path: Path) -> No
     ):
         assert await states(client) == {"day": "awake", "night": "asleep"}
         assert [cell.name for cell in cluster.state.cells] == ["day", "night"]
+        # Who sleeps is not ill.
+        audit = await asyncio.to_thread(command, cluster, "doctor")
+        assert re.search(r"^note +coordinator \S+ +0 workers; they can be started$", audit, re.MULTILINE), audit
 
         prompts = [night.prompts[index % len(night.prompts)] for index in range(NUM_BURST)]
         burst = [complete(client, "night", prompt) for prompt in prompts]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from cluster.doctor import sleeps
 from cluster.operate import WorkerRow, worker_rows
 from contracts.control_messages import DrainOperation, OperationsReply, OperationStatus, WorkerSlot
 from contracts.ids import Incarnation, WorkerId
@@ -25,8 +28,15 @@ def member(name: str, load: WorkerLoad) -> Member:
     return Member(info=info, load=load, heartbeat_age_s=0.1)
 
 
-def slot(name: str, state: str, problem: str = "") -> WorkerSlot:
-    return WorkerSlot(worker_id=WorkerId(name), pool="d", role="decode", state=state, problem=problem)  # type: ignore[arg-type]
+def slot(name: str, state: str, problem: str = "", doing: str = "") -> WorkerSlot:
+    return WorkerSlot(
+        worker_id=WorkerId(name),
+        pool="d",
+        role="decode",
+        state=state,  # type: ignore[arg-type]
+        problem=problem,
+        doing=doing,
+    )
 
 
 def test_everybody_has_a_line_whether_up_or_not() -> None:
@@ -54,3 +64,24 @@ def test_everybody_has_a_line_whether_up_or_not() -> None:
     assert rows[0].build == "1.2 (protocol 3)"
     assert rows[1].note == "operation 4: drain d1"
     assert rows[3] == WorkerRow(worker_id=WorkerId("d3"), role="decode", state="given up", note="no such file")
+
+
+def test_a_start_says_what_it_is_at() -> None:
+    starting = slot("d0", "starting", "crashed before", "loading weights 40%")
+    (row,) = worker_rows([], OperationsReply(operations=(), slots=(starting,)))
+    assert (row.state, row.note) == ("starting", "loading weights 40%")
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        (["absent", "stopped"], True),
+        (["absent", "starting"], False),
+        (["given_up", "absent"], False),
+        ([], False),
+    ],
+)
+def test_a_model_sleeps_where_nobody_is_wanted(states: list[str], expected: bool) -> None:
+    store = WorkerSlot(worker_id=WorkerId("store"), pool="", role="store", state="starting")
+    slots = [slot(f"d{number}", state) for number, state in enumerate(states)]
+    assert sleeps([store, *slots]) is expected
