@@ -252,12 +252,10 @@ class _Conversion:
         start, stop = self._bounds(rank, chunk)
         plan, view = self._plans[rank], self._buffer[: stop - start]
         view[:] = bytes(len(view))
-        for span in plan.spans(start, stop):
-            into = view[span.start : span.start + span.num_items * plan.item_bytes]
-            self._original.read(span, self._dtype, into)
+        found = self._original.read_chunk(plan, start, self._dtype, view)
         self._files.write(descriptor, view, start)
-        self._checksums[rank, chunk] = checksum(view)
-        self._journal.tell(rank, chunk, self._checksums[rank, chunk])
+        self._checksums[rank, chunk] = found
+        self._journal.tell(rank, chunk, found)
 
     def _check_all(self, descriptors: list[int]) -> None:
         """Reads everything back; what is not as it was told is written once more."""

@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from coldstart.canary_run import canary_of
-from coldstart.format import CHUNK_BYTES, Index, Partition, checksum, num_chunks, partition_name
+from coldstart.format import CHUNK_BYTES, Index, Partition, num_chunks, partition_name
 from coldstart.original import Original
 from coldstart.partition import PartitionPlan, check_shares
 from engine.canary import NUM_TOKENS, Canary
@@ -83,10 +83,7 @@ class Fuser:
         checksums: list[int] = []
         for start in range(0, plan.num_bytes, CHUNK_BYTES):
             stop = min(start + CHUNK_BYTES, plan.num_bytes)
-            for span in plan.spans(start, stop):
-                low = start + span.start
-                self._original.read(span, self._dtype, into[low : low + span.num_items * plan.item_bytes])
-            checksums.append(checksum(into[start:stop]))
+            checksums.append(self._original.read_chunk(plan, start, self._dtype, into[start:stop]))
             progress(stop, plan.num_bytes)
         return tuple(checksums)
 

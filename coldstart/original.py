@@ -9,7 +9,7 @@ import numpy as np
 
 from coldstart.dtypes import converted, first_lost
 from coldstart.file_source import FileSource
-from coldstart.format import INDEX_NAME
+from coldstart.format import INDEX_NAME, checksum
 from contracts.errors import ConfigError, LoadError
 from engine.fused import expected_tensors, optional_tensors
 from engine.model_config import load_model_config
@@ -18,7 +18,7 @@ from engine.safetensors_files import ITEM_BYTES, StoredDtype, check_names, model
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from coldstart.partition import Span
+    from coldstart.partition import PartitionPlan, Span
     from engine.compute_dtype import DtypeChoice
     from engine.safetensors_files import StoredTensor
 
@@ -75,6 +75,13 @@ class Original:
     def files_to_copy(self) -> list[Path]:
         found = {path for pattern in _COPIED for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(path for path in found if not any(path.match(pattern) for pattern in _NOT_COPIED))
+
+    def read_chunk(self, plan: PartitionPlan, start: int, dtype: StoredDtype, into: memoryview) -> int:
+        """Fills `into`, which is zeroed, with the bytes of a partition from `start` on; returns their checksum. Raises
+        as `read`."""
+        for span in plan.spans(start, start + len(into)):
+            self.read(span, dtype, into[span.start : span.start + span.num_items * plan.item_bytes])
+        return checksum(into)
 
     def read(self, span: Span, dtype: StoredDtype, into: memoryview) -> None:
         """Fills `into` with the items of the span. Raises LoadError, and ConfigError for values that do not fit."""
