@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from cluster.agent_service import Overseer, agent_service
 from cluster.following import LocalCluster
+from cluster.kept import kept
 from cluster.launch import StandbyLaunch, WeightTierOptions
 from cluster.model_source import resolve_model
 from cluster.node_agent import NodeAgent, WorkerPlan
@@ -43,11 +44,13 @@ from rpc import GrpcNetwork, LiveClock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from coldstart.tier_handles import Entry
     from contracts.cells import Cell
     from contracts.clock import Clock
     from contracts.config import ClusterConfig, SupervisorConfig
+    from rpc import Network
 
 #: Where rpc servers of one machine listen.
 LOOPBACK = "127.0.0.1:0"
@@ -109,20 +112,12 @@ async def local_cluster(
         room = Room(config.workers_memory)
         sites: list[Site] = []
         for cell in cells:
-            service = coordinator_service(
-                cell.config,
-                network,
-                clock,
-                LOOPBACK,
-                _line_writer(log, cell.name),
-                weight_bytes=cell.weight_bytes,
-                room=room,
-            )
+            address = await stack.enter_async_context(_kept_coordinator(cell, network, clock, log, room, say))
             sites.append(
                 Site(
                     model_dir=str(cell.folder),
                     model_name=cell.model_name,
-                    coordinator_address=await stack.enter_async_context(service),
+                    coordinator_address=address,
                     cluster_token=token,
                     runtime_dir=str(runtime_dir),
                     prefix=f"{cell.name}-" if cell.name else "",
@@ -185,6 +180,26 @@ async def local_cluster(
             watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watch
+
+
+@asynccontextmanager
+async def _kept_coordinator(
+    cell: LocalCell, network: Network, clock: Clock, log: ProcessLog, room: Room, say: Callable[[str], None]
+) -> AsyncGenerator[str]:
+    """Yields its address, which all its lives have: workers and gateway find the next one there, and requests are
+    placed by the gateway's own knowledge until then."""
+    found = [LOOPBACK]
+    write = _line_writer(log, cell.name)
+
+    def make() -> AbstractAsyncContextManager[str]:
+        return coordinator_service(
+            cell.config, network, clock, found[-1], write, weight_bytes=cell.weight_bytes, room=room
+        )
+
+    name = f"the coordinator of {cell.name or cell.model_name}"
+    async with kept(name, make, clock, write, on_down=say) as address:
+        found.append(address)
+        yield address
 
 
 def supervision_limits(config: SupervisorConfig) -> SupervisionLimits:

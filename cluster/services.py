@@ -10,12 +10,15 @@ import os
 import random
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.autoscaling import autoscaler, split_applier
 from cluster.decision_file import DecisionFile
+from cluster.kept import kept
 from cluster.progress import can_serve
 from cluster.rebalancing import rebalance_settings
 from cluster.replanning import replanning
@@ -31,7 +34,7 @@ from coordinator.membership import MembershipLimits
 from coordinator.policy.settings import AdmissionRule, ConductorSettings
 from engine.model_config import load_model_config
 from gateway.core import GatewayCore
-from gateway.front import ServedModel, create_front
+from gateway.front import ServedModel, apis_of, front_of
 from gateway.limits import GatewayLimits
 from gateway.server import serve
 from gateway.settings import GatewaySettings, TenantSettings
@@ -42,7 +45,7 @@ from workload.slo import SloClass
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
     from pydantic import SecretStr
     from structlog.typing import FilteringBoundLogger
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from coordinator.replan_terms import Split
     from coordinator.replanner import Replanner
     from coordinator.split_applier import SplitApplier
+    from gateway.app import Api
     from rpc import Network
 
     OnDecision = Callable[[DispatchItem, Chosen | Refused, float], None]
@@ -282,30 +286,50 @@ async def gateway_service(
     sock: socket.socket,
     log: FilteringBoundLogger,
 ) -> AsyncGenerator[None]:
-    """Answers on `sock`. Leaving lets open requests end for `graceful_stop_s`."""
+    """Answers on `sock`. Leaving lets open requests end for `graceful_stop_s`. A model's part that a bug ends begins
+    anew; meanwhile its requests are refused, and those to other models are not."""
     first_id = f"gateway-{os.getpid()}-{int(clock.wall_s() * 1000)}"
     async with AsyncExitStack() as stack:
         served: list[ServedModel] = []
-        for model in models:
-            settings = model.settings
+        apis: list[Api] = []
+        for number, model in enumerate(models):
             tokenizer = TextTokenizer.load(model.folder, wall_s=clock.wall_s)
-            limits = GatewayLimits(
-                max_replays=settings.max_replays,
-                snapshot_ttl_s=settings.snapshot_ttl_s,
-                silent_after_s=settings.max_heartbeat_age_s / 2,
-                unnamed_for_s=settings.max_heartbeat_age_s,
+            own_id = f"{first_id}-{model.name}" if model.name else first_id
+            core = await stack.enter_async_context(
+                kept(
+                    f"the gateway of {model.name or model.settings.served_model_names[0]}",
+                    partial(_next_core, model, own_id, count(1), network, clock, log),
+                    clock,
+                    log.error,
+                    # No part ends before all have begun.
+                    on_down=lambda reason, number=number: apis[number].fail(reason),  # type: ignore[misc]
+                    on_up=lambda core, number=number: apis[number].renew(core),  # type: ignore[misc]
+                )
             )
-            gateway_id = GatewayId(f"{first_id}-{model.name}" if model.name else first_id)
-            core = GatewayCore(network, clock, gateway_id, model.coordinator_address, limits, log)
-            await stack.enter_async_context(core)
-            served.append(ServedModel(core=core, tokenizer=tokenizer, settings=settings))
-        app = create_front(served, clock)
+            served.append(ServedModel(core=core, tokenizer=tokenizer, settings=model.settings))
+        apis += apis_of(served, clock)
+        app = front_of(served, apis, clock)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         serving = tasks.create_task(serve(app, models[0].settings, sock), name="gateway-http")
         try:
             yield
         finally:
             serving.cancel()
+
+
+def _next_core(
+    model: FrontedModel, own_id: str, lives: Iterator[int], network: Network, clock: Clock, log: FilteringBoundLogger
+) -> GatewayCore:
+    """Of a name of its own: workers must not take its requests for those of the life before."""
+    life, settings = next(lives), model.settings
+    limits = GatewayLimits(
+        max_replays=settings.max_replays,
+        snapshot_ttl_s=settings.snapshot_ttl_s,
+        silent_after_s=settings.max_heartbeat_age_s / 2,
+        unnamed_for_s=settings.max_heartbeat_age_s,
+    )
+    gateway_id = GatewayId(own_id if life == 1 else f"{own_id}-{life}")
+    return GatewayCore(network, clock, gateway_id, model.coordinator_address, limits, log)
 
 
 def _secrets(values: Sequence[SecretStr]) -> tuple[str, ...]:

@@ -171,6 +171,8 @@ class Api:
         if rng is None:
             rng = random.Random(f"{core.gateway_id} {clock.wall_s()}")
         self._core = core
+        #: Why there is no core at the moment; None: there is.
+        self._down: str | None = None
         self.pool = self._pool = pool
         self._settings = settings
         self._clock = clock
@@ -181,6 +183,16 @@ class Api:
         self._health = HealthCheck(core, settings, clock)
         self._started = int(clock.wall_s())
         self._request_numbers = count(1)
+
+    def fail(self, reason: str) -> None:
+        """Its core is over: requests are refused (503) with the reason until there is another."""
+        self._down = reason
+
+    def renew(self, core: GatewayCore) -> None:
+        """Goes on with another core, which has been entered. What was counted begins anew."""
+        self._core, self._down = core, None
+        self._metrics = Metrics(core, self._settings)
+        self._health = HealthCheck(core, self._settings, self._clock)
 
     def new_request_id(self) -> str:
         return f"{self._core.gateway_id}-http-{next(self._request_numbers)}"
@@ -203,6 +215,8 @@ class Api:
         """Raises BadRequest; and what `submit` would raise, before the prompt costs any work."""
         terms = self._terms_book.terms(request.state.tenant, body, request.headers.get(SLO_CLASS_HEADER))
         with self._counting_refusal(terms):
+            if self._down is not None:
+                raise NotReady(self._down, retry_after_s=1.0, reason="model_failed")
             self._core.check_room()
         return terms
 
@@ -289,6 +303,8 @@ class Api:
         return json_response(report.as_json(), NotReady.http_status, {"retry-after": "1"})
 
     async def health_report(self) -> HealthReport:
+        if self._down is not None:
+            return HealthReport(ok=False, reason=self._down, is_heard=False)
         return await self._health.report()
 
     async def live(self) -> Response:

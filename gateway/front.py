@@ -46,12 +46,21 @@ def create_front(models: Sequence[ServedModel], clock: Clock) -> FastAPI:
     The cores must be entered by the caller, and stay so for as long as the app is served. Raises ConfigError for
     two of one name.
     """
-    apis = [
+    return front_of(models, apis_of(models, clock), clock)
+
+
+def apis_of(models: Sequence[ServedModel], clock: Clock) -> list[Api]:
+    """What answers for each model: whoever made a core that ends before the app does tells its `Api`."""
+    return [
         Api(
             each.core, TokenizingPool(each.tokenizer, num_threads=each.settings.tokenizer_threads), each.settings, clock
         )
         for each in models
     ]
+
+
+def front_of(models: Sequence[ServedModel], apis: Sequence[Api], clock: Clock) -> FastAPI:
+    """As `create_front`, of APIs that `apis_of` made."""
     first = models[0]
     if len(models) == 1:
         return app_of(apis[0], apis, first.settings, first.core.log)
