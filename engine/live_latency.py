@@ -12,9 +12,11 @@ takes by the other fit. That is how `contracts.latency_models` puts the two toge
 
 from __future__ import annotations
 
+from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from contracts.latency_models import from_fit
@@ -54,8 +56,34 @@ _LEAST_WEIGHT = 0.01
 _FIRST_SHARES_CHUNKS = (0.45, 0.5, 0.05)
 _FIRST_SHARES_DECODES = (0.9, 0.05, 0.05)
 
+#: What another life learned counts as so many steps at most: it may have been on a quieter machine.
+RECALLED_STEPS = 64
+
+#: Kept of each size class.
+_NUM_SUMS = 10
+
 _CLASS_FADE = 0.5 ** (1.0 / CLASS_HALF_LIFE_STEPS)
 _FADE = 0.5 ** (1.0 / HALF_LIFE_STEPS)
+
+
+class LearnedClass(msgspec.Struct, frozen=True, array_like=True):
+    """Weighted sums of the steps of one size class: see `_RunningFit`."""
+
+    size_class: int
+    attention_class: int
+    sums: tuple[float, ...]
+
+
+class LearnedFit(msgspec.Struct, frozen=True, array_like=True):
+    coefficients: tuple[float, float, float]
+    classes: tuple[LearnedClass, ...]
+
+
+class LearnedSteps(msgspec.Struct, frozen=True, array_like=True):
+    """What a `LiveLatency` knows, for one in another process."""
+
+    chunks: LearnedFit | None
+    decodes: LearnedFit | None
 
 
 class LiveLatency:
@@ -87,6 +115,25 @@ class LiveLatency:
         if changed:
             self._fit = _latency_fit(self._chunks, self._decodes)
             self._model = from_fit(self._fit)
+
+    def learned(self) -> LearnedSteps:
+        """As of the last refit."""
+        return LearnedSteps(self._chunks.learned(), self._decodes.learned())
+
+    def recall(self, learned: LearnedSteps) -> bool:
+        """Begins with what another life on the same machine learned; whether anything was taken. Nothing is where a
+        step of the kind was fitted here already, nor of figures that no life can have learned."""
+        # Both, whatever comes of the first.
+        taken = [
+            fit.recall(known)
+            for fit, known in ((self._chunks, learned.chunks), (self._decodes, learned.decodes))
+            if known is not None
+        ]
+        if not any(taken):
+            return False
+        self._fit = _latency_fit(self._chunks, self._decodes)
+        self._model = from_fit(self._fit)
+        return True
 
     def fit(self) -> LatencyFit:
         """The coefficients as of the last refit; the same object until the next. Without steps of a kind they are 0."""
@@ -145,6 +192,31 @@ class _RunningFit:
         self._refit()
         return True
 
+    def learned(self) -> LearnedFit | None:
+        """None before the first fit."""
+        if not self.num_fitted:
+            return None
+        classes: list[LearnedClass] = []
+        for (size, attention), (last, sums) in self._classes.items():
+            fade = _FADE ** (self._num_seen - last)
+            if fade * sums[-1] >= _LEAST_WEIGHT:
+                classes.append(LearnedClass(size, attention, tuple(fade * each for each in sums)))
+        return LearnedFit(self.coefficients, tuple(classes))
+
+    def recall(self, learned: LearnedFit) -> bool:
+        """Whether it was taken."""
+        if self.num_fitted or not _can_be(learned):
+            return False
+        weight = sum(each.sums[-1] for each in learned.classes)
+        share = min(1.0, RECALLED_STEPS / weight)
+        self._classes = {
+            (each.size_class, each.attention_class): (self._num_seen, [share * total for total in each.sums])
+            for each in learned.classes
+        }
+        self.coefficients = learned.coefficients
+        self.num_fitted = max(1, round(share * weight))
+        return True
+
     def _expected_s(self, size: int, attention: float) -> float:
         base_s, size_s, attention_s = self.coefficients
         return base_s + size_s * size + attention_s * attention
@@ -165,7 +237,7 @@ class _RunningFit:
             expected_s = self._expected_s(size, attention)
             seconds = min(max(seconds, expected_s / SURPRISE), expected_s * SURPRISE)
         key = (size.bit_length(), int(attention).bit_length() // 2)
-        last, sums = self._classes.get(key, (self._num_seen, [0.0] * 10))
+        last, sums = self._classes.get(key, (self._num_seen, [0.0] * _NUM_SUMS))
         fade = _CLASS_FADE * _FADE ** (self._num_seen - last)
         one = 1.0 / seconds
         row, pairs = size * one, attention * one
@@ -174,7 +246,7 @@ class _RunningFit:
 
     def _sums(self) -> list[float]:
         """Over all classes, as they count now."""
-        totals = [0.0] * 10
+        totals = [0.0] * _NUM_SUMS
         for key, (last, sums) in list(self._classes.items()):
             fade = _FADE ** (self._num_seen - last)
             if fade * sums[-1] < _LEAST_WEIGHT:
@@ -202,3 +274,23 @@ class _RunningFit:
         base_s, size_s, attention_s = (float(value) for value in solution)
         self.coefficients = (base_s, size_s, attention_s)
         self.num_fitted = max(1, round(weight))
+
+
+def _can_be(learned: LearnedFit) -> bool:
+    """Whether steps can have led to this, so that no refit fails on it."""
+    return (
+        all(isfinite(each) and 0.0 <= each <= _LONGEST_S for each in learned.coefficients)
+        and max(learned.coefficients) > 0.0
+        and len(learned.classes) > 0
+        and all(_are_sums(known.sums) for known in learned.classes)
+    )
+
+
+def _are_sums(sums: tuple[float, ...]) -> bool:
+    """Of products of positive numbers with each other: what they are sums of can be found."""
+    if len(sums) != _NUM_SUMS or not all(isfinite(each) and 1e-40 <= each <= 1e40 for each in sums):
+        return False
+    a, b, c, d, e, f, *_ = sums
+    squares = np.array([[a, b, c], [b, d, e], [c, e, f]])
+    scales = np.sqrt(squares.diagonal())
+    return bool(np.linalg.eigvalsh(squares / np.outer(scales, scales))[0] >= -1e-6)

@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 from contracts.latency import StepWork
 from contracts.latency_models import CostCurve, FittedLatency, from_fit
 from contracts.messages import LatencyFit
-from engine.live_latency import REFIT_STEPS, WARM_UP_STEPS, LiveLatency
+from engine.live_latency import (
+    RECALLED_STEPS,
+    REFIT_STEPS,
+    WARM_UP_STEPS,
+    LearnedClass,
+    LearnedFit,
+    LearnedSteps,
+    LiveLatency,
+)
 
 TRUTH = FittedLatency(
     prefill=CostCurve.line(8e-3, 0.05e-3), pair_s=60e-9, decode=CostCurve.line(9e-3, 0.15e-3), context_token_s=0.4e-6
@@ -185,3 +194,42 @@ def test_times_that_cannot_be_are_ignored(seconds: float) -> None:
         live.observe(_chunk(5), seconds)
         live.observe(StepWork(), 1.0)
     assert live.as_latency_model() is None
+
+
+def test_another_life_recalls_what_was_learned_and_unlearns_it_where_it_is_wrong() -> None:
+    steps, first, second = Steps(3), LiveLatency(), LiveLatency()
+    steps.feed(first, steps.chunks(SETTLED_STEPS))
+    steps.feed(first, steps.decodes(SETTLED_STEPS))
+    assert second.recall(msgspec.msgpack.decode(msgspec.msgpack.encode(first.learned()), type=LearnedSteps))
+    assert second.fit().num_prefill_steps <= RECALLED_STEPS
+    for work in (_chunk(300, 1000), _decode(20, 20_000)):
+        assert _model(second).step_s(work) == pytest.approx(_model(first).step_s(work), rel=1e-6)
+    # This machine is half as fast.
+    steps.feed(second, steps.chunks(4 * REFIT_STEPS), factor=2.0)
+    steps.feed(second, steps.decodes(4 * REFIT_STEPS), factor=2.0)
+    for work in (_chunk(300, 1000), _decode(20, 20_000)):
+        assert _model(second).step_s(work) == pytest.approx(2 * TRUTH.step_s(work), rel=0.2)
+    assert not second.recall(first.learned())
+
+
+def test_one_kind_of_steps_is_recalled_without_the_other() -> None:
+    steps, first, second = Steps(4), LiveLatency(), LiveLatency()
+    assert not second.recall(first.learned())
+    steps.feed(first, steps.decodes(SETTLED_STEPS))
+    assert second.recall(first.learned())
+    assert second.fit().num_prefill_steps == 0 < second.fit().num_decode_steps
+
+
+@given(
+    coefficients=st.tuples(*[st.floats() | st.floats(0, 1)] * 3),
+    sums=st.lists(st.floats(0.0, 1e60), min_size=10, max_size=10) | st.lists(st.floats(), min_size=9, max_size=11),
+    works=st.integers(0, 40),
+)
+def test_figures_that_no_life_can_have_learned_break_nothing(
+    coefficients: tuple[float, float, float], sums: list[float], works: int
+) -> None:
+    live = LiveLatency()
+    live.recall(LearnedSteps(LearnedFit(coefficients, (LearnedClass(4, 4, tuple(sums)),)), None))
+    for _ in range(works):
+        live.observe(_chunk(10), 0.01)
+    assert all(math.isfinite(each) and each >= 0.0 for each in msgspec.to_builtins(live.fit()))
