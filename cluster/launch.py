@@ -53,6 +53,13 @@ class QueueOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     tpot_chunks: bool = True
 
 
+class SnapshotOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where workers keep what they warmed up, and what all of it may take."""
+
+    folder: str
+    size_bytes: int
+
+
 class WorkerLaunch(msgspec.Struct, frozen=True, kw_only=True):
     """Everything one life of a worker needs to know."""
 
@@ -93,6 +100,8 @@ class WorkerLaunch(msgspec.Struct, frozen=True, kw_only=True):
     node: str = ""
     #: Where the node agent hands out weights; None: the worker reads them itself.
     weights: WeightsDoor | None = None
+    #: None: it begins cold.
+    snapshot: SnapshotOptions | None = None
 
 
 class SsdOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.cores import CoreDemand, CoreShare, assign_cores
-from cluster.launch import QueueOptions, SsdOptions, StoreLaunch, TransferOptions, WorkerLaunch
+from cluster.launch import QueueOptions, SnapshotOptions, SsdOptions, StoreLaunch, TransferOptions, WorkerLaunch
+from cluster.remote_model import DEFAULT_TIER
 from contracts.errors import ConfigError
 from contracts.ids import Incarnation, WorkerId
 
@@ -150,6 +151,15 @@ def queue_options(config: ClusterConfig) -> QueueOptions:
     )
 
 
+def snapshot_options(config: ClusterConfig) -> SnapshotOptions | None:
+    """Beside the disk tier of checkpoints, or where that is when nobody says."""
+    size = config.weights.snapshot
+    if size is None:
+        return None
+    tier = Path(config.weights.ssd.path or DEFAULT_TIER).expanduser()
+    return SnapshotOptions(folder=str(tier.absolute() / "snapshots"), size_bytes=size)
+
+
 def _launch(config: ClusterConfig, site: Site, pool: PoolConfig, worker_id: WorkerId, share: CoreShare) -> WorkerLaunch:
     return WorkerLaunch(
         worker_id=worker_id,
@@ -178,4 +188,5 @@ def _launch(config: ClusterConfig, site: Site, pool: PoolConfig, worker_id: Work
         parent_pid=site.parent_pid,
         node=site.node,
         weights=site.weights,
+        snapshot=snapshot_options(config),
     )

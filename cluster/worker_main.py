@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from engine.executor import LiveEngine
     from engine.weights import FusedWeights
     from worker import WorkerShell
+    from worker.snapshots import WorkerSnapshots
 
 #: Calls in flight when a worker is told to stop get this long to end.
 STOP_GRACE_S = 1.0
@@ -98,6 +99,10 @@ async def _serve(launch: WorkerLaunch, departure: Departure) -> None:
     clock = LiveClock()
     tell(Loading(what="torch"))
     async with contextlib.AsyncExitStack() as stack:
+        # Read while the weights come.
+        snapshots = _snapshots(launch, clock)
+        if snapshots is not None:
+            stack.callback(snapshots.close)
         pools: list[HostPool] = []
 
         def make_pool(num_blocks: int, block_bytes: int) -> memoryview:
@@ -164,6 +169,17 @@ async def _serve(launch: WorkerLaunch, departure: Departure) -> None:
             log=log,
         )
         shell.register_on(server)
+        if snapshots is not None:
+            await stack.enter_async_context(
+                snapshots.serve(
+                    shell,
+                    shell.loop.latency,
+                    pools[0].view(),
+                    identity=info.identity,
+                    machine=f"{launch.node}: {engine.description}",
+                    max_batch_tokens=launch.max_batch_tokens,
+                )
+            )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_run(shell, clock), name="shell")
             await shell.registered.wait()
@@ -213,6 +229,23 @@ def _info(launch: WorkerLaunch, engine: LiveEngine, address: str) -> WorkerInfo:
         device=engine.description,
         node=launch.node,
         build=build_name(),
+    )
+
+
+def _snapshots(launch: WorkerLaunch, clock: Clock) -> WorkerSnapshots | None:
+    """What earlier lives warmed up; begins to read it."""
+    if launch.snapshot is None:
+        return None
+    from coldstart.snapshot.folder import SnapshotFolder
+    from worker.snapshots import WorkerSnapshots
+
+    return WorkerSnapshots(
+        SnapshotFolder(Path(launch.snapshot.folder), launch.snapshot.size_bytes),
+        model=(launch.model_dir, launch.dtype, str(launch.block_tokens)),
+        worker_id=launch.worker_id,
+        build=build_name(),
+        clock=clock,
+        log=log,
     )
 
 

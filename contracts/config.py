@@ -282,7 +282,12 @@ class WeightsConfig(Section):
     """Processes of each machine that have imported what a worker needs, and become one within the time that its weights
     take. Each takes some 250 MiB."""
 
-    @field_serializer("dram", when_used="json")
+    snapshot: SizeBytes | None = None
+    """Disk for what workers warmed up (KV that prompts share, step times), for example 1GiB: written when they leave,
+    there again when they are back. A worker's takes a quarter at most; those not used for the longest time go. The
+    folder is `ssd.path`/snapshots, ~/.cache/tandem/weights/snapshots without one. None: workers begin cold."""
+
+    @field_serializer("dram", "snapshot", when_used="json")
     def _size_with_unit(self, size_bytes: int | str | None) -> str | None:
         return format_size(size_bytes) if isinstance(size_bytes, int) else size_bytes
 

@@ -68,6 +68,8 @@ class AnswerPrefixes:
         """What was held for an offer is `owner`'s from now on."""
         shared = offer.shared
         self._cache.note_asked(len(offer.chain), len(shared))
+        if not offer.is_move:
+            self._cache.note_used(offer.chain, len(offer.chain))
         if shared:
             _SKIPPED.reached()
             self.skipped_blocks_total += len(shared)

@@ -14,7 +14,7 @@ from kvstore.block_keys import block_keys, root_key
 from kvtransfer import BlockClass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from contracts.ids import BlockId
     from contracts.layout import KvIdentity
@@ -26,8 +26,12 @@ class KeyChain:
     """The keys of one sequence's full blocks, made as far as they are asked for: a long prompt whose beginning is not
     here costs one hash before it is read, an answer one for each block that it fills."""
 
-    def __init__(self, root: bytes, token_ids: Sequence[int], block_tokens: int) -> None:
+    def __init__(
+        self, root: bytes, token_ids: Sequence[int], block_tokens: int, *, kv_class: KvClass = "exact"
+    ) -> None:
         """`token_ids` is kept, not copied. It may grow at its end, and the chain with it, but not change otherwise."""
+        #: Of the KV that its keys name.
+        self.kv_class = kv_class
         self._token_ids = token_ids
         self._block_tokens = block_tokens
         self._root = root
@@ -69,6 +73,8 @@ class PrefixCache:
         #: Blocks that were asked for since the start and stood here, and those that did not: see `note_asked`.
         self.hit_blocks_total = 0
         self.missed_blocks_total = 0
+        #: Hears which leading blocks of its own a prompt begins with here, found or not.
+        self.on_used: Callable[[KeyChain, int], None] | None = None
 
     @property
     def enabled(self) -> bool:
@@ -82,7 +88,7 @@ class PrefixCache:
         """The keys of a sequence; ids must fit into 32 bits unsigned. Sequences of other salts, or of the other class,
         share no key. `token_ids` may grow at its end: see `KeyChain`."""
         root = root_key(self._identity, cache_salt, kv_class=kv_class)
-        return KeyChain(root, token_ids if self._enabled else (), self.block_tokens)
+        return KeyChain(root, token_ids if self._enabled else (), self.block_tokens, kv_class=kv_class)
 
     def match(self, keys: Iterable[bytes]) -> list[BlockId]:
         """The blocks with the leading keys of these, up to the first that no block has.
@@ -114,6 +120,12 @@ class PrefixCache:
         """Counts what somebody wanted and got. Apart from `match`, which is asked again and again for the same."""
         self.hit_blocks_total += num_found
         self.missed_blocks_total += num_asked - num_found
+
+    def note_used(self, chain: KeyChain, num_blocks: int) -> None:
+        """A prompt was admitted here, and its first `num_blocks` blocks are such as others may share; there may be
+        none."""
+        if self.on_used is not None:
+            self.on_used(chain, num_blocks)
 
     def name(self, chain: KeyChain, blocks: Sequence[BlockId], start: int, stop: int) -> None:
         """Gives positions `[start, stop)` of a prompt's `blocks` their keys: they are final from now on, and outlive

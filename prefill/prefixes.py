@@ -149,6 +149,7 @@ class PromptPrefixes:
         blocks = _by_tier(prompt, found)
         # What was fetched or read ahead for it did not stand here when it was looked for.
         self._cache.note_asked(self.num_usable(prompt), blocks.get("device", 0))
+        self._cache.note_used(prompt.chain, self.num_usable(prompt))
         prompt.cached_by_tier = {tier: num_blocks * self._block_tokens for tier, num_blocks in blocks.items()}
 
     # --- fetches ----------------------------------------------------------------------------------

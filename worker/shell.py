@@ -200,7 +200,7 @@ class WorkerShell:
             log=log,
         )
         #: Set once the coordinator has taken this life up.
-        self.registered = self._registration.registered
+        self.registered: asyncio.Event = self._registration.registered
         self.publisher = BlockPublisher(
             info=info,
             held=self.ledger.all_keys,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from cluster.launch import QueueOptions, decode_launch, decode_status, encode_line
+from cluster.launch import QueueOptions, SnapshotOptions, decode_launch, decode_status, encode_line
 from cluster.plan import Site, plan_launches, worker_environ
 from contracts.config import ClusterConfig
 from contracts.errors import ConfigError
@@ -103,3 +105,13 @@ def test_queue_settings_and_uneven_weights_reach_the_workers() -> None:
             saturation_tokens=300,
             tpot_chunks=False,
         )
+
+
+def test_snapshots_are_off_unless_they_have_a_size_and_lie_beside_the_tier() -> None:
+    assert all(launch.snapshot is None for launch in plan_launches(ClusterConfig(), SITE))
+    weights = {"snapshot": "1GiB", "ssd": {"path": "/disk/weights"}}
+    for launch in plan_launches(config(weights=weights), SITE):
+        assert launch.snapshot == SnapshotOptions(folder="/disk/weights/snapshots", size_bytes=2**30)
+    (launch, *_) = plan_launches(config(weights={"snapshot": 5}), SITE)
+    assert launch.snapshot is not None
+    assert launch.snapshot.folder == str(Path("~/.cache/tandem/weights/snapshots").expanduser())
