@@ -3,8 +3,8 @@
     python -m benchmarks.coldstart_ready LOADER_DOOR        (a child: loads one copy after the other, as a worker does)
 
 `dram_ready` asks a real node agent's weight cache for copies that it holds, from a process that has imported all that
-a worker needs (one that stands by). `first_tokens` has a real cluster start its worker for a request that comes while
-none runs, with and without a process that stands by.
+a worker needs. `cold_first_tokens` and `warm_first_tokens` have a real cluster start its worker for a request that
+comes while none runs, without and with a process that stands by.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import msgspec
 
-from benchmarks.cluster import running
+from benchmarks.cluster import running_state
 from benchmarks.report import print_table, spread
 from cluster.guard import Guard
 from cluster.process_log import ProcessLog
@@ -39,8 +39,8 @@ PHASES = ("map", "bind", "canary")
 TIMEOUT_S = 120.0
 NUM_BLOCKS = 64
 PATIENCE_S = 120.0
-#: A process that stands by is warm after that; one import takes two seconds or so.
-WARM_UP_S = 8.0
+#: Before a request, for what a start or an end left to do.
+QUIET_S = 1.0
 
 # --- a copy in memory: from the question to a canary that passed ------------------------------------------
 
@@ -162,22 +162,38 @@ def sleeping(standby: int) -> dict[str, Any]:
     }
 
 
-def first_tokens(standby: int, rounds: int) -> list[dict[str, float]]:
-    """Milliseconds of each round: `ttft` as the client sees it, and the gateway's own phases."""
-    return asyncio.run(_first_tokens(standby, rounds))
+def cold_first_tokens(rounds: int) -> list[dict[str, float]]:
+    """Of each round: a cluster that has nothing yet, neither a process nor weights in memory. Milliseconds: `ttft` as
+    the client sees it, and the gateway's own phases."""
+    return [asyncio.run(_first_tokens(0, 1))[0] for _ in range(rounds)]
+
+
+def warm_first_tokens(rounds: int) -> list[dict[str, float]]:
+    """Of one cluster in which a process stands by. At the first one the weights are read; then they lie in memory."""
+    return asyncio.run(_first_tokens(1, rounds + 1))
 
 
 async def _first_tokens(standby: int, rounds: int) -> list[dict[str, float]]:
     found: list[dict[str, float]] = []
     async with (
-        running(sleeping(standby)) as base_url,
-        httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S) as client,
+        running_state(sleeping(standby)) as state,
+        httpx.AsyncClient(base_url=state.base_url, timeout=PATIENCE_S) as client,
     ):
         for number in range(rounds):
             await _until_asleep(client)
-            await asyncio.sleep(WARM_UP_S)
+            if standby:
+                await asyncio.to_thread(_wait_until_warm, Path(state.log_dir) / "standby.log")
+            await asyncio.sleep(QUIET_S)
             found.append(await _stream_one(client, number))
     return found
+
+
+def _wait_until_warm(log: Path) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not (log.exists() and "are forked of process" in log.read_text()):
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"no process stands by after {PATIENCE_S:.0f} s")
+        time.sleep(0.1)
 
 
 async def _stream_one(client: httpx.AsyncClient, number: int) -> dict[str, float]:
