@@ -102,7 +102,7 @@ class ExponentSplitForm:
         scratch = _scratch.take(len(into)) if num_planes > 1 else into
         planes: list[Bytes] = []
         for place in range(num_planes):
-            (told,) = _LENGTH.unpack_from(body, place * _LENGTH.size)
+            (told,) = _LENGTH.unpack_from(body.data, place * _LENGTH.size)
             stored = body[start : start + (told & ~_IS_SHRUNK)]
             start += told & ~_IS_SHRUNK
             if start > len(body):
@@ -179,7 +179,7 @@ def decode_chunk(record: Buffer, into: Buffer) -> None:
     data, target = as_array(record), as_array(into)
     if len(data) < _HEADER.size:
         raise CorruptCheckpoint(f"a record of weights has {len(data)} bytes")
-    codec_id, item_bytes, nothing, num_bytes = _HEADER.unpack_from(data)
+    codec_id, item_bytes, nothing, num_bytes = _HEADER.unpack_from(data.data)
     if codec_id not in CODECS or nothing or not item_bytes or num_bytes % item_bytes:
         raise CorruptCheckpoint(f"a record of weights names codec {codec_id}; known are {sorted(CODECS)}")
     if num_bytes != len(target):
