@@ -9,6 +9,13 @@ beside the pinned ones is refused, and the client reads its weights itself.
 
     QUEUED --begin--> SIZING --Sized--> FILLING --Loaded--> RESIDENT --room is needed--> gone
                          any --LoadFailed, patience over--> gone
+
+A copy that nobody uses may be compressed. Until that is done it is there as before, and whoever asks for it gets it at
+once; memory for the result is taken only where it is free. What is compressed is loaded as from a tier of its own, the
+nearest one; if that fails, or memory is too short for both, it is loaded from the next tier, and who waits waits on.
+
+    RESIDENT --Cooled--> COMPRESSING --Compressed--> COMPRESSED --asked for--> QUEUED ...
+        ^--asked for, room is needed, failed--'          '--room is needed--> gone
 """
 
 from __future__ import annotations
@@ -46,6 +53,9 @@ class CopyState(Enum):
     SIZING = "sizing"
     FILLING = "filling"
     RESIDENT = "resident"
+    #: Resident still, beside a result that is being made.
+    COMPRESSING = "compressing"
+    COMPRESSED = "compressed"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,15 +66,25 @@ class Copy:
     state: CopyState
     asked_s: float
     used_s: float
-    #: 0 until it is known.
+    #: Memory for the weights as they are used: 0 until it is known, and while they are compressed alone.
     num_bytes: int = 0
+    #: Memory for them compressed: the bound of a result that is being made, or what it takes.
+    compressed_bytes: int = 0
+    #: What `num_bytes` was last.
+    whole_bytes: int = 0
     load_s: float = 0.0
     #: Clients that use it.
     pins: set[int] = field(default_factory=set[int])
     #: Clients that wait for it, with the time at which they give up.
     waiting: dict[int, float] = field(default_factory=dict[int, float])
-    #: Number of the load that fills it: what an earlier one still says is not meant.
+    #: Number of the load that fills it, or of what compresses it: what an earlier one still says is not meant.
     load: int = 0
+    #: Whether that load reads the compressed form.
+    is_decoding: bool = False
+
+    @property
+    def held_bytes(self) -> int:
+        return self.num_bytes + self.compressed_bytes
 
 
 # --- events ---------------------------------------------------------------------------------------------
@@ -120,7 +140,49 @@ class Ticked:
     """Time has passed."""
 
 
-ResidenceEvent: TypeAlias = Asked | Gone | Sized | Advanced | Loaded | LoadFailed | Ticked
+@dataclass(frozen=True, slots=True)
+class Cooled:
+    """A copy was not used for long, and is to be compressed."""
+
+    key: WeightsKey
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionSized:
+    """What compresses a copy knows how much memory its result has at most, and waits for it."""
+
+    load: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """The compressed form is complete, and takes so much."""
+
+    load: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionFailed:
+    """It ended in another way, or is not worth it."""
+
+    load: int
+
+
+ResidenceEvent: TypeAlias = (
+    Asked
+    | Gone
+    | Sized
+    | Advanced
+    | Loaded
+    | LoadFailed
+    | Ticked
+    | Cooled
+    | CompressionSized
+    | Compressed
+    | CompressionFailed
+)
 
 
 # --- instructions ---------------------------------------------------------------------------------------
@@ -132,11 +194,13 @@ class Begin:
 
     load: int
     key: WeightsKey
+    #: Read the compressed form, which is here, and not the next tier.
+    is_decoding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Its memory may be taken."""
+    """Its memory may be taken: of a load, or of a compression."""
 
     load: int
     num_bytes: int
@@ -144,7 +208,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """End a load and give back its memory; nothing more is heard of it."""
+    """End a load, or a compression, and give back its memory; nothing more is heard of it."""
 
     load: int
 
@@ -168,13 +232,36 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Give back the memory of a copy that nobody uses."""
+    """Give back the memory of a copy that nobody uses, in whichever form it is here."""
 
     key: WeightsKey
     reason: str
 
 
-ResidenceInstruction: TypeAlias = Begin | Fill | Abort | Hand | Refuse | Evict
+@dataclass(frozen=True, slots=True)
+class Compress:
+    """Start to compress a copy; it tells `CompressionSized`, and then waits for `Fill` or `Abort`."""
+
+    load: int
+    key: WeightsKey
+
+
+@dataclass(frozen=True, slots=True)
+class DropRaw:
+    """Give back the memory of a copy that is here compressed."""
+
+    key: WeightsKey
+
+
+@dataclass(frozen=True, slots=True)
+class DropCompressed:
+    """Give back the memory of the compressed form."""
+
+    key: WeightsKey
+    reason: str
+
+
+ResidenceInstruction: TypeAlias = Begin | Fill | Abort | Hand | Refuse | Evict | Compress | DropRaw | DropCompressed
 
 
 class Residence:
@@ -193,7 +280,7 @@ class Residence:
 
     @property
     def used_bytes(self) -> int:
-        return sum(copy.num_bytes for copy in self._copies.values())
+        return sum(copy.held_bytes for copy in self._copies.values())
 
     def num_ahead(self, key: WeightsKey) -> int:
         """Loads that come before its own; 0 for one that is under way, is over, or was never asked for."""
@@ -228,6 +315,14 @@ class Residence:
                 self._fail(load, message, done)
             case Ticked():
                 self._tick(now_s, done)
+            case Cooled(key):
+                self._cool(key, done)
+            case CompressionSized(load, num_bytes):
+                self._size_compression(load, num_bytes, done)
+            case Compressed(load, num_bytes):
+                self._finish_compression(load, num_bytes, done)
+            case CompressionFailed(load):
+                self._end_compression(load)
         self._begin_next(done)
         return done
 
@@ -243,12 +338,19 @@ class Residence:
                 done.append(Refuse(client, key, f"{MAX_CLIENTS} clients are here already"))
                 return
         copy = self._copies.get(key)
-        if copy is None:
+        if copy is None or copy.state is CopyState.COMPRESSED:
             if sum(each.state is CopyState.QUEUED for each in self._copies.values()) >= MAX_QUEUED:
                 if client is not None:
                     done.append(Refuse(client, key, f"{MAX_QUEUED} loads are waiting already"))
                 return
-            copy = self._copies[key] = Copy(key=key, state=CopyState.QUEUED, asked_s=now_s, used_s=now_s)
+            if copy is None:
+                copy = Copy(key=key, state=CopyState.QUEUED, asked_s=now_s, used_s=now_s)
+            # Behind all that were asked for before.
+            self._copies.pop(key, None)
+            self._copies[key] = copy
+            copy.state, copy.asked_s = CopyState.QUEUED, now_s
+        if copy.state is CopyState.COMPRESSING:
+            self._give_up(copy, done)
         copy.used_s = now_s
         if client is None:
             return
@@ -274,22 +376,22 @@ class Residence:
         copy = self._loading(load, CopyState.SIZING)
         if copy is None:
             return
-        victims = self._victims(num_bytes)
-        if victims is None:
-            pinned_bytes = sum(each.num_bytes for each in self._copies.values() if each.pins)
+        if not self._make_room(copy, num_bytes, now_s, done):
             done.append(Abort(load))
-            self._drop(
+            if copy.is_decoding and num_bytes <= self._most_bytes(copy) + copy.compressed_bytes:
+                # Not beside the compressed form, but instead of it.
+                self._read_anew(copy, "there is no room for it beside what it is decoded into", done)
+                return
+            pinned_bytes = sum(each.num_bytes for each in self._copies.values() if each.pins)
+            self._refuse_all(
                 copy,
                 f"{num_bytes} bytes of weights do not fit into the {self.budget_bytes} bytes of memory for weights, "
                 f"of which {pinned_bytes} are in use",
                 done,
             )
             return
-        for victim in victims:
-            del self._copies[victim.key]
-            idle_s = now_s - victim.used_s
-            done.append(Evict(victim.key, f"not used for {idle_s:.0f} s, and {copy.key.folder} needs room"))
-        copy.num_bytes, copy.state = num_bytes, CopyState.FILLING
+        copy.num_bytes = copy.whole_bytes = num_bytes
+        copy.state = CopyState.FILLING
         done.append(Fill(load, num_bytes))
 
     def _get_on(self, load: int, now_s: float) -> None:
@@ -305,6 +407,9 @@ class Residence:
         if copy is None:
             return
         copy.state, copy.load_s, copy.used_s = CopyState.RESIDENT, now_s - copy.asked_s, now_s
+        if copy.compressed_bytes:
+            copy.compressed_bytes = 0
+            done.append(DropCompressed(copy.key, "it is decoded"))
         for client in copy.waiting:
             copy.pins.add(client)
             done.append(Hand(client, copy.key))
@@ -312,9 +417,11 @@ class Residence:
 
     def _fail(self, load: int, message: str, done: list[ResidenceInstruction]) -> None:
         copy = self._loading(load, CopyState.SIZING, CopyState.FILLING)
-        if copy is not None:
+        if copy is not None and copy.is_decoding:
+            self._read_anew(copy, message, done)
+        elif copy is not None:
             # Whoever waited may ask again in its next life; to load again and again for nobody helps nobody.
-            self._drop(copy, message, done)
+            self._refuse_all(copy, message, done)
 
     def _tick(self, now_s: float, done: list[ResidenceInstruction]) -> None:
         for copy in list(self._copies.values()):
@@ -326,6 +433,59 @@ class Residence:
                     why = f"not loaded within {LONGEST_WAIT_S:.0f} s"
                 done.append(Refuse(client, copy.key, why))
 
+    # --- compressed copies ------------------------------------------------------------------------------
+
+    def _cool(self, key: WeightsKey, done: list[ResidenceInstruction]) -> None:
+        copy = self._copies.get(key)
+        if copy is None or copy.state is not CopyState.RESIDENT or copy.pins:
+            return
+        if any(each.state not in (CopyState.RESIDENT, CopyState.COMPRESSED) for each in self._copies.values()):
+            # Loads come first, and what is compressed is compressed by all cores.
+            return
+        copy.state, copy.load = CopyState.COMPRESSING, self._next_load
+        self._next_load += 1
+        done.append(Compress(copy.load, key))
+
+    def _size_compression(self, load: int, num_bytes: int, done: list[ResidenceInstruction]) -> None:
+        copy = self._loading(load, CopyState.COMPRESSING)
+        if copy is None or copy.compressed_bytes:
+            return
+        if num_bytes > self.budget_bytes - self.used_bytes:
+            # It is to make room for others, not to take theirs.
+            self._give_up(copy, done)
+            return
+        copy.compressed_bytes = num_bytes
+        done.append(Fill(load, num_bytes))
+
+    def _finish_compression(self, load: int, num_bytes: int, done: list[ResidenceInstruction]) -> None:
+        copy = self._loading(load, CopyState.COMPRESSING)
+        if copy is None:
+            return
+        copy.state, copy.num_bytes, copy.compressed_bytes = (
+            CopyState.COMPRESSED,
+            0,
+            min(num_bytes, copy.compressed_bytes),
+        )
+        done.append(DropRaw(copy.key))
+
+    def _end_compression(self, load: int) -> None:
+        copy = self._loading(load, CopyState.COMPRESSING)
+        if copy is not None:
+            copy.state, copy.compressed_bytes = CopyState.RESIDENT, 0
+
+    def _give_up(self, copy: Copy, done: list[ResidenceInstruction]) -> None:
+        done.append(Abort(copy.load))
+        copy.state, copy.compressed_bytes = CopyState.RESIDENT, 0
+
+    def _read_anew(self, copy: Copy, reason: str, done: list[ResidenceInstruction]) -> None:
+        """From the next tier: it keeps its place in line, and whoever waits for it waits on."""
+        copy.state, copy.num_bytes = CopyState.QUEUED, 0
+        self._drop_compressed(copy, reason, done)
+
+    def _drop_compressed(self, copy: Copy, reason: str, done: list[ResidenceInstruction]) -> None:
+        copy.compressed_bytes, copy.is_decoding = 0, False
+        done.append(DropCompressed(copy.key, reason))
+
     # --- how ------------------------------------------------------------------------------------------
 
     def _begin_next(self, done: list[ResidenceInstruction]) -> None:
@@ -335,20 +495,42 @@ class Residence:
             if copy.state is CopyState.QUEUED:
                 copy.state, copy.load = CopyState.SIZING, self._next_load
                 self._next_load += 1
-                done.append(Begin(copy.load, copy.key))
+                copy.is_decoding = copy.compressed_bytes > 0
+                done.append(Begin(copy.load, copy.key, copy.is_decoding))
                 return
 
-    def _victims(self, num_bytes: int) -> list[Copy] | None:
-        """Those not used for the longest time, until there is room; None where there cannot be enough."""
-        free_bytes = self.budget_bytes - self.used_bytes
-        idle = [each for each in self._copies.values() if each.state is CopyState.RESIDENT and not each.pins]
-        victims: list[Copy] = []
-        for each in sorted(idle, key=lambda each: (each.used_s, each.key)):
-            if free_bytes >= num_bytes:
-                break
-            victims.append(each)
-            free_bytes += each.num_bytes
-        return victims if free_bytes >= num_bytes else None
+    def _make_room(self, copy: Copy, num_bytes: int, now_s: float, done: list[ResidenceInstruction]) -> bool:
+        """Whether there is room for a load now: at the cost of a compression under way, then of the copies not used for
+        the longest time, then of compressed forms of others that wait in line. If that is not enough, nothing goes."""
+        if num_bytes > self._most_bytes(copy):
+            return False
+        for each in list(self._copies.values()):
+            if num_bytes > self._free_bytes and each.state is CopyState.COMPRESSING and each.compressed_bytes:
+                self._give_up(each, done)
+        for each in sorted(self._copies.values(), key=lambda each: (each.used_s, each.key)):
+            if num_bytes > self._free_bytes and _is_idle(each):
+                if each.state is CopyState.COMPRESSING:
+                    self._give_up(each, done)
+                del self._copies[each.key]
+                idle_s = now_s - each.used_s
+                done.append(Evict(each.key, f"not used for {idle_s:.0f} s, and {copy.key.folder} needs room"))
+        for each in reversed(self._copies.values()):
+            if num_bytes > self._free_bytes and each.state is CopyState.QUEUED and each.compressed_bytes:
+                self._drop_compressed(each, f"{copy.key.folder} needs room", done)
+        return True
+
+    @property
+    def _free_bytes(self) -> int:
+        return self.budget_bytes - self.used_bytes
+
+    def _most_bytes(self, copy: Copy) -> int:
+        """What a load of that copy could have, if all went that may go."""
+        staying = sum(
+            each.compressed_bytes if each is copy else 0 if each.state is CopyState.QUEUED else each.num_bytes
+            for each in self._copies.values()
+            if each is copy or not _is_idle(each)
+        )
+        return self.budget_bytes - staying
 
     def _loading(self, load: int, *states: CopyState) -> Copy | None:
         for copy in self._copies.values():
@@ -356,13 +538,23 @@ class Residence:
                 return copy
         return None
 
-    def _drop(self, copy: Copy, reason: str, done: list[ResidenceInstruction]) -> None:
-        del self._copies[copy.key]
+    def _refuse_all(self, copy: Copy, reason: str, done: list[ResidenceInstruction]) -> None:
+        """Who waits for it is told. A compressed form is kept: it costs nobody anything who needs the room."""
+        if copy.compressed_bytes:
+            copy.state, copy.is_decoding = CopyState.COMPRESSED, False
+        else:
+            del self._copies[copy.key]
         for client in copy.waiting:
             del self._clients[client]
             done.append(Refuse(client, copy.key, reason))
+        copy.waiting.clear()
 
 
 def _until_s(copy: Copy, now_s: float) -> float:
     """When a client gives up that heard now that the line gets on."""
     return min(now_s + PATIENCE_S, copy.asked_s + LONGEST_WAIT_S)
+
+
+def _is_idle(copy: Copy) -> bool:
+    """Whether it may go."""
+    return copy.state in (CopyState.RESIDENT, CopyState.COMPRESSING, CopyState.COMPRESSED) and not copy.pins
