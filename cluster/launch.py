@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from coldstart.compressing import CodecRates
 from coldstart.handing import WeightsDoor
 from coldstart.residence import WeightsKey
 from contracts.errors import ConfigError
@@ -160,18 +161,33 @@ class LoaderLaunch(msgspec.Struct, frozen=True, kw_only=True, tag_field="launch"
     key: WeightsKey
     #: A memfd that the process inherited; empty until `Go`.
     descriptor: int
+    #: Another one, read-only, with the weights compressed: nothing else is read then.
+    compressed: int | None = None
     ssd: WeightTierOptions | None
     parent_pid: int
 
 
+class CompressorLaunch(msgspec.Struct, frozen=True, kw_only=True, tag_field="launch", tag="compressor"):
+    """Compress a copy in memory: tell what that brings, then wait for `Go`."""
+
+    key: WeightsKey
+    #: A memfd that the process inherited; empty until `Go`.
+    descriptor: int
+    #: Another one, read-only: the weights and, behind them, their index.
+    source: int
+    weight_bytes: int
+    index_bytes: int
+    parent_pid: int
+
+
 class Go(msgspec.Struct, frozen=True, kw_only=True, tag_field="launch", tag="go"):
-    """A loader's memory has its size now."""
+    """A loader's or compressor's memory has its size now."""
 
     num_bytes: int
 
 
 #: Whatever is said to a child on its stdin.
-Message = Launch | StandbyLaunch | LoaderLaunch | Go
+Message = Launch | StandbyLaunch | LoaderLaunch | CompressorLaunch | Go
 
 
 class Loading(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="loading"):
@@ -205,10 +221,24 @@ class Filled(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="
 
     weight_bytes: int
     index_bytes: int
-    #: Where they came from: "original" (fused on the way), "ssd", "remote".
+    #: Where they came from: "original" (fused on the way), "ssd", "remote", "compressed".
     tier: str
     #: The loader goes on, over memory that it can only read, to complete the disk tier's copy.
     goes_on: bool = False
+
+
+class Tried(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="tried"):
+    """A compressor knows what its codec does with some of its chunks, and waits for `Go`."""
+
+    rates: CodecRates
+    #: Memory that the result has at most.
+    bound_bytes: int
+
+
+class Shrunk(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="shrunk"):
+    """A compressor's memory holds the result. Its last line."""
+
+    num_bytes: int
 
 
 class Alive(msgspec.Struct, frozen=True, tag_field="event", tag="alive"):
@@ -228,12 +258,13 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="
     message: str
 
 
-Status = Loading | Ready | Warm | Sized | Filled | Alive | Serves | Failed
+Status = Loading | Ready | Warm | Sized | Filled | Tried | Shrunk | Alive | Serves | Failed
 
 _LAUNCH_DECODER = msgspec.json.Decoder(WorkerLaunch)
 _STORE_DECODER = msgspec.json.Decoder(StoreLaunch)
 _STANDBY_DECODER = msgspec.json.Decoder(StandbyLaunch)
 _LOADER_DECODER = msgspec.json.Decoder(LoaderLaunch)
+_COMPRESSOR_DECODER = msgspec.json.Decoder(CompressorLaunch)
 _GO_DECODER = msgspec.json.Decoder(Go)
 _STATUS_DECODER: msgspec.json.Decoder[Status] = msgspec.json.Decoder(Status)
 
@@ -260,6 +291,11 @@ def decode_standby_launch(line: bytes) -> StandbyLaunch:
 def decode_loader_launch(line: bytes) -> LoaderLaunch:
     """As `decode_launch`."""
     return _decode(_LOADER_DECODER, line)
+
+
+def decode_compressor_launch(line: bytes) -> CompressorLaunch:
+    """As `decode_launch`."""
+    return _decode(_COMPRESSOR_DECODER, line)
 
 
 def decode_go(line: bytes) -> Go:

@@ -25,14 +25,16 @@ from cluster.launch import (
 from cluster.lifeline import die_with_parent
 from cluster.remote_model import open_far
 from cluster.telling import Teller
+from coldstart.compressed import CompressedLoader
 from coldstart.loader import WeightLoader
 from coldstart.local_tier import LocalTier
+from coldstart.pipeline import NUM_THREADS
 from coldstart.tier_files import LiveTierFiles
 from contracts.errors import LoadError, TandemError
 from rpc.clock import LiveBlockingClock
 
 if TYPE_CHECKING:
-    from cluster.launch import WeightTierOptions
+    from cluster.launch import LoaderLaunch, WeightTierOptions
 
 
 #: A model answers by then.
@@ -43,24 +45,28 @@ def main() -> int:
     try:
         launch = decode_loader_launch(sys.stdin.buffer.readline(MAX_LAUNCH_BYTES))
         die_with_parent(launch.parent_pid)
-        tier = _tier(launch.ssd)
-        with WeightLoader(launch.key, tier, progress=Teller(), log=log, open_far=partial(open_far, say=log)) as loader:
+        with _loader(launch) as loader:
             tell(Sized(num_bytes=loader.prepare()))
             line = sys.stdin.buffer.readline(MAX_LAUNCH_BYTES)
             if not line:
                 return 0
             go = decode_go(line)
-            with mmap.mmap(launch.descriptor, go.num_bytes) as mapping, memoryview(mapping) as memory:
-                loaded = loader.fill(memory)
+            mapping = mmap.mmap(launch.descriptor, go.num_bytes)
+            memory = memoryview(mapping)
+            # Without closing it after an error, whose frames hold views of it: then it goes with the process.
+            loaded = loader.fill(memory)
+            memory.release()
+            mapping.close()
+            goes_on = isinstance(loader, WeightLoader) and loader.has_more
             tell(
                 Filled(
                     weight_bytes=loaded.weight_bytes,
                     index_bytes=loaded.index_bytes,
                     tier=loaded.tier,
-                    goes_on=loader.has_more,
+                    goes_on=goes_on,
                 )
             )
-            if loader.has_more:
+            if isinstance(loader, WeightLoader) and goes_on:
                 _complete(loader, launch.descriptor, go.num_bytes)
     except TandemError as error:
         tell(Failed(error=error.code, message=error.message))
@@ -79,6 +85,16 @@ def _complete(loader: WeightLoader, descriptor: int, num_bytes: int) -> None:
     with mmap.mmap(read_only, num_bytes, prot=mmap.PROT_READ) as mapping, memoryview(mapping) as memory:
         os.close(read_only)
         loader.finish(memory)
+
+
+def _loader(launch: LoaderLaunch) -> WeightLoader | CompressedLoader:
+    if launch.compressed is None:
+        return WeightLoader(
+            launch.key, _tier(launch.ssd), progress=Teller(), log=log, open_far=partial(open_far, say=log)
+        )
+    memory = mmap.mmap(launch.compressed, 0, prot=mmap.PROT_READ)
+    num_threads = min(NUM_THREADS, len(os.sched_getaffinity(0)))
+    return CompressedLoader(launch.key, memory, num_threads=num_threads, progress=Teller())
 
 
 def _tier(options: WeightTierOptions | None) -> LocalTier | None:

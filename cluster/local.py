@@ -36,6 +36,7 @@ from cluster.standby import StandbyPool
 from cluster.state_file import STATE_FILE, CellState, ClusterState
 from cluster.supervision import SupervisionLimits
 from cluster.weights_service import WeightsService
+from coldstart.compressing import CompressRules
 from contracts.errors import ConfigError
 from contracts.ids import Incarnation
 from coordinator.holding import Room
@@ -258,6 +259,9 @@ def make_weights(
         os.getpid(),
         clock,
         ProcessLog(log_dir / "weights.log", say),
+        compress=(
+            CompressRules(cold_after_s=config.weights.cold_after_s) if config.weights.compress == "auto" else None
+        ),
     )
 
 

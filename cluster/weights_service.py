@@ -7,27 +7,31 @@ import sys
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster.child import Child
-from cluster.launch import Failed, Go, LoaderLaunch, Loading, Sized
+from cluster.launch import CompressorLaunch, Failed, Go, LoaderLaunch, Loading, Shrunk, Sized, Tried
 from cluster.launch import Filled as FilledStatus
+from coldstart.cold_copies import ColdCopies, Trial
 from coldstart.residence import WeightsKey
 from coldstart.weight_cache import Filled, LoadPoint, WeightCache
 from contracts.errors import LoadError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from cluster.guard import Guard
     from cluster.launch import Launch, Status, WeightTierOptions
     from cluster.process_log import ProcessLog
+    from coldstart.cold_copies import RawMemory
+    from coldstart.compressing import CompressRules
     from coldstart.handing import WeightsDoor
     from contracts.clock import Clock
 
-StatusT = TypeVar("StatusT", Sized, FilledStatus)
+StatusT = TypeVar("StatusT", Sized, FilledStatus, Tried, Shrunk)
 
 #: A loader that says nothing for so long does not get on: a disk that hangs, or the process.
 STALL_S = 60.0
 _MAX_WAITING = 64
-_COMMAND = (sys.executable, "-m", "cluster.loader_main")
+_LOADER_COMMAND = (sys.executable, "-m", "cluster.loader_main")
+_COMPRESSOR_COMMAND = (sys.executable, "-m", "cluster.compressor_main")
 
 
 class WeightsService:
@@ -41,7 +45,10 @@ class WeightsService:
         parent_pid: int,
         clock: Clock,
         log: ProcessLog,
+        *,
+        compress: CompressRules | None = None,
     ) -> None:
+        """`compress`: None where nothing is to be compressed."""
         self._ssd = ssd
         # One thread of it: others compute on these cores.
         self._environ = {**environ, "OPENBLAS_NUM_THREADS": "1"}
@@ -51,7 +58,8 @@ class WeightsService:
         self._running: asyncio.Task[None] | None = None
         #: One that has filled its memory may still be busy with the disk tier.
         self._loaders: list[LoaderProcess] = []
-        self.cache = WeightCache(budget_bytes, self._start_load, clock, lambda line: log.write(line.encode()))
+        cold = None if compress is None else ColdCopies(compress, self._start_compression, self._say)
+        self.cache = WeightCache(budget_bytes, self._start_load, clock, self._say, cold=cold)
 
     @property
     def door(self) -> WeightsDoor:
@@ -76,12 +84,29 @@ class WeightsService:
         if key is not None and self._running is not None:
             self.cache.want(key)
 
-    def _start_load(self, key: WeightsKey, descriptor: int) -> LoaderProcess:
+    def _say(self, line: str) -> None:
+        self._log.write(line.encode())
+
+    def _start_load(self, key: WeightsKey, descriptor: int, compressed: int | None) -> LoaderProcess:
         assert self._guard is not None, "started before anybody can ask"
-        launch = LoaderLaunch(key=key, descriptor=descriptor, ssd=self._ssd, parent_pid=self._parent_pid)
+        launch = LoaderLaunch(
+            key=key, descriptor=descriptor, compressed=compressed, ssd=self._ssd, parent_pid=self._parent_pid
+        )
         self._loaders = [loader for loader in self._loaders if not loader.is_gone]
         self._loaders.append(LoaderProcess(launch, self._environ, self._guard, self._log))
         return self._loaders[-1]
+
+    def _start_compression(self, key: WeightsKey, memory: RawMemory, descriptor: int) -> CompressorProcess:
+        assert self._guard is not None, "nothing is in memory before"
+        launch = CompressorLaunch(
+            key=key,
+            descriptor=descriptor,
+            source=memory.descriptor,
+            weight_bytes=memory.weight_bytes,
+            index_bytes=memory.index_bytes,
+            parent_pid=self._parent_pid,
+        )
+        return CompressorProcess(launch, self._environ, self._guard, self._log)
 
 
 def key_of(launch: Launch) -> WeightsKey | None:
@@ -91,35 +116,30 @@ def key_of(launch: Launch) -> WeightsKey | None:
     return WeightsKey(folder=launch.model_dir, dtype=launch.dtype)
 
 
-class LoaderProcess:
-    """Implements `coldstart.weight_cache.Load`."""
+class _FillingProcess:
+    """One that fills memory that it inherits, in two steps: it says how much, and is told to go on."""
 
-    def __init__(self, launch: LoaderLaunch, environ: Mapping[str, str], guard: Guard, log: ProcessLog) -> None:
+    #: For people.
+    _what = "loader"
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        launch: LoaderLaunch | CompressorLaunch,
+        descriptors: Sequence[int],
+        environ: Mapping[str, str],
+        guard: Guard,
+        log: ProcessLog,
+    ) -> None:
         """Raises OSError when no process can be started."""
         self._name = launch.key.folder
-        self._child = Child(_COMMAND, environ, launch, guard, descriptors=(launch.descriptor,))
+        self._child = Child(command, environ, launch, guard, descriptors=descriptors)
         self._told: asyncio.Queue[Status | None] = asyncio.Queue(_MAX_WAITING)
         self._num_bytes = 0
         self._goes_on = False
         self._how = ""
         self.point = LoadPoint()
-        self._ended = asyncio.create_task(self._see_out(log), name=f"loader-{self._child.pid}")
-
-    async def sized(self) -> int:
-        self._num_bytes = (await self._until(Sized)).num_bytes
-        return self._num_bytes
-
-    async def filled(self) -> Filled:
-        self._child.give(Go(num_bytes=self._num_bytes))
-        status = await self._until(FilledStatus)
-        if status.goes_on:
-            # The writable mapping is gone; what it does now is its own, and a load that fails takes nothing from it.
-            self._goes_on = True
-        else:
-            # Its mapping goes with it.
-            async with asyncio.timeout(STALL_S):
-                await asyncio.shield(self._ended)
-        return Filled(num_bytes=status.weight_bytes, index_bytes=status.index_bytes, tier=status.tier)
+        self._ended = asyncio.create_task(self._see_out(log), name=f"{self._what}-{self._child.pid}")
 
     async def abort(self) -> None:
         if not self._goes_on:
@@ -134,16 +154,21 @@ class LoaderProcess:
     def is_gone(self) -> bool:
         return self._ended.done()
 
+    async def _gone(self) -> None:
+        """Its mapping goes with it."""
+        async with asyncio.timeout(STALL_S):
+            await asyncio.shield(self._ended)
+
     async def _until(self, kind: type[StatusT]) -> StatusT:
         while True:
             try:
                 async with asyncio.timeout(STALL_S):
                     status = await self._told.get()
             except TimeoutError:
-                raise LoadError(f"{self._name}: its loader said nothing for {STALL_S:.0f} s") from None
+                raise LoadError(f"{self._name}: its {self._what} said nothing for {STALL_S:.0f} s") from None
             match status:
                 case None:
-                    raise LoadError(f"{self._name}: its loader ended early: {self._how}")
+                    raise LoadError(f"{self._name}: its {self._what} ended early: {self._how}")
                 case Failed():
                     raise LoadError(status.message)
                 case Loading(what=what, fraction=fraction):
@@ -151,7 +176,7 @@ class LoaderProcess:
                 case _ if isinstance(status, kind):
                     return status
                 case _:
-                    raise LoadError(f"{self._name}: its loader said {type(status).__name__}")
+                    raise LoadError(f"{self._name}: its {self._what} said {type(status).__name__}")
 
     async def _see_out(self, log: ProcessLog) -> None:
         try:
@@ -166,3 +191,53 @@ class LoaderProcess:
                     break
                 except asyncio.QueueFull:
                     self._told.get_nowait()
+
+
+class LoaderProcess(_FillingProcess):
+    """Implements `coldstart.weight_cache.Load`."""
+
+    def __init__(self, launch: LoaderLaunch, environ: Mapping[str, str], guard: Guard, log: ProcessLog) -> None:
+        """Raises OSError when no process can be started."""
+        descriptors = [launch.descriptor] if launch.compressed is None else [launch.descriptor, launch.compressed]
+        super().__init__(_LOADER_COMMAND, launch, descriptors, environ, guard, log)
+
+    async def sized(self) -> int:
+        self._num_bytes = (await self._until(Sized)).num_bytes
+        return self._num_bytes
+
+    async def filled(self) -> Filled:
+        self._child.give(Go(num_bytes=self._num_bytes))
+        status = await self._until(FilledStatus)
+        if status.goes_on:
+            # The writable mapping is gone; what it does now is its own, and a load that fails takes nothing from it.
+            self._goes_on = True
+        else:
+            await self._gone()
+        return Filled(
+            num_bytes=status.weight_bytes,
+            index_bytes=status.index_bytes,
+            tier=status.tier,
+            next_tier="ssd" if status.goes_on else status.tier,
+        )
+
+
+class CompressorProcess(_FillingProcess):
+    """Implements `coldstart.cold_copies.Compressing`."""
+
+    _what = "compressor"
+
+    def __init__(self, launch: CompressorLaunch, environ: Mapping[str, str], guard: Guard, log: ProcessLog) -> None:
+        """Raises OSError when no process can be started."""
+        descriptors = [launch.descriptor, launch.source]
+        super().__init__(_COMPRESSOR_COMMAND, launch, descriptors, environ, guard, log)
+
+    async def tried(self) -> Trial:
+        status = await self._until(Tried)
+        self._num_bytes = status.bound_bytes
+        return Trial(rates=status.rates, bound_bytes=status.bound_bytes)
+
+    async def compressed(self) -> int:
+        self._child.give(Go(num_bytes=self._num_bytes))
+        status = await self._until(Shrunk)
+        await self._gone()
+        return status.num_bytes

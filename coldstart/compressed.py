@@ -19,7 +19,9 @@ import numpy as np
 import xxhash
 
 from coldstart.codecs.registry import ChunkCodec, decode_chunk
+from coldstart.cold_copies import COMPRESSED_TIER
 from coldstart.format import decode_index, num_chunks
+from coldstart.loader import Loaded
 from coldstart.memory import as_array
 from coldstart.pipeline import MemoryDestination, PartitionLoad
 from coldstart.reading import partition_of
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from coldstart.format import Index
     from coldstart.pipeline import LoadProgress
+    from coldstart.residence import WeightsKey
 
 _MAGIC = b"tdmcold1"
 #: Magic, chunks, bytes of a chunk, of weights, of the index, and of all; behind it the checksum of it and the table.
@@ -185,7 +188,8 @@ class CompressedCopy:
         data = self._memory.data
         if len(data) < _HEADER.size + _CHECKSUM.size:
             raise self._damaged("too short")
-        magic, count, chunk_bytes, self.num_bytes, index_bytes, end = _HEADER.unpack_from(data)
+        magic, count, chunk_bytes, num_bytes, index_bytes, end = _HEADER.unpack_from(data)
+        self.num_bytes = int(num_bytes)
         table_start = _HEADER.size + _CHECKSUM.size
         table_end = table_start + 2 * count * _TABLE_ITEM.itemsize
         if magic != _MAGIC or end > len(data) or table_end + index_bytes > end:
@@ -245,3 +249,41 @@ class CompressedCopy:
 
     def _damaged(self, how: str) -> CorruptCheckpoint:
         return CorruptCheckpoint(f"{self.name}: damaged: {how}")
+
+
+class CompressedLoader:
+    """As `coldstart.loader.WeightLoader`, of a copy that is in memory compressed. Use as a context manager."""
+
+    def __init__(
+        self,
+        key: WeightsKey,
+        memory: Buffer,
+        *,
+        num_threads: int,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        """`progress(what, bytes done, bytes in all)` is called often. Raises CorruptCheckpoint, ConfigError."""
+        self._copy = CompressedCopy(memory, rank=key.rank, name=f"{key.folder}, compressed")
+        self._num_threads = num_threads
+        self._progress = progress
+
+    def __enter__(self) -> CompressedLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._copy.close()
+
+    def prepare(self) -> int:
+        """Bytes of memory that `fill` needs."""
+        return self._copy.num_bytes + len(self._copy.index_data)
+
+    def fill(self, memory: memoryview) -> Loaded:
+        """As `WeightLoader.fill`."""
+        copy = self._copy
+        copy.load(
+            memory[: copy.num_bytes],
+            num_threads=self._num_threads,
+            progress=lambda at: self._progress("weights", at.verified_bytes, at.total_bytes),
+        )
+        memory[copy.num_bytes : copy.num_bytes + len(copy.index_data)] = copy.index_data
+        return Loaded(weight_bytes=copy.num_bytes, index_bytes=len(copy.index_data), tier=COMPRESSED_TIER)

@@ -1,7 +1,8 @@
 """The DRAM tier of a node agent: the shell around `Residence`.
 
 It listens at the door, holds the memory, and has a loader fill it (a process of its own, so that whatever happens to
-it, nothing here is half full). Memory that a loader filled is sealed before anybody gets it.
+it, nothing here is half full). Memory that a loader filled is sealed before anybody gets it. Copies gone cold are
+compressed by such a process too, where that is a gain (`coldstart.cold_copies`).
 """
 
 from __future__ import annotations
@@ -18,12 +19,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from coldstart.cold_copies import RawMemory
 from coldstart.handing import LENGTH, MAX_MESSAGE_BYTES, Coming, Given, Refused, WeightsDoor, Wish, framed
 from coldstart.residence import (
     Abort,
     Advanced,
     Asked,
     Begin,
+    Compress,
+    Compressed,
+    CompressionFailed,
+    CompressionSized,
+    Cooled,
+    CopyState,
+    DropCompressed,
+    DropRaw,
     Evict,
     Fill,
     Gone,
@@ -37,8 +47,9 @@ from coldstart.residence import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
+    from coldstart.cold_copies import ColdCopies, Compressing
     from coldstart.handing import Answer
     from coldstart.residence import Copy, ResidenceEvent, ResidenceInstruction, WeightsKey
     from contracts.clock import Clock
@@ -57,8 +68,10 @@ class Filled:
 
     num_bytes: int
     index_bytes: int
-    #: "dram" (it was fused there), "ssd", "remote".
+    #: "original" (it was fused there), "ssd", "remote", "compressed".
     tier: str
+    #: Where the same weights would come from next time if they were not in memory.
+    next_tier: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +110,8 @@ class _Memory:
 
     descriptor: int
     filled: Filled
+    #: Where it would have to come from if it were not here in any form.
+    next_tier: str
 
 
 class WeightCache:
@@ -105,11 +120,15 @@ class WeightCache:
     def __init__(
         self,
         budget_bytes: int,
-        start_load: Callable[[WeightsKey, int], Load],
+        start_load: Callable[[WeightsKey, int, int | None], Load],
         clock: Clock,
         log: Callable[[str], None],
+        *,
+        cold: ColdCopies | None = None,
     ) -> None:
-        """`start_load(key, descriptor)` begins to fill a memfd, which stays this object's own."""
+        """`start_load(key, descriptor, compressed)` begins to fill a memfd, which stays this object's own, with what a
+        read-only one holds compressed, or (None) from the next tier. `cold`: None where nothing is compressed."""
+        self._cold = cold
         self._machine = Residence(budget_bytes)
         self._start_load = start_load
         self._clock = clock
@@ -131,6 +150,10 @@ class WeightCache:
     def copies(self) -> tuple[Copy, ...]:
         return self._machine.copies()
 
+    @property
+    def budget_bytes(self) -> int:
+        return self._machine.budget_bytes
+
     def open(self) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind("\0" + self.door.socket_name)
@@ -147,6 +170,8 @@ class WeightCache:
         for memory in self._memory.values():
             os.close(memory.descriptor)
         self._memory.clear()
+        if self._cold is not None:
+            self._cold.close()
 
     def want(self, key: WeightsKey) -> None:
         """Somebody is about to ask for it: the load may begin."""
@@ -180,6 +205,7 @@ class WeightCache:
             deadline_s = self._machine.deadline_s
             if deadline_s is not None and self._clock.now_s() >= deadline_s:
                 self._take(Ticked())
+            self._look_at_cold()
 
     # --- callers --------------------------------------------------------------------------------------
 
@@ -265,10 +291,10 @@ class WeightCache:
 
     def _carry_out(self, instruction: ResidenceInstruction) -> None:
         match instruction:
-            case Begin(load, key):
-                task = asyncio.create_task(self._load(load, key), name=f"load-{load}")
-                self._loading[load] = task
-                task.add_done_callback(lambda _: self._loading.pop(load, None))
+            case Begin(load, key, is_decoding):
+                self._run(load, self._load(load, key, is_decoding))
+            case Compress(load, key):
+                self._run(load, self._compress(load, key))
             case Fill(load, num_bytes):
                 self._room[load].set_result(num_bytes)
             case Abort(load):
@@ -280,15 +306,31 @@ class WeightCache:
             case Refuse(client, _, reason):
                 self._answer(client, Refused(reason=reason))
             case Evict(key, reason):
-                os.close(self._memory.pop(key).descriptor)
+                self._drop_raw(key)
+                if self._cold is not None:
+                    self._cold.forget(key)
                 self._log(f"weights of {key.folder} leave memory: {reason}")
+            case DropRaw(key):
+                self._drop_raw(key)
+            case DropCompressed(key, reason):
+                if self._cold is not None and self._cold.drop(key):
+                    self._log(f"compressed weights of {key.folder} leave memory: {reason}")
+
+    def _run(self, load: int, work: Coroutine[object, object, None]) -> None:
+        task = self._loading[load] = asyncio.create_task(work, name=f"load-{load}")
+        task.add_done_callback(lambda _: self._loading.pop(load, None))
+
+    def _drop_raw(self, key: WeightsKey) -> None:
+        memory = self._memory.pop(key, None)
+        if memory is not None:
+            os.close(memory.descriptor)
 
     def _answer(self, client: int, answer: Answer) -> None:
         waiting = self._answers.get(client)
         if waiting is not None and not waiting.done():
             waiting.set_result(answer)
 
-    async def _load(self, load: int, key: WeightsKey) -> None:
+    async def _load(self, load: int, key: WeightsKey, is_decoding: bool) -> None:
         writable = -1
         room = self._room[load] = asyncio.get_running_loop().create_future()
         started_s = self._clock.now_s()
@@ -296,15 +338,21 @@ class WeightCache:
         event: ResidenceEvent
         try:
             writable = os.memfd_create("tandem-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            under_way = started = self._start_load(key, writable)
+            compressed = self._cold.descriptor(key) if self._cold is not None and is_decoding else None
+            under_way = started = self._start_load(key, writable, compressed)
             self._points[load] = lambda: started.point
             self._take(Sized(load, await under_way.sized()))
             num_bytes = await room
             os.ftruncate(writable, num_bytes)
+            filling_s = self._clock.now_s()
             filled = await under_way.filled()
-            memory = _Memory(descriptor=_sealed(writable), filled=filled)
-            seconds = self._clock.now_s() - started_s
+            next_tier = None if self._cold is None else self._cold.next_tier(key)
+            memory = _Memory(descriptor=_sealed(writable), filled=filled, next_tier=next_tier or filled.next_tier)
+            now_s = self._clock.now_s()
+            seconds = now_s - started_s
             self._log(f"weights of {key.folder}: {num_bytes} bytes in memory from {filled.tier} in {seconds:.2f} s")
+            if self._cold is not None:
+                self._cold.observe_load(filled.tier, num_bytes, now_s - filling_s, now_s)
             self._memory[key] = memory
             event = Loaded(load)
         except asyncio.CancelledError:
@@ -315,14 +363,83 @@ class WeightCache:
             self._log(f"weights of {key.folder} are not loaded: {message}")
             event = LoadFailed(load, message)
         finally:
-            self._room.pop(load, None)
-            self._points.pop(load, None)
-            if under_way is not None:
-                with contextlib.suppress(Exception):
-                    await asyncio.shield(under_way.abort())
-            if writable >= 0:
-                os.close(writable)
+            await self._see_out(load, under_way, writable)
         self._take(event)
+
+    async def _see_out(self, load: int, under_way: Load | Compressing | None, writable: int) -> None:
+        self._room.pop(load, None)
+        self._points.pop(load, None)
+        if under_way is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.shield(under_way.abort())
+        if writable >= 0:
+            os.close(writable)
+
+    # --- copies gone cold -----------------------------------------------------------------------------
+
+    def _look_at_cold(self) -> None:
+        if self._cold is None:
+            return
+        key = self._cold.coldest(
+            self._machine.copies(),
+            self._machine.budget_bytes,
+            lambda key: self._memory[key].next_tier,
+            self._clock.now_s(),
+        )
+        if key is not None:
+            self._take(Cooled(key))
+
+    async def _compress(self, load: int, key: WeightsKey) -> None:
+        assert self._cold is not None, "nothing else begins it"
+        writable = -1
+        room = self._room[load] = asyncio.get_running_loop().create_future()
+        started_s = self._clock.now_s()
+        under_way: Compressing | None = None
+        memory = self._memory[key]
+        copy = next(copy for copy in self._machine.copies() if copy.key == key)
+        try:
+            writable = os.memfd_create("tandem-cold-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            raw = RawMemory(
+                descriptor=memory.descriptor,
+                weight_bytes=memory.filled.num_bytes,
+                index_bytes=memory.filled.index_bytes,
+            )
+            under_way = self._cold.start(key, raw, writable)
+            trial = await under_way.tried()
+            verdict = self._cold.judge_trial(
+                copy,
+                trial,
+                self._machine.copies(),
+                self._machine.budget_bytes,
+                memory.next_tier,
+                self._clock.now_s(),
+            )
+            if verdict.action == "compress":
+                self._take(CompressionSized(load, trial.bound_bytes))
+                os.ftruncate(writable, await room)
+                num_bytes = await under_way.compressed()
+                os.ftruncate(writable, num_bytes)
+                sealed = _sealed(writable)
+                # From here on without a wait: nobody may ask for it in between.
+                self._cold.keep(key, sealed, memory.next_tier)
+                now_s = self._clock.now_s()
+                self._log(
+                    f"weights of {key.folder}: {copy.num_bytes} bytes compressed to {num_bytes} in "
+                    f"{now_s - started_s:.2f} s, not used for {now_s - copy.used_s:.0f} s: {verdict.reason}"
+                )
+                self._take(Compressed(load, num_bytes))
+                return
+        except asyncio.CancelledError:
+            if copy.state is CopyState.RESIDENT:
+                self._log(f"weights of {key.folder} stay as they are: wanted, or room was, while being compressed")
+            return
+        except Exception as error:
+            # The copy is there as before.
+            self._log(f"weights of {key.folder} are not compressed: {str(error) or type(error).__name__}")
+            self._cold.give_up(copy)
+        finally:
+            await self._see_out(load, under_way, writable)
+        self._take(CompressionFailed(load))
 
 
 def _sealed(writable: int) -> int:

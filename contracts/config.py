@@ -278,6 +278,13 @@ class WeightsConfig(Section):
 
     ssd: WeightTierConfig = WeightTierConfig()
 
+    compress: Literal["auto", "off"] = "auto"
+    """Models that nobody uses in that memory are kept compressed, without loss, where memory is short and decompressing
+    is faster, as measured on the machine, than reading them again. off: they stay as they are until they make room."""
+
+    cold_after_s: DurationS = 600.0
+    """What was used since then is not compressed."""
+
     standby: Annotated[int, Field(ge=0, le=64)] = 0
     """Processes of each machine that have imported what a worker needs, and become one within the time that its weights
     take. Each takes some 250 MiB."""

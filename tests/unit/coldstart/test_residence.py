@@ -501,10 +501,9 @@ class Story(RuleBasedStateMachine):
 
     @rule(load=st.integers(-3, 0))
     def an_old_load_speaks(self, load: int) -> None:
-        for event in (Sized(load, 5), Advanced(load), Loaded(load), LoadFailed(load, "late")):
-
         for event in (
             Sized(load, 5),
+            Advanced(load),
             Loaded(load),
             LoadFailed(load, "late"),
             CompressionSized(load, 5),

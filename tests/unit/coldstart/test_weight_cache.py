@@ -65,7 +65,7 @@ class ThreadLoad:
         data = content(self.key, self.site.num_bytes) + INDEX
         assert os.pwrite(self.descriptor, data, 0) == len(data)
         self.site.num_filled += 1
-        return Filled(num_bytes=self.site.num_bytes, index_bytes=len(INDEX), tier="ssd")
+        return Filled(num_bytes=self.site.num_bytes, index_bytes=len(INDEX), tier="ssd", next_tier="ssd")
 
     async def abort(self) -> None:
         self.site.num_ended += 1
@@ -82,7 +82,7 @@ class Site:
         self.point = LoadPoint()
         self.cache = WeightCache(budget_bytes, self._start, LiveClock(), self.said.append)
 
-    def _start(self, key: WeightsKey, descriptor: int) -> ThreadLoad:
+    def _start(self, key: WeightsKey, descriptor: int, compressed: int | None) -> ThreadLoad:
         self.num_begun += 1
         return ThreadLoad(key, descriptor, self)
 
