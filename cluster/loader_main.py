@@ -25,7 +25,6 @@ from cluster.launch import (
 from cluster.lifeline import die_with_parent
 from cluster.remote_model import open_far
 from cluster.telling import Teller
-from coldstart.compressed import CompressedLoader
 from coldstart.loader import WeightLoader
 from coldstart.local_tier import LocalTier
 from coldstart.pipeline import NUM_THREADS
@@ -35,6 +34,7 @@ from rpc.clock import LiveBlockingClock
 
 if TYPE_CHECKING:
     from cluster.launch import LoaderLaunch, WeightTierOptions
+    from coldstart.compressed import CompressedLoader
 
 
 #: A model answers by then.
@@ -92,6 +92,8 @@ def _loader(launch: LoaderLaunch) -> WeightLoader | CompressedLoader:
         return WeightLoader(
             launch.key, _tier(launch.ssd), progress=Teller(), log=log, open_far=partial(open_far, say=log)
         )
+    from coldstart.compressed import CompressedLoader
+
     memory = mmap.mmap(launch.compressed, 0, prot=mmap.PROT_READ)
     num_threads = min(NUM_THREADS, len(os.sched_getaffinity(0)))
     return CompressedLoader(launch.key, memory, num_threads=num_threads, progress=Teller())

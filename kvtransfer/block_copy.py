@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from kvtransfer.native_build import NativeBuild
+from engine.native_build import NativeBuild
 from kvtransfer.transport import check_pairs, runs
 
 if TYPE_CHECKING:

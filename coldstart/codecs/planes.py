@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from kvtransfer.native_build import NativeBuild
+from engine.native_build import NativeBuild
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from engine.native_build import NativeBuild
 from kvstore.codecs.quantise import Quantised, dequantise, group_channels, quantise
 from kvstore.codecs.values import narrow_into, widened
-from kvtransfer.native_build import NativeBuild
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -31,6 +31,7 @@ from coldstart.format import (
 )
 from coldstart.handing import ask
 from coldstart.residence import WeightsKey
+from contracts.errors import LoadError
 from rpc import LiveClock
 from tests.support.chaos_asking import until
 from tests.support.cluster import running_cluster
@@ -219,4 +220,19 @@ async def test_processes_that_are_killed_on_the_way_cost_time_and_nothing_else(
         assert killed.log().count("bytes in memory from compressed") == 1
     finally:
         await killed.service.stop()
+        guard.close()
+
+
+async def test_what_is_wrong_with_a_checkpoint_is_told_by_its_loader(tmp_path: Path) -> None:
+    weights = await asyncio.to_thread(write_folder, tmp_path / "model")
+    (path,) = (tmp_path / "model").glob("*.tandem")
+    path.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    site = Killed(tmp_path / "model", tmp_path, weights)
+    guard = Guard()
+    site.service.start(guard)
+    try:
+        with pytest.raises(LoadError, match=r"chunk 11 .* does not have its checksum, read twice; it holds embedding"):
+            await site.use()
+    finally:
+        await site.service.stop()
         guard.close()

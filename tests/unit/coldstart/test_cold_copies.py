@@ -282,7 +282,10 @@ async def test_a_tier_that_is_faster_than_decoding_is_left_to_serve() -> None:
         one.may_try.set()
         await one.until_said("not compressed: 1.5")
         assert any("no gain over ssd's" in line for line in one.said)
-        assert one.states() == {"one": CopyState.RESIDENT}
+        await until(lambda: one.states() == {"one": CopyState.RESIDENT})
+        begun = one.num_begun
+        await asyncio.sleep(0.1)
+        assert one.num_begun == begun, "what the trial told is remembered"
 
 
 async def test_an_agent_that_ends_while_it_compresses_leaves_nothing() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvtransfer.native_build import NativeBuild
+from engine.native_build import NativeBuild
 
 if TYPE_CHECKING:
     from pathlib import Path
