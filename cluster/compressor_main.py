@@ -10,6 +10,7 @@ import mmap
 import os
 import sys
 import time
+from functools import partial
 
 from cluster.child_main import tell
 from cluster.launch import MAX_LAUNCH_BYTES, Failed, Shrunk, Tried, decode_compressor_launch, decode_go
@@ -44,9 +45,7 @@ def main() -> int:
         # The mapping goes with the process, which the agent waits for.
         into = mmap.mmap(launch.descriptor, go.num_bytes)
         teller = Teller()
-        compression = Compression(
-            source, into, BEST, num_threads=num_threads, progress=lambda *at: teller("compression", *at)
-        )
+        compression = Compression(source, into, BEST, num_threads=num_threads, progress=partial(teller, "compression"))
         tell(Shrunk(num_bytes=compression.run()))
     except TandemError as error:
         tell(Failed(error=error.code, message=error.message))

@@ -168,6 +168,10 @@ class Killed:
         await until(lambda: self.log().count(words) >= times, words, PATIENCE_S)
 
 
+def slow_tiers(rates: TierRates, tier: str, since_s: float = 0.0) -> float:
+    return 0.0 if tier == COMPRESSED_TIER else 1.0
+
+
 def write_folder(folder: Path) -> bytes:
     """Twelve chunks of likely weights, in Tandem's format."""
     weights = gaussian(12 * CHUNK_BYTES, "bfloat16")
@@ -195,7 +199,7 @@ async def test_processes_that_are_killed_on_the_way_cost_time_and_nothing_else(
 ) -> None:
     monkeypatch.setattr(weight_cache, "_LOOK_INTERVAL_S", 0.05)
     # Decoding is a gain over any disk: what is tested is not how fast this one is.
-    monkeypatch.setattr(TierRates, "bytes_per_s", lambda _, tier, **__: 0.0 if tier == COMPRESSED_TIER else 1.0)
+    monkeypatch.setattr(TierRates, "bytes_per_s", slow_tiers)
     weights = await asyncio.to_thread(write_folder, tmp_path / "model")
     killed = Killed(tmp_path / "model", tmp_path, weights)
     killed.patch(monkeypatch)

@@ -74,10 +74,14 @@ class TestLoad:
     def _decoded(self) -> bytes:
         assert self.compressed is not None
         form = mmap.mmap(self.compressed, 0, prot=mmap.PROT_READ)
-        with CompressedLoader(self.key, form, num_threads=2, progress=lambda *_: None) as loader:
+        with CompressedLoader(self.key, form, num_threads=2, progress=self._note) as loader:
             memory = mmap.mmap(-1, loader.prepare())
             assert loader.fill(memoryview(memory)).tier == "compressed"
         return memory[:]
+
+    def _note(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        assert (what, total_bytes) == ("weights", NUM_BYTES)
+        assert 0 < done_bytes <= total_bytes
 
     async def abort(self) -> None:
         self.site.num_ended += 1
@@ -120,7 +124,7 @@ class Site:
     def __init__(self, budget_bytes: int, cold_after_s: float) -> None:
         self.num_begun = self.num_ended = 0
         #: Slow: decoding is a gain.
-        self.tier_s = 0.3
+        self.tier_s = 0.6
         self.decoder_dies = self.compressor_dies = self.flips_a_bit = False
         self.may_try, self.may_compress = asyncio.Event(), asyncio.Event()
         self.may_try.set()

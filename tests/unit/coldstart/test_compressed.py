@@ -77,9 +77,13 @@ def test_what_was_compressed_is_loaded_bit_by_bit(dtype: StoredDtype, codec: str
 
 def test_how_far_it_is_is_told() -> None:
     seen = list[tuple[int, int]]()
+
+    def note(done_bytes: int, total_bytes: int) -> None:
+        seen.append((done_bytes, total_bytes))
+
     original = stored()
     memory = bytearray(2 * NUM_BYTES)
-    Compression(original.raw, memory, BEST, num_threads=2, progress=lambda *at: seen.append(at)).run()
+    Compression(original.raw, memory, BEST, num_threads=2, progress=note).run()
     assert len(seen) == 12
     assert seen == sorted(seen)
     assert seen[-1] == (NUM_BYTES, NUM_BYTES)
