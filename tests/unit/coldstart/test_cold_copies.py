@@ -177,6 +177,7 @@ def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def site(budget_bytes: int = 5 * MODEL_BYTES // 2, cold_after_s: float = 0.05) -> AsyncGenerator[Site]:
     one = Site(budget_bytes, cold_after_s)
+    before = len(memories())
     one.cache.open()
     running = asyncio.create_task(one.cache.run())
     try:
@@ -188,7 +189,7 @@ async def site(budget_bytes: int = 5 * MODEL_BYTES // 2, cold_after_s: float = 0
         assert one.num_begun == one.num_ended, "all that was begun was seen to its end"
         # Mappings that an error's frames held have descriptors of their own.
         gc.collect()
-        assert memories() == []
+        assert len(memories()) <= before
 
 
 async def test_a_copy_gone_cold_is_compressed_and_comes_back_bit_by_bit() -> None:
