@@ -22,11 +22,11 @@ INLINE int32_t split(const void *restrict items, int64_t count, int64_t item_byt
         uint8_t *restrict first = planes, *restrict second = planes + count, *restrict third = planes + 2 * count,
                 *restrict fourth = planes + 3 * count;
         for (int64_t i = 0; i < count; i++) {
-            uint32_t turned = from[i] << 1 | from[i] >> 31;
-            first[i] = (uint8_t)turned;
-            second[i] = (uint8_t)(turned >> 8);
-            third[i] = (uint8_t)(turned >> 16);
-            fourth[i] = (uint8_t)(turned >> 24);
+            uint32_t number = from[i];
+            first[i] = (uint8_t)number;
+            second[i] = (uint8_t)(number >> 8);
+            third[i] = (uint8_t)(number >> 16 << 1 | number >> 31);
+            fourth[i] = (uint8_t)(number >> 23);
         }
         return 1;
     }
@@ -49,9 +49,8 @@ INLINE int32_t merge(const uint8_t *const *restrict planes, int64_t count, int64
                       *restrict fourth = planes[3];
         uint32_t *restrict into = items;
         for (int64_t i = 0; i < count; i++) {
-            uint32_t turned =
-                (uint32_t)fourth[i] << 24 | (uint32_t)third[i] << 16 | (uint32_t)second[i] << 8 | first[i];
-            into[i] = turned >> 1 | turned << 31;
+            uint32_t turned = (uint32_t)fourth[i] << 8 | third[i];
+            into[i] = turned << 31 | turned >> 1 << 16 | (uint32_t)second[i] << 8 | first[i];
         }
         return 1;
     }
