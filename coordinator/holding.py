@@ -11,7 +11,15 @@ from coldstart.keep_alive import HeldModel, IdleTimes, KeepRules, make_room, win
 from coordinator.policy.scaling_terms import Hold
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from coordinator.pool_views import ScaledPool
+
+
+#: A model that waits for memory is first in line for so long: about as long as its requests wait.
+LONGEST_FIRST_S = 120.0
+#: What a coordinator said that looks no more.
+_BELIEVED_S = 15.0
 
 
 class PoolHold:
@@ -63,16 +71,52 @@ class _Tenant:
     held: HeldModel | None = None
 
 
+@dataclass(slots=True, kw_only=True)
+class _Waking:
+    """A model that is asked for and has nobody."""
+
+    #: By pool that has no worker: what one takes.
+    needs: dict[str, int]
+    #: When it came, or was sent to the end of the line; and how long that is believed.
+    since_s: float
+    until_s: float
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.needs.values())
+
+
 @dataclass(slots=True)
 class Room:
     """Memory that the workers of all models take together, and who has to make room. Where a model wakes that does not
-    fit, idle ones are let go of, the one first that was used longest ago. One for all coordinators of a process."""
+    fit, idle ones are let go of, the one first that was used longest ago. One for all coordinators of a process.
+
+    A model whose pools only serve together gets memory for a worker of each, or for none: two models of which each had
+    half would wait for each other. Models get it in the order in which they were asked for; whoever has stood first
+    for `LONGEST_FIRST_S` and cannot have it (others are busy) goes to the end of the line.
+    """
 
     #: None: nobody counts.
     budget_bytes: int | None = None
     _tenants: dict[str, _Tenant] = field(default_factory=dict[str, _Tenant])
     #: By pool: for whom, and until when.
     _asked: dict[str, tuple[str, float]] = field(default_factory=dict[str, tuple[str, float]])
+    #: By model, in line.
+    _waking: dict[str, _Waking] = field(default_factory=dict[str, _Waking])
+
+    def line_up(self, model: str, needs: Mapping[str, int], now_s: float) -> None:
+        """What a model lacks to serve at all, by pool; empty: nothing, or nobody asks for it. Told at every look: what
+        is not said again is forgotten after a while."""
+        self._waking = {name: each for name, each in self._waking.items() if now_s < each.until_s}
+        known = self._waking.get(model)
+        if not needs:
+            self._waking.pop(model, None)
+            return
+        since_s = now_s if known is None else known.since_s
+        if known is not None and now_s - since_s >= LONGEST_FIRST_S and next(iter(self._waking)) == model:
+            since_s = now_s
+            del self._waking[model]
+        self._waking[model] = _Waking(needs=dict(needs), since_s=since_s, until_s=now_s + _BELIEVED_S)
 
     def tell(self, pool: str, num_bytes: int, held: HeldModel | None) -> None:
         """What a pool's workers take, those that come included; `held` where all of it could be let go of."""
@@ -80,18 +124,27 @@ class Room:
         if not num_bytes:
             self._asked.pop(pool, None)
 
-    def fits(self, worker_bytes: int) -> int | None:
-        """How many workers of this size; None: any number."""
+    def fits(self, pool: str, worker_bytes: int) -> int | None:
+        """How many workers of this size the pool may start; None: any number."""
         if self.budget_bytes is None or not worker_bytes:
             return None
-        taken = sum(tenant.num_bytes for tenant in self._tenants.values())
-        return max(0, self.budget_bytes - taken) // worker_bytes
+        free_bytes = self.budget_bytes - sum(tenant.num_bytes for tenant in self._tenants.values())
+        for each in self._waking.values():
+            if pool in each.needs:
+                others_bytes = each.num_bytes - each.needs[pool]
+                return max(0, free_bytes - others_bytes) // worker_bytes
+            if each.num_bytes <= self.budget_bytes:
+                # One that never can is waited for by nobody.
+                free_bytes -= each.num_bytes
+        return max(0, free_bytes) // worker_bytes
 
     def ask(self, pool: str, num_bytes: int, now_s: float, *, lasts_s: float = 15.0) -> tuple[str, ...]:
-        """Has idle models make room; returns whose, nobody where all of them would not be enough. What was asked for
-        is forgotten after a while: who needed it may be gone."""
+        """Has idle models make room for the pool, and for those that it only serves together with; returns whose,
+        nobody where all of them would not be enough. What was asked for is forgotten after a while: who needed it may
+        be gone."""
         if self.budget_bytes is None:
             return ()
+        num_bytes = max(num_bytes, *(each.num_bytes for each in self._waking.values() if pool in each.needs), 0)
         missing = num_bytes - (self.budget_bytes - sum(tenant.num_bytes for tenant in self._tenants.values()))
         others = [one.held for name, one in self._tenants.items() if one.held is not None and name != pool]
         if missing <= 0:

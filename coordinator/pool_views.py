@@ -133,6 +133,21 @@ def pool_view(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterSee
     )
 
 
+def needed_together(present: Sequence[ScaledPool], absent: Sequence[ScaledPool]) -> list[ScaledPool]:
+    """Of pools without a worker the fewest that can finish requests with those that have some; none where these can, or
+    where it cannot be done."""
+    reads, writes = any(pool.reads for pool in present), any(pool.writes for pool in present)
+    if reads and writes:
+        return []
+    whole = next((pool for pool in absent if pool.reads and pool.writes), None)
+    reader = next((pool for pool in absent if pool.reads), None)
+    writer = next((pool for pool in absent if pool.writes), None)
+    if not (reads or writes) and whole is not None:
+        return [whole]
+    lacking = [pool for has, pool in ((reads, reader), (writes, writer)) if not has]
+    return [pool for pool in lacking if pool is not None] if None not in lacking else []
+
+
 def num_present(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterSeen) -> int:
     """Processes of the pool that take memory, or will: also those that leave, until they are gone."""
     slots = {slot.worker_id for slot in cluster.slots if slot.pool == pool.name and slot.state in _THERE}

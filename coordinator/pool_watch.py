@@ -15,7 +15,7 @@ from coordinator.decision import Refused
 from coordinator.holding import PoolHold, Room
 from coordinator.policy.scaling_terms import ScaleMemory
 from coordinator.pool_history import Durations, PoolHistory
-from coordinator.pool_views import PoolSight, ScaledPool, answers_limit, num_present, pool_view
+from coordinator.pool_views import PoolSight, ScaledPool, answers_limit, needed_together, num_present, pool_view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -206,6 +206,19 @@ class PoolWatch:
                 # Until it found somebody: then it has arrived. Or until it gave up.
                 each.is_awaited = bool(each.unserved_s)
                 each.history.busy(now_s)
+        self._line_up(cluster, now_s)
+
+    def _line_up(self, cluster: ClusterSeen, now_s: float) -> None:
+        """Where requests find nobody: one worker of each pool that they cannot do without."""
+        there = {name: num_present(each.pool, self._settings.pools, cluster) > 0 for name, each in self.pools.items()}
+        awaited = [
+            each.pool
+            for name, each in self.pools.items()
+            if each.is_awaited and each.pool.is_scaled and not there[name]
+        ]
+        present = [each.pool for name, each in self.pools.items() if there[name]]
+        needed = needed_together(present, awaited)
+        self.room.line_up(" ".join(self.pools), {pool.name: pool.worker_bytes for pool in needed}, now_s)
 
     def view(self, each: Watched, cluster: ClusterSeen, now_s: float) -> PoolView:
         """The pool as scaling looks at it, as of the last `note`."""
@@ -227,6 +240,6 @@ class PoolWatch:
             answer_s=outlook.pace.answer_s if outlook.knows_writing else None,
             answers_limit=answers_limit(outlook, rows, infos, self._settings.tpot_s),
             hold=(self.room.wanted_from(pool.name, now_s) if may_go else None) or each.hold.decide(held, now_s),
-            fits=self.room.fits(pool.worker_bytes),
+            fits=self.room.fits(pool.name, pool.worker_bytes),
         )
         return pool_view(pool, self._settings.pools, cluster, sight)

@@ -101,3 +101,37 @@ def test_where_memory_is_for_one_the_other_makes_room_and_nobody_is_refused() ->
     assert 80.0 <= kinds[1][1] < 90.0
     assert any("night: no_room" in line for line in night.told), night.told
     assert any("room for night" in line and "idle for" in line for line in day.told), day.told
+
+
+def test_two_models_of_two_pools_with_room_for_one_do_not_each_hold_half_of_it() -> None:
+    """Both are asked for while others have the memory, which becomes free in two parts, the second just before the
+    model looks that came later."""
+    room = Room(2 * 2**30)
+    rules = replace(RULES, keep=KeepRules(way="lru"), cooldown_down_s=500.0)
+
+    async def main(program: Program) -> list[ElasticCluster]:
+        def made(name: str) -> ElasticCluster:
+            pools = tuple(
+                ScaledPool(name=f"{name}-{role}", role=role, rules=rules, worker_bytes=2**30)
+                for role in ("prefill", "decode")
+            )
+            settings = AutoscaleSettings(interval_s=1.0, start_s=6.0, pools=pools)
+            return ElasticCluster(settings, {}, room, start_s=6.0, answer_s=2.0)
+
+        clusters = [made("day"), made("night")]
+        for number in range(2):
+            room.tell(f"busy-{number}", 2**30, None)
+            asyncio.get_running_loop().call_later(10.2 * (number + 1), room.tell, f"busy-{number}", 0, None)
+
+        async def serve(cluster: ElasticCluster, after_s: float) -> None:
+            await asyncio.sleep(after_s)
+            async with cluster.scaler:
+                await cluster.serve(120.0, lambda at_s: 1.0 if at_s < 3.0 else 0.0)
+
+        await asyncio.gather(*(serve(cluster, 0.5 * number) for number, cluster in enumerate(clusters)))
+        return clusters
+
+    clusters = run(main, seed=1)
+    assert [len(cluster.waits_s) for cluster in clusters] == [3, 3], "all were answered"
+    # The one that came first, as soon as there was room for both of its pools; then it is idle, and goes.
+    assert 20.4 - 3.0 < max(clusters[0].waits_s) < 20.4 + 6.0 + 3.0

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from coldstart.keep_alive import KeepRules, Way
-from coordinator.holding import PoolHold, Room
+from coordinator.holding import LONGEST_FIRST_S, PoolHold, Room
 from coordinator.policy.scaling import decide
 from coordinator.policy.scaling_terms import Hold, Look, PoolView, PoolWorker, ScaleMemory, ScaleRules, StartingWorker
-from coordinator.pool_views import ScaledPool
+from coordinator.pool_views import ScaledPool, needed_together
+
+if TYPE_CHECKING:
+    from contracts.messages import Role
 
 GIB = 2**30
 RULES = ScaleRules(min_workers=0, max_workers=2, keep=KeepRules(way="histogram", min_times=4), keep_bin_s=10.0)
@@ -129,7 +133,7 @@ def room(*idle_s: float, busy: int = 0) -> Room:
 
 def test_the_one_makes_room_that_was_used_longest_ago() -> None:
     made = room(50.0, 300.0, 100.0, busy=1)
-    assert made.fits(GIB) == 0
+    assert made.fits("new", GIB) == 0
     assert made.ask("new", GIB, 1000.0) == ("p1",)
     wanted = made.wanted_from("p1", 1001.0)
     assert wanted is not None
@@ -140,7 +144,7 @@ def test_the_one_makes_room_that_was_used_longest_ago() -> None:
     assert made.wanted_from("p1", 1100.0) is None
     # It left.
     made.tell("p1", 0, None)
-    assert (made.fits(GIB), made.wanted_from("p1", 1002.0), made.ask("new", GIB, 1002.0)) == (1, None, ())
+    assert (made.fits("new", GIB), made.wanted_from("p1", 1002.0), made.ask("new", GIB, 1002.0)) == (1, None, ())
 
 
 def test_nobody_goes_in_vain() -> None:
@@ -150,7 +154,95 @@ def test_nobody_goes_in_vain() -> None:
 
 
 def test_where_nobody_counts_everything_fits() -> None:
-    assert Room().fits(GIB) is None
+    assert Room().fits("new", GIB) is None
     assert Room().ask("new", GIB, 0.0) == ()
     # What is not known to take memory takes none.
-    assert room(1.0).fits(0) is None
+    assert room(1.0).fits("new", 0) is None
+
+
+# --- who is asked for and has nobody ---------------------------------------------------------------------
+
+
+def pair(name: str, num_bytes: int = GIB) -> dict[str, int]:
+    return {f"{name}-prefill": num_bytes, f"{name}-decode": num_bytes}
+
+
+def fitting(made: Room, name: str) -> list[int | None]:
+    return [made.fits(pool, GIB) for pool in pair(name)]
+
+
+def test_a_model_has_room_for_all_that_it_needs_or_for_nothing() -> None:
+    made = room(busy=3)
+    made.line_up("day", pair("day"), 0.0)
+    assert fitting(made, "day") == [0, 0], "one of them alone would wait for the other for ever"
+    made.tell("b0", 0, None)
+    # Each leaves the other's part.
+    assert fitting(made, "day") == [1, 1]
+    made.tell("b1", 0, None)
+    assert fitting(made, "day") == [2, 2]
+    # Who has the one is promised the other.
+    made.tell("day-prefill", GIB, None)
+    made.line_up("day", {"day-decode": GIB}, 1.0)
+    made.tell("b3", GIB, None)
+    assert (made.fits("night-prefill", GIB), made.fits("day-decode", GIB)) == (0, 1)
+
+
+def test_models_have_it_in_the_order_in_which_they_were_asked_for() -> None:
+    made = room(busy=1)
+    for now_s, name in enumerate(("day", "night")):
+        made.line_up(name, pair(name), float(now_s))
+    assert fitting(made, "day") == [2, 2]
+    assert fitting(made, "night") == [0, 0], "3 GiB are free, and 2 are promised"
+    assert made.fits("other", GIB) == 0
+    made.line_up("day", {}, 2.0)
+    assert fitting(made, "night") == [2, 2]
+    # Who does not come again for what was promised is forgotten.
+    made.line_up("day", pair("day"), 17.0)
+    assert fitting(made, "day") == [2, 2]
+
+
+def test_who_stands_first_in_vain_lets_others_go_first() -> None:
+    made = room(busy=3)
+    for now_s in range(0, int(LONGEST_FIRST_S), 10):
+        made.line_up("day", pair("day"), float(now_s))
+        made.line_up("night", {"night-all": GIB}, float(now_s))
+        assert made.fits("night-all", GIB) == 0
+    made.line_up("day", pair("day"), LONGEST_FIRST_S)
+    assert made.fits("night-all", GIB) == 1
+
+
+def test_a_model_that_can_never_have_room_is_in_nobodys_way() -> None:
+    made = room(busy=3)
+    made.line_up("huge", pair("huge", 3 * GIB), 0.0)
+    assert made.fits("other", GIB) == 1
+    assert made.fits("huge-prefill", 3 * GIB) == 0
+
+
+def test_idle_models_make_room_for_all_that_is_needed_together() -> None:
+    made = room(50.0, 300.0, busy=1)
+    made.line_up("day", pair("day"), 1000.0)
+    # 1 GiB is free.
+    assert made.ask("day-prefill", GIB, 1000.0) == ("p1",)
+    made.tell("b1", GIB, None)
+    assert made.ask("day-decode", GIB, 1000.0) == ("p1", "p0")
+
+
+@pytest.mark.parametrize(
+    ("present", "absent", "expected"),
+    [
+        ("", "PD", "PD"),
+        ("P", "D", "D"),
+        ("PD", "M", ""),
+        ("", "PDM", "M"),
+        ("D", "PM", "P"),
+        ("", "PP", ""),
+        ("M", "PD", ""),
+    ],
+)
+def test_what_is_needed_is_the_fewest_pools_that_can_serve(present: str, absent: str, expected: str) -> None:
+    roles: dict[str, Role] = {"P": "prefill", "D": "decode", "M": "mixed"}
+
+    def pools(letters: str) -> list[ScaledPool]:
+        return [replace(POOL, name=letter, role=roles[letter]) for letter in letters]
+
+    assert "".join(pool.name for pool in needed_together(pools(present), pools(absent))) == expected
