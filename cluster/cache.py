@@ -276,6 +276,11 @@ def _print_stat(answered: Sequence[tuple[WorkerInfo, CacheStatReply]]) -> None:
                 _counts(tier),
                 "-" if tier.oldest_s is None else f"{tier.oldest_s:.0f} s",
             )
+            if tier.unencoded_blocks:
+                problems.append(
+                    f"{info.worker_id} {tier.tier}: {tier.unencoded_blocks} blocks are kept as they are: their codec "
+                    "failed"
+                )
             if tier.problem:
                 problems.append(f"{info.worker_id} {tier.tier}: {tier.problem}")
     _console().print(table)

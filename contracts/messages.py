@@ -219,6 +219,8 @@ class TransferReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     #: Hashed on either side, and the time that took.
     checksum_bytes: int = 0
     checksum_s: float = 0.0
+    #: Of a store: as `contracts.store_messages.TierFigures`.
+    unencoded_blocks: int = 0
 
 
 class LatencyFit(msgspec.Struct, frozen=True, array_like=True):

@@ -82,6 +82,8 @@ class TierFigures(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     #: Age in seconds of the block that nobody asked for the longest, and the median of the evicted ones.
     oldest_s: float | None = None
     evicted_age_s: float | None = None
+    #: Blocks that were kept as they are because their codec failed on them.
+    unencoded_blocks: int = 0
     #: Why the tier does not take anything at the moment; empty: it does.
     problem: str = ""
 

@@ -74,6 +74,11 @@ class TransferCollector(Collector):
             "refetched_blocks": CounterMetricFamily(
                 "tandem_kv_refetched_blocks", "Blocks pulled again for a wrong checksum.", labels=_OWN
             ),
+            "unencoded_blocks": CounterMetricFamily(
+                "tandem_kv_unencoded_blocks",
+                "Blocks that a store kept as they are because their codec failed.",
+                labels=_OWN,
+            ),
             "checksum_bytes": CounterMetricFamily("tandem_kv_checksum_bytes", "Bytes hashed.", labels=_OWN),
             "checksum_s": CounterMetricFamily("tandem_kv_checksum_seconds", "Time spent hashing.", labels=_OWN),
         }

@@ -12,6 +12,8 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from contracts.errors import BadRequest, Internal, InvariantBroken, NotReady, StaleIncarnation, TransferAborted
 from contracts.messages import (
     AUDIT,
@@ -184,7 +186,9 @@ class StoreShell:
             coordinator_address=coordinator_address,
             clock=clock,
             load=self.load,
-            transfers=lambda: transfer_report(self.holder, self.reader, transports),
+            transfers=lambda: replace(
+                transfer_report(self.holder, self.reader, transports), unencoded_blocks=self._num_unencoded()
+            ),
             latency=lambda: LatencyFit(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, 0),
             on_gone=self._bury,
             on_registered_anew=lambda: self.publisher.registered_anew(),
@@ -343,6 +347,10 @@ class StoreShell:
             num_blocks=self.ledger.num_blocks,
             endpoints=self._transports.endpoints(),
         )
+
+    def _num_unencoded(self) -> int:
+        figures = self._disk.figures()
+        return 0 if figures is None else figures.unencoded_blocks
 
     async def _on_stat(self, ask: CacheStatRequest, context: CallContext) -> CacheStatReply:
         self._require(ask.target, "CacheStat")

@@ -18,7 +18,7 @@ from kvstore.ssd.format import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -82,16 +82,22 @@ def buffer_bytes_for(block_bytes: int, payload_bytes: int) -> int:
     return header_bytes_for(num_blocks) + whole_pages(num_blocks * aligned(block_bytes))
 
 
-def encode_blocks(blocks: Sequence[StoredBlock], exact: BlockCodec, lossy: BlockCodec) -> Iterator[EncodedBlock]:
+def encode_blocks(
+    blocks: Sequence[StoredBlock],
+    exact: BlockCodec,
+    lossy: BlockCodec,
+    on_failure: Callable[[BlockCodec, Exception], None],
+) -> Iterator[EncodedBlock]:
     """One after another, each while it is needed. A block that a codec does not make smaller, or fails on, stays as it
-    is."""
+    is; of the latter `on_failure` hears."""
     for block in blocks:
         codec = lossy if block.lossy else exact
         data: Buffer = block.payload
         if codec is not RAW:
             try:
                 data = codec.encode(block.payload)
-            except Exception:
+            except Exception as error:
+                on_failure(codec, error)
                 codec = RAW
             if memoryview(data).nbytes >= block.payload.nbytes:
                 codec, data = RAW, block.payload

@@ -11,10 +11,13 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
+from msgspec.structs import replace
+
 from contracts.errors import ConfigError, NoCapacity
 from kvstore.ssd.appender import Appender
 from kvstore.ssd.catalogue import Catalogue
 from kvstore.ssd.codec import RAW
+from kvstore.ssd.codec_failures import CodecFailures
 from kvstore.ssd.format import identity_digest
 from kvstore.ssd.health import Breaker, Health, describe
 from kvstore.ssd.holdings import Holdings
@@ -66,10 +69,12 @@ class SsdTier:
         lossy: BlockCodec = RAW,
         on_removed: Callable[[Sequence[bytes], str], None] = _ignore,
         on_found: Callable[[Sequence[bytes]], None] | None = None,
+        log: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`name`: of the folder, in messages. `block_bytes`: default the identity's. `seed`: of the index, unknown to
         clients. `codecs`: which can be read, beside `exact` and `lossy`, with which blocks are written. `on_removed` is
-        called for blocks that went, `on_found` for those in a folder that could be opened only later.
+        called for blocks that went, `on_found` for those in a folder that could be opened only later; `log(line)`, from
+        any thread, for codecs that fail.
 
         Raises ConfigError where the tier is too small for a few segments of blocks."""
         self._files = files
@@ -112,6 +117,7 @@ class SsdTier:
             block_bytes=block_bytes,
             settings=settings,
         )
+        self._codec_failures = CodecFailures(clock, log)
         self._queue = WriteQueue(
             files=files,
             clock=clock,
@@ -120,6 +126,7 @@ class SsdTier:
             appender=self._appender,
             exact=exact,
             lossy=lossy,
+            failures=self._codec_failures,
             block_bytes=block_bytes,
             settings=settings,
         )
@@ -187,7 +194,8 @@ class SsdTier:
         return self._holdings.catalogue.describe(keys, self._clock.now_s())
 
     def figures(self) -> TierFigures:
-        return self._holdings.figures(size_bytes=self._settings.size_bytes, problem=self.problem)
+        figures = self._holdings.figures(size_bytes=self._settings.size_bytes, problem=self.problem)
+        return replace(figures, unencoded_blocks=self._codec_failures.num_blocks)
 
     @property
     def holdings(self) -> Holdings:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from contracts.clock import Clock
     from kvstore.ssd.appender import Appender
     from kvstore.ssd.codec import BlockCodec
+    from kvstore.ssd.codec_failures import CodecFailures
     from kvstore.ssd.files import BlockFiles
     from kvstore.ssd.health import Health
     from kvstore.ssd.holdings import Holdings
@@ -56,6 +57,7 @@ class WriteQueue:
         appender: Appender,
         exact: BlockCodec,
         lossy: BlockCodec,
+        failures: CodecFailures,
         block_bytes: int,
         settings: SsdSettings,
     ) -> None:
@@ -66,6 +68,7 @@ class WriteQueue:
         self._appender = appender
         self._exact = exact
         self._lossy = lossy
+        self._failures = failures
         self._block_bytes = block_bytes
         self._settings = settings
         payload_bytes = settings.record_bytes_for(block_bytes)
@@ -182,7 +185,8 @@ class WriteQueue:
         """In a thread. None: the blocks' memory is not ours any more."""
         if not batch.handover.begin():
             return None
-        return make_record(buffer, encode_blocks(batch.blocks, self._exact, self._lossy), len(batch.blocks))
+        encoded = encode_blocks(batch.blocks, self._exact, self._lossy, self._failures.add)
+        return make_record(buffer, encoded, len(batch.blocks))
 
     async def _append_records(self) -> None:
         while True:

@@ -162,6 +162,7 @@ async def open_disk(
         lossy=RAW if name == RAW.name else make_codec(name, identity.layout),
         on_removed=disk.removed,
         on_found=disk.found,
+        log=log,
     )
     await disk.tier.start()
     if disk.tier.problem:

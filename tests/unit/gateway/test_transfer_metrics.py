@@ -18,6 +18,7 @@ REPORT = TransferReport(
     refetched_blocks=1,
     checksum_bytes=8192,
     checksum_s=0.125,
+    unencoded_blocks=4,
     ended={"holder.released": 7, "reader.aborted.cancelled": 2, "reader.adopted": 5},
     links=(
         LinkReport(peer=WorkerId("p0"), transport="shm", bandwidth_bytes_per_s=3e9, latency_s=1e-4, chosen=True),
@@ -67,6 +68,7 @@ def samples(*members: Member) -> dict[tuple[str, tuple[str, ...]], float]:
         ("tandem_kv_link_bandwidth_bytes_per_second", ("d0", "p0", "shm", "true"), 3e9),
         ("tandem_kv_corrupt_blocks_total", ("d0", "decode"), 2),
         ("tandem_kv_refetched_blocks_total", ("d0", "decode"), 1),
+        ("tandem_kv_unencoded_blocks_total", ("d0", "decode"), 4),
         ("tandem_kv_checksum_bytes_total", ("d0", "decode"), 8192),
         ("tandem_kv_checksum_seconds_total", ("d0", "decode"), 0.125),
         ("tandem_kv_link_latency_seconds", ("d0", "p0", "shm", "true"), 1e-4),

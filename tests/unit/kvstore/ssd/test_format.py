@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +21,15 @@ from kvstore.ssd.records import blocks_per_record, buffer_bytes_for, encode_bloc
 from kvstore.ssd.superblock import read_superblock, superblock
 from tests.support.ssd_tiers import BLOCK_BYTES, block, key, payload
 
+if TYPE_CHECKING:
+    from kvstore.ssd.codec import BlockCodec
+
 IDENTITY_DIGEST = b"i" * 16
 PLACE = {"sequence": 7, "offset": 3 * PAGE_BYTES, "identity": IDENTITY_DIGEST}
+
+
+def _never(codec: BlockCodec, error: Exception) -> None:
+    raise AssertionError(f"{codec.name} failed: {error}")
 
 
 def record(num_blocks: int) -> bytearray:
@@ -28,7 +37,7 @@ def record(num_blocks: int) -> bytearray:
     assert blocks_per_record(BLOCK_BYTES, payload_bytes) >= num_blocks
     buffer = memoryview(bytearray(b"\xff" * buffer_bytes_for(BLOCK_BYTES, payload_bytes)))
     blocks = [block(number) for number in range(num_blocks)]
-    made = make_record(buffer, encode_blocks(blocks, RAW, RAW), num_blocks)
+    made = make_record(buffer, encode_blocks(blocks, RAW, RAW, _never), num_blocks)
     return bytearray(made.seal(**PLACE, wall_s=12.5))  # type: ignore[arg-type]
 
 

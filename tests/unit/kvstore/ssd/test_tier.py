@@ -534,9 +534,19 @@ async def test_lossy_blocks_go_through_their_codec_and_exact_ones_do_not(disk: M
 
 @virtual
 async def test_a_block_that_its_codec_fails_on_stays_as_it_is(disk: MemoryDisk) -> None:
-    async with open_tier(MemoryFiles(disk), exact=FailingCodec()) as tier:
+    said = list[str]()
+    async with open_tier(MemoryFiles(disk), exact=FailingCodec(), log=said.append) as tier:
+        assert tier.figures().unencoded_blocks == 0
         assert await tier.write(blocks([1])) == [True]
         assert await held(tier, [1]) == [1]
+        # Told at once, then once a minute; counted always.
+        assert await tier.write(blocks([2, 3])) == [True, True]
+        (line,) = said
+        assert line.startswith("codec halving failed, a block is kept on disk without it: ")
+        await asyncio.sleep(60.0)
+        assert await tier.write(blocks([4])) == [True]
+        assert said[1].startswith("codec halving failed, 3 blocks are kept on disk without it: ")
+        assert tier.figures().unencoded_blocks == 4
 
 
 @virtual
