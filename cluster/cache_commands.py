@@ -8,28 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import App, Parameter
 
+from cluster.cluster_flags import AsJson, ClusterFlags, Model, running_cluster
 from contracts.config import parse_duration_s
 from contracts.errors import ConfigError
 from contracts.store_messages import TIERS
 
 if TYPE_CHECKING:
-    from cluster.cache import Cluster, Prefix
+    from cluster.cache import Prefix
 
 cache_app = App(name="cache", help="Look at the KV that a running cluster keeps; drop or pin it.")
 
-StateFile = Annotated[
-    Path | None, Parameter(name="--state-file", help="State file that the running cluster wrote (tandem serve).")
-]
-Coordinator = Annotated[str | None, Parameter(name="--coordinator", help="Or the address of its coordinator.")]
-TokenFile = Annotated[
-    Path | None,
-    Parameter(name="--token-file", help="File with the cluster token; else TANDEM_CLUSTER_TOKEN is read."),
-]
-Model = Annotated[
-    str | None, Parameter(name="--model", help="Which one is meant, where a cluster serves several models.")
-]
 Url = Annotated[str | None, Parameter(name="--url", help="Base URL of its gateway, where no state file tells it.")]
-AsJson = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object instead of a table.")]
 TierFlag = Annotated[
     Literal["device", "dram", "ssd", "all"],
     Parameter(name="--tier", help="The workers' own memory, the stores' host memory, or their disks."),
@@ -50,15 +39,13 @@ ApiKey = Annotated[str | None, Parameter(name="--api-key", help="For the gateway
 def stat(
     *,
     model: Model = None,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
     as_json: AsJson = False,
 ) -> int:
     """Size, hits, bytes moved and evictions of every tier of every process."""
     from cluster import cache
 
-    return cache.print_stat(running_cluster(state_file, coordinator, token_file, model=model), as_json=as_json)
+    return cache.print_stat(running_cluster(where, model=model), as_json=as_json)
 
 
 @cache_app.command
@@ -71,9 +58,7 @@ def ls(
     key: Annotated[str, Parameter(name="--key", help="Only keys that begin so, in hexadecimal digits.")] = "",
     pinned: Annotated[bool, Parameter(name="--pinned", negative="", help="Only pinned ones.")] = False,
     model: Model = None,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
     as_json: AsJson = False,
 ) -> int:
     """The blocks that the stores keep."""
@@ -88,7 +73,7 @@ def ls(
     if limit < 1:
         raise ConfigError(f"--limit {limit}: at least 1 is needed")
     ask = CacheListRequest(target=Incarnation(0), order=order, limit=limit, key_prefix=key_prefix, pinned_only=pinned)
-    return cache.print_list(running_cluster(state_file, coordinator, token_file, model=model), ask, as_json=as_json)
+    return cache.print_list(running_cluster(where, model=model), ask, as_json=as_json)
 
 
 @cache_app.command
@@ -97,17 +82,13 @@ def clear(
     tier: TierFlag = "all",
     with_pinned: Annotated[bool, Parameter(name="--with-pinned", negative="", help="Pinned blocks too.")] = False,
     model: Model = None,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
 ) -> int:
     """Drop what no request is using."""
     from cluster import cache
 
     tiers = TIERS if tier == "all" else (tier,)
-    return cache.clear(
-        running_cluster(state_file, coordinator, token_file, model=model), tiers, with_pinned=with_pinned
-    )
+    return cache.clear(running_cluster(where, model=model), tiers, with_pinned=with_pinned)
 
 
 @cache_app.command
@@ -123,9 +104,7 @@ def pin(
     lossy: Lossy = False,
     api_key: ApiKey = None,
     model: Model = None,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
     url: Url = None,
 ) -> int:
     """Keep the beginning of a prompt in the stores that have it, whatever else needs the room."""
@@ -138,9 +117,7 @@ def pin(
         except ValueError as error:
             raise ConfigError(f"--for: {error}") from None
     prefix = _prefix(text_file, messages_file, tenant, cache_salt, lossy, api_key)
-    return cache.pin(
-        running_cluster(state_file, coordinator, token_file, url, model=model), prefix, wanted=True, for_s=for_s
-    )
+    return cache.pin(running_cluster(where, model=model, url=url), prefix, wanted=True, for_s=for_s)
 
 
 @cache_app.command
@@ -153,49 +130,14 @@ def unpin(
     lossy: Lossy = False,
     api_key: ApiKey = None,
     model: Model = None,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
     url: Url = None,
 ) -> int:
     """Let the beginning of a prompt go again."""
     from cluster import cache
 
     prefix = _prefix(text_file, messages_file, tenant, cache_salt, lossy, api_key)
-    return cache.pin(
-        running_cluster(state_file, coordinator, token_file, url, model=model), prefix, wanted=False, for_s=None
-    )
-
-
-def running_cluster(
-    state_file: Path | None,
-    coordinator: str | None,
-    token_file: Path | None,
-    url: str | None = None,
-    *,
-    model: str | None = None,
-    worker: str | None = None,
-) -> Cluster:
-    """The one that is meant; of several models that of `model`, or of this worker. Raises ConfigError."""
-    from cluster.cache import Cluster
-    from cluster.tokens import cluster_token
-
-    if state_file is not None:
-        return Cluster.of_state(state_file, model, worker)
-    if coordinator is None:
-        raise ConfigError("which cluster? Give --state-file, or --coordinator and the token")
-    return Cluster(coordinator=coordinator, token=cluster_token(token_file), base_url=url, model=model)
-
-
-def running_clusters(
-    state_file: Path | None, coordinator: str | None, token_file: Path | None, model: str | None
-) -> list[Cluster]:
-    """All models', unless one is named. Raises ConfigError."""
-    from cluster.cache import Cluster
-
-    if state_file is not None and model is None:
-        return Cluster.all_of_state(state_file)
-    return [running_cluster(state_file, coordinator, token_file, model=model)]
+    return cache.pin(running_cluster(where, model=model, url=url), prefix, wanted=False, for_s=None)
 
 
 def _prefix(

@@ -6,22 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from cyclopts import Parameter
 
-from cluster.cache_commands import (
-    AsJson,
-    Coordinator,
-    Model,
-    StateFile,
-    TokenFile,
-    running_cluster,
-    running_clusters,
-)
+from cluster.cluster_flags import AsJson, ClusterFlags, Model, running_cluster, running_clusters
 from contracts.config import parse_duration_s
 from contracts.errors import ConfigError
 from contracts.ids import WorkerId
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from cyclopts import App
 
     from contracts.control_messages import Operation
@@ -44,33 +34,29 @@ Within = Annotated[
 def workers(
     *,
     model: Model = None,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
     as_json: AsJson = False,
 ) -> int:
     """Who is in a running cluster: roles, states, load, builds."""
     from cluster import operate
 
-    return operate.print_workers(running_clusters(state_file, coordinator, token_file, model), as_json=as_json)
+    return operate.print_workers(running_clusters(where, model=model), as_json=as_json)
 
 
 def operations(
     *,
     cancel: Annotated[int | None, Parameter(name="--cancel", help="End this operation where it stands.")] = None,
     model: Model = None,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
     as_json: AsJson = False,
 ) -> int:
     """The operations that run on a cluster, and those that ended last."""
     from cluster import operate
 
     if cancel is not None:
-        one = running_cluster(state_file, coordinator, token_file, model=model)
+        one = running_cluster(where, model=model)
         return operate.print_operations([one], cancel, as_json=as_json)
-    return operate.print_operations(running_clusters(state_file, coordinator, token_file, model), None, as_json=as_json)
+    return operate.print_operations(running_clusters(where, model=model), None, as_json=as_json)
 
 
 def drain(
@@ -81,9 +67,7 @@ def drain(
     undo: Annotated[bool, Parameter(name="--undo", negative="", help="Have it take requests again.")] = False,
     force: Force = False,
     no_wait: NoWait = False,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
 ) -> int:
     """Keep new requests from a worker, and wait until it has none."""
     from contracts.control_messages import DrainOperation, UndrainOperation
@@ -91,7 +75,7 @@ def drain(
     operation: Operation = UndrainOperation(worker_id=WorkerId(worker))
     if not undo:
         operation = DrainOperation(worker_id=WorkerId(worker), within_s=_duration_s(within), force=force)
-    return _run(operation, worker, state_file, coordinator, token_file, no_wait=no_wait)
+    return _run(operation, worker, where, no_wait=no_wait)
 
 
 def flip(
@@ -101,16 +85,14 @@ def flip(
     *,
     force: Force = False,
     no_wait: NoWait = False,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
 ) -> int:
     """Give a worker another role, in the same process. What that role does not do leaves first; to become mixed
     nothing has to."""
     from contracts.control_messages import FlipOperation
 
     operation = FlipOperation(worker_id=WorkerId(worker), role=role, force=force)
-    return _run(operation, worker, state_file, coordinator, token_file, no_wait=no_wait)
+    return _run(operation, worker, where, no_wait=no_wait)
 
 
 def restart(
@@ -125,9 +107,7 @@ def restart(
     force: Force = False,
     no_wait: NoWait = False,
     model: Model = None,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
 ) -> int:
     """Drain and restart workers, one after the other."""
     from contracts.control_messages import RestartOperation
@@ -137,7 +117,7 @@ def restart(
     names = tuple(WorkerId(each) for each in worker)
     operation = RestartOperation(worker_ids=names, python=python or "", force=force)
     first = worker[0] if worker else None
-    return _run(operation, first, state_file, coordinator, token_file, no_wait=no_wait, model=model)
+    return _run(operation, first, where, no_wait=no_wait, model=model)
 
 
 def start(
@@ -146,15 +126,13 @@ def start(
     *,
     role: Annotated[RoleName | None, Parameter(name="--role", help="Instead of that of its pool.")] = None,
     no_wait: NoWait = False,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
 ) -> int:
     """Start a worker that its node agent has a place for."""
     from contracts.control_messages import StartOperation
 
     operation = StartOperation(worker_id=WorkerId(worker), role=role)
-    return _run(operation, worker, state_file, coordinator, token_file, no_wait=no_wait)
+    return _run(operation, worker, where, no_wait=no_wait)
 
 
 def stop(
@@ -164,15 +142,13 @@ def stop(
     within: Within = None,
     force: Force = False,
     no_wait: NoWait = False,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
 ) -> int:
     """Drain a worker and end its process."""
     from contracts.control_messages import RemoveOperation
 
     operation = RemoveOperation(worker_id=WorkerId(worker), within_s=_duration_s(within), force=force)
-    return _run(operation, worker, state_file, coordinator, token_file, no_wait=no_wait)
+    return _run(operation, worker, where, no_wait=no_wait)
 
 
 def add_operate_commands(app: App) -> None:
@@ -183,16 +159,14 @@ def add_operate_commands(app: App) -> None:
 def _run(
     operation: Operation,
     worker: str | None,
-    state_file: Path | None,
-    coordinator: str | None,
-    token_file: Path | None,
+    where: ClusterFlags | None,
     *,
     no_wait: bool,
     model: str | None = None,
 ) -> int:
     from cluster import operate
 
-    cluster = running_cluster(state_file, coordinator, token_file, model=model, worker=worker)
+    cluster = running_cluster(where, model=model, worker=worker)
     return operate.run(cluster, operation, waits=not no_wait)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from cluster.cache_commands import AsJson, Coordinator, Model, StateFile, TokenFile, running_clusters
+from cluster.cluster_flags import AsJson, ClusterFlags, Model, running_clusters
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -18,17 +18,13 @@ def autoscale(
         bool, Parameter(name="--dry-run", negative="", help="What it would do now, and why; nothing is done.")
     ] = False,
     model: Model = None,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
     as_json: AsJson = False,
 ) -> int:
     """How the pools of a running cluster follow the load, and what was done about it lately."""
     from cluster import scale_report
 
-    return scale_report.print_scaling(
-        running_clusters(state_file, coordinator, token_file, model), dry_run=dry_run, as_json=as_json
-    )
+    return scale_report.print_scaling(running_clusters(where, model=model), dry_run=dry_run, as_json=as_json)
 
 
 def add_scale_commands(app: App) -> None:
