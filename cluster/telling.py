@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from cluster.child_main import tell
 from cluster.launch import Loading
+
+if TYPE_CHECKING:
+    from coldstart.handing import Coming
 
 #: Between two words on how far it is: also the sign that it gets on.
 TELL_INTERVAL_S = 0.2
@@ -26,3 +30,16 @@ class Teller:
                 return
             self._next_s = now_s + TELL_INTERVAL_S
             tell(Loading(what=what, fraction=done_bytes / max(1, total_bytes)))
+
+
+class ComingTeller:
+    """Says how far weights are that somebody else loads: also a sign that a start gets on which only waits for them."""
+
+    def __init__(self, longest_s: float) -> None:
+        self._until_s = time.monotonic() + longest_s
+
+    def __call__(self, coming: Coming) -> bool:
+        """Whether they are to be waited for any longer."""
+        behind = f" (after {coming.num_ahead} other{'s' if coming.num_ahead > 1 else ''})" if coming.num_ahead else ""
+        tell(Loading(what=f"{coming.what}{behind}", fraction=coming.fraction))
+        return time.monotonic() < self._until_s

@@ -20,7 +20,7 @@ from cluster.build import build_name
 from cluster.child_main import log, run_child, stand_by, tell, tell_alive, tell_if_room
 from cluster.launch import Failed, Loading, Ready, Serves, WorkerLaunch, decode_launch
 from cluster.standby import STANDBY_FLAG
-from cluster.telling import Teller
+from cluster.telling import ComingTeller, Teller
 from cluster.weights_service import key_of
 from coldstart.format import decode_index, is_converted
 from coldstart.handing import ask
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cluster.child_main import Departure
-    from coldstart.handing import Coming, HandedWeights
+    from coldstart.handing import HandedWeights
     from contracts.clock import Clock
     from engine.canary import Canary
     from engine.executor import LiveEngine
@@ -256,16 +256,10 @@ def _ask(launch: WorkerLaunch) -> HandedWeights | None:
     assert key is not None
     assert door is not None
     try:
-        return ask(door, key, timeout_s=WEIGHTS_TIMEOUT_S, longest_s=LONGEST_WEIGHTS_WAIT_S, progress=_tell_coming)
+        return ask(door, key, timeout_s=WEIGHTS_TIMEOUT_S, progress=ComingTeller(LONGEST_WEIGHTS_WAIT_S))
     except LoadError as error:
         log(f"{launch.worker_id}: reads the weights itself: {error.message}")
         return None
-
-
-def _tell_coming(coming: Coming) -> None:
-    """Also a sign that this start gets on, though it only waits."""
-    behind = f" (after {coming.num_ahead} other{'s' if coming.num_ahead > 1 else ''})" if coming.num_ahead else ""
-    tell(Loading(what=f"{coming.what}{behind}", fraction=coming.fraction))
 
 
 def _weights(launch: WorkerLaunch, handed: HandedWeights | None) -> FusedWeights | None:

@@ -14,7 +14,6 @@ import mmap
 import os
 import socket
 import struct
-import time
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
@@ -111,13 +110,12 @@ def ask(
     key: WeightsKey,
     *,
     timeout_s: float,
-    longest_s: float | None = None,
-    progress: Callable[[Coming], None] | None = None,
+    progress: Callable[[Coming], bool] | None = None,
 ) -> HandedWeights:
-    """Blocks until the weights are there: for `timeout_s` without hearing that the load gets on, and for `longest_s`
-    (None: the same) in all. Raises LoadError: refused, nobody there, or not within the time."""
+    """Blocks until the weights are there: for `timeout_s` without hearing that the load gets on, and for as long as
+    `progress` (None: nothing is heard) says that they are to be waited for. Raises LoadError: refused, nobody there,
+    or not within the time."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    until_s = time.monotonic() + (timeout_s if longest_s is None else longest_s)
     try:
         connection.settimeout(timeout_s)
         connection.connect("\0" + door.socket_name)
@@ -128,9 +126,8 @@ def ask(
                 break
             for descriptor in descriptors:
                 os.close(descriptor)
-            if progress is not None:
-                progress(answer)
-            connection.settimeout(min(timeout_s, max(0.001, until_s - time.monotonic())))
+            if progress is None or not progress(answer):
+                raise LoadError(f"{key.folder}: not waited for any longer")
         if isinstance(answer, Refused):
             raise LoadError(f"{key.folder}: {answer.reason}")
         if len(descriptors) != 1:
@@ -140,10 +137,9 @@ def ask(
         return HandedWeights(connection, mapping, answer)
     except TimeoutError as error:
         connection.close()
-        why = f"nor said a word of them for {timeout_s:.0f} s"
-        if longest_s is not None and time.monotonic() >= until_s:
-            why = f"not within {longest_s:.0f} s"
-        raise LoadError(f"{key.folder}: the node agent gave no weights, {why}") from error
+        raise LoadError(
+            f"{key.folder}: the node agent gave no weights, nor said a word of them for {timeout_s:.0f} s"
+        ) from error
     except (OSError, ValueError, msgspec.MsgspecError) as error:
         connection.close()
         raise LoadError(f"{key.folder}: the node agent gives no weights: {error}") from error

@@ -151,7 +151,8 @@ class _Reference:
         sharing = config.num_heads // config.num_kv_heads
         k_BHTE, v_BHTE = k_BKTE.repeat(sharing, axis=1), v_BKTE.repeat(sharing, axis=1)
         scores_BHTT = q_BHTE @ k_BHTE.swapaxes(2, 3) / np.float32(math.sqrt(config.head_dim))
-        back_TT = np.arange(num_tokens)[:, None] - np.arange(num_tokens)[None, :]
+        positions_T = np.arange(num_tokens, dtype=np.int64)
+        back_TT: NDArray[np.int64] = np.subtract.outer(positions_T, positions_T)
         seen_TT = (back_TT >= 0) & (back_TT < (window or num_tokens))
         scores_BHTT = np.where(seen_TT, scores_BHTT, np.float32(-np.inf))
         weights_BHTT = np.exp(scores_BHTT - scores_BHTT.max(axis=-1, keepdims=True))
@@ -164,13 +165,15 @@ class _Reference:
         inner = self._config.intermediate_size
         gate = self._linear(normed_BTD, prefix, "mlp.gate_proj", inner)
         up = self._linear(normed_BTD, prefix, "mlp.up_proj", inner)
-        return self._linear(gate / (1 + np.exp(-gate)) * up, prefix, "mlp.down_proj", self._config.hidden_size)
+        activated = (gate / (1 + np.exp(-gate)) * up).astype(np.float32)
+        return self._linear(activated, prefix, "mlp.down_proj", self._config.hidden_size)
 
     def _rotated(self, heads_BHTE: Floats) -> Floats:
         """RoFormer (Su et al. 2021, section 3.4.2), with the halves of a head as its pairs."""
         config = self._config
         waves, factor = _waves(config.rope, config.head_dim)
-        angles_TE = np.arange(heads_BHTE.shape[2])[:, None] * np.concatenate((waves, waves))
+        positions_T = np.arange(heads_BHTE.shape[2], dtype=np.float64)
+        angles_TE: Waves = np.outer(positions_T, np.concatenate((waves, waves)))
         first, second = np.split(heads_BHTE, 2, axis=-1)
         turned = np.concatenate((-second, first), axis=-1)
         return ((heads_BHTE * np.cos(angles_TE) + turned * np.sin(angles_TE)) * factor).astype(np.float32)

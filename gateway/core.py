@@ -329,7 +329,9 @@ class GatewayCore:
             except StaleIncarnation as error:
                 self.log.debug("stream_not_opened", worker=peer.worker_id, error=error.message)
         self.block_hints.learn(member.info.identity for member in members)
-        roles = {(WorkerLife(each.info.worker_id, each.info.incarnation), each.info.role) for each in members}
+        roles: set[tuple[WorkerLife, MemberRole]] = {
+            (WorkerLife(each.info.worker_id, each.info.incarnation), each.info.role) for each in members
+        }
         if roles - self._roles:
             self._ask_again()
         self._roles = roles

@@ -23,7 +23,8 @@ _TOKENS = 60
 
 
 def _prompts() -> list[list[int]]:
-    return torch.randint(0, VOCAB_SIZE, (2, _TOKENS), generator=torch.Generator().manual_seed(5)).tolist()
+    drawn = torch.randint(0, VOCAB_SIZE, (2, _TOKENS), generator=torch.Generator().manual_seed(5))
+    return [[int(token) for token in prompt] for prompt in drawn]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,9 @@ def test_few_rows_at_a_time_give_the_same(models: Path, monkeypatch: pytest.Monk
     at_once = reference_logits(folder, _prompts(), num_last=1)
     monkeypatch.setattr(reference, "_PIECE_BYTES", 1000)
     told = list[tuple[int, int]]()
-    piecewise = reference_logits(folder, _prompts(), num_last=1, progress=lambda *at: told.append(at))
+    piecewise = reference_logits(
+        folder, _prompts(), num_last=1, progress=lambda done, total: told.append((done, total))
+    )
     np.testing.assert_allclose(piecewise, at_once, atol=1e-4)
     assert told == sorted(told)
     assert [done for done, total in told if done == total] == [told[-1][0]]
