@@ -7,6 +7,8 @@ import traceback
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+from cluster.child_main import single
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from contextlib import AbstractAsyncContextManager
@@ -60,7 +62,7 @@ async def kept(
                 if not first.done():
                     first.set_exception(error)
                     return
-                reason = f"{name} has failed: {_in_short(error)}"
+                reason = f"{name} has failed: {single(error)!r}"
                 log("".join(traceback.format_exception(error)).rstrip())
             if leaving.is_set():
                 return
@@ -92,10 +94,3 @@ async def kept(
             raise
         if not first.done():
             first.cancel()
-
-
-def _in_short(error: BaseException) -> str:
-    """The first error of a group."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return repr(error)
