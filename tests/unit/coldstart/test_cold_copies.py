@@ -187,9 +187,8 @@ async def site(budget_bytes: int = 5 * MODEL_BYTES // 2, cold_after_s: float = 0
         await asyncio.gather(running, return_exceptions=True)
         await one.cache.close()
         assert one.num_begun == one.num_ended, "all that was begun was seen to its end"
-        # Mappings that an error's frames held have descriptors of their own.
-        gc.collect()
-        assert len(memories()) <= before
+        # Mappings that an error's frames hold, or a thread that nobody waits for, have descriptors of their own.
+        await until(lambda: gc.collect() >= 0 and len(memories()) <= before)
 
 
 async def test_a_copy_gone_cold_is_compressed_and_comes_back_bit_by_bit() -> None:
