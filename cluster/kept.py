@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import traceback
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeVar
-
-from cluster.child_main import single
+from typing import TYPE_CHECKING, TypeVar, cast
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Iterator
     from contextlib import AbstractAsyncContextManager
 
     from contracts.clock import Clock
@@ -62,7 +60,7 @@ async def kept(
                 if not first.done():
                     first.set_exception(error)
                     return
-                reason = f"{name} has failed: {single(error)!r}"
+                reason = f"{name} has failed: {cause_of(error)!r}"
                 log("".join(traceback.format_exception(error)).rstrip())
             if leaving.is_set():
                 return
@@ -94,3 +92,30 @@ async def kept(
             raise
         if not first.done():
             first.cancel()
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The one error of all that it holds which people want to read: not what came of a task group that was ending
+    because of another one."""
+    leaves = list(_leaves(error, set()))
+    return next((leaf for leaf in leaves if not _is_consequence(leaf)), leaves[0])
+
+
+def _leaves(error: BaseException, seen: set[int]) -> Iterator[BaseException]:
+    if id(error) in seen:
+        return
+    seen.add(id(error))
+    if isinstance(error, BaseExceptionGroup):
+        for each in cast("BaseExceptionGroup[BaseException]", error).exceptions:
+            yield from _leaves(each, seen)
+    else:
+        yield error
+    if error.__context__ is not None:
+        yield from _leaves(error.__context__, seen)
+
+
+def _is_consequence(error: BaseException) -> bool:
+    if isinstance(error, asyncio.CancelledError):
+        return True
+    # Of a task group that takes no more tasks.
+    return isinstance(error, RuntimeError) and "is shutting down" in str(error)

@@ -68,8 +68,9 @@ def test_the_command_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("written  [")
     assert told[1].startswith("checked  [")
+    assert told[2].startswith("canary   [")
     size = sum(os.path.getsize(path) for path in target.glob("*.tandem"))
-    assert told[2] == f"{target}: {size / 1e9:.2f} GB of float32 weights in 2 partitions, checked"
+    assert told[3] == f"{target}: {size / 1e9:.2f} GB of float32 weights in 2 partitions, checked"
     assert load_checkpoint(target, 1).tensor("final_norm").shape == (192,)
 
 

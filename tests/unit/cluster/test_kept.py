@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cluster.kept import kept
+from cluster.kept import cause_of, kept
 from simulator import Program, VirtualClock, run
 
 if TYPE_CHECKING:
@@ -110,3 +110,29 @@ def test_the_error_of_who_uses_it_is_its_own() -> None:
         assert (part.lives, part.num_left, part.said) == (1, 1, [])
 
     run(main, seed=1)
+
+
+async def test_a_consequence_is_not_named_as_the_cause() -> None:
+    async def bug() -> None:
+        raise ZeroDivisionError("a bug")
+
+    async def late(inner: asyncio.TaskGroup) -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        lost = asyncio.sleep(0)
+        try:
+            inner.create_task(lost)
+        finally:
+            lost.close()
+
+    async def both() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(late(group))
+            group.create_task(bug())
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await both()
+    assert isinstance(cause_of(raised.value), ZeroDivisionError)
+    backwards = ExceptionGroup("", [*reversed(raised.value.exceptions)])
+    assert isinstance(cause_of(backwards), ZeroDivisionError)
+    assert isinstance(cause_of(ValueError("alone")), ValueError)
