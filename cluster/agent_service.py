@@ -124,15 +124,22 @@ class AgentService:
 
     async def _beat(self, address: str, overseer: Overseer, news: asyncio.Event) -> None:
         """Tells what there is, now and then and when it changes, until cancelled."""
-        interval_s, is_heard = FIRST_INTERVAL_S, True
+        interval_s, is_heard, measured = FIRST_INTERVAL_S, True, 0
         while True:
             news.clear()
             slots = self.slots(overseer.worker_ids)
-            ask = AgentBeat(node=self._node, incarnation=self._incarnation, address=address, slots=slots)
+            ask = AgentBeat(
+                node=self._node,
+                incarnation=self._incarnation,
+                address=address,
+                slots=slots,
+                weights=self._agent.weights({slot.model for slot in slots}, measured),
+            )
             try:
                 channel = self._network.channel(overseer.address)
-                interval_s = (await channel.call(AGENT_BEAT, ask, timeout_s=BEAT_TIMEOUT_S)).interval_s
-                is_heard = True
+                reply = await channel.call(AGENT_BEAT, ask, timeout_s=BEAT_TIMEOUT_S)
+                # A coordinator that was restarted knows of none, and says so.
+                interval_s, is_heard, measured = reply.interval_s, True, reply.measured
             except TandemError as error:
                 if is_heard:
                     self._log(f"the coordinator does not hear this node agent: {error.message}")
@@ -153,9 +160,11 @@ class AgentService:
                 state=_SLOT_STATES[worker.state],
                 incarnation=worker.incarnation,
                 start_s=worker.start_s,
+                weights_wait_s=worker.weights_wait_s,
                 age_s=ages_s.get(worker.worker_id),
                 problem=worker.problem or "",
                 doing="" if worker.loading is None or worker.state is not State.STARTING else doing(worker.loading),
+                model=worker.model,
             )
             for worker in self._agent.workers()
             if worker_ids is None or worker.worker_id in worker_ids

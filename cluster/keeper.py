@@ -80,6 +80,8 @@ class WorkerStatus:
     pool: str = ""
     #: As `contracts.control_messages.WorkerSlot`.
     start_s: float | None = None
+    weights_wait_s: float | None = None
+    model: str = ""
     #: It runs, or should; not: its slot is empty, or about to be.
     is_wanted: bool = True
 
@@ -138,6 +140,8 @@ class Keeper:
             problem=machine.problem,
             pool=self._plan.pool,
             start_s=machine.start_s,
+            weights_wait_s=machine.weights_wait_s,
+            model=self._plan.launch.model_name,
             is_wanted=self._is_wanted,
         )
 

@@ -204,6 +204,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="r
     """Registered and serving on this rpc address."""
 
     address: str
+    #: For so long the start stood still until the node agent handed out its weights; None: it read them itself.
+    weights_wait_s: float | None = None
 
 
 class Warm(msgspec.Struct, frozen=True, tag_field="event", tag="warm"):
@@ -225,6 +227,12 @@ class Filled(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="
     tier: str
     #: The loader goes on, over memory that it can only read, to complete the disk tier's copy.
     goes_on: bool = False
+    #: From the first read until the last byte was in place.
+    seconds: float = 0.0
+    #: Whether the reads went past the page cache.
+    is_direct: bool = False
+    #: Before that the original was converted, which took so long; 0: it was not.
+    converted_s: float = 0.0
 
 
 class Tried(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="tried"):

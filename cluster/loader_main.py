@@ -45,25 +45,35 @@ def main() -> int:
     try:
         launch = decode_loader_launch(sys.stdin.buffer.readline(MAX_LAUNCH_BYTES))
         die_with_parent(launch.parent_pid)
+        clock = LiveBlockingClock()
         with _loader(launch) as loader:
-            tell(Sized(num_bytes=loader.prepare()))
+            began_s = clock.now_s()
+            num_bytes = loader.prepare()
+            prepared_s = clock.now_s() - began_s
+            tell(Sized(num_bytes=num_bytes))
             line = sys.stdin.buffer.readline(MAX_LAUNCH_BYTES)
             if not line:
                 return 0
             go = decode_go(line)
             mapping = mmap.mmap(launch.descriptor, go.num_bytes)
             memory = memoryview(mapping)
+            began_s = clock.now_s()
             # Without closing it after an error, whose frames hold views of it: then it goes with the process.
             loaded = loader.fill(memory)
+            seconds = clock.now_s() - began_s
             memory.release()
             mapping.close()
             goes_on = isinstance(loader, WeightLoader) and loader.has_more
+            has_converted = isinstance(loader, WeightLoader) and loader.has_converted
             tell(
                 Filled(
                     weight_bytes=loaded.weight_bytes,
                     index_bytes=loaded.index_bytes,
                     tier=loaded.tier,
                     goes_on=goes_on,
+                    seconds=seconds,
+                    is_direct=loaded.is_direct,
+                    converted_s=prepared_s if has_converted else 0.0,
                 )
             )
             if isinstance(loader, WeightLoader) and goes_on:

@@ -17,7 +17,7 @@ from cluster.supervision import Supervision, SupervisionLimits
 from contracts.errors import NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from contracts.clock import Clock
     from contracts.ids import Incarnation, WorkerId
     from contracts.messages import Role
+    from contracts.weight_messages import NodeWeights
 
 __all__ = ["NodeAgent", "WorkerPlan", "WorkerStatus"]
 
@@ -48,6 +49,8 @@ class NodeAgent:
         """`standby`: processes that may become workers; `weights`: what they get theirs from. The agent runs both."""
         self._standby = standby
         self._weights = weights
+        if weights is not None:
+            weights.foresee([plan.launch for plan in plans])
         self.changed = asyncio.Event()
         #: The same, for whoever tells others of it.
         self.to_tell = asyncio.Event()
@@ -85,6 +88,10 @@ class NodeAgent:
         """Of the processes that there are."""
         ages_s = {keeper.worker_id: keeper.age_s() for keeper in self._keepers}
         return {worker_id: age_s for worker_id, age_s in ages_s.items() if age_s is not None}
+
+    def weights(self, models: Container[str], measured_after: int) -> NodeWeights | None:
+        """What there is of these models' weights, and what was measured after that load; None: the agent has none."""
+        return None if self._weights is None else self._weights.report(models, measured_after)
 
     def log_tail(self, worker_id: WorkerId, num_lines: int = REPORT_LOG_LINES) -> list[str]:
         return self._keeper(worker_id).log.tail(num_lines)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cluster.child import Child
 from cluster.launch import CompressorLaunch, Failed, Go, LoaderLaunch, Loading, Shrunk, Sized, Tried
 from cluster.launch import Filled as FilledStatus
+from cluster.weights_book import LoadSeen, WeightsBook
 from coldstart.cold_copies import ColdCopies, Trial
 from coldstart.residence import WeightsKey
 from coldstart.weight_cache import Filled, LoadPoint, WeightCache
-from contracts.errors import LoadError
+from coldstart.whereabouts import whereabouts
+from contracts.errors import LoadError, TandemError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Container, Mapping, Sequence
 
     from cluster.guard import Guard
     from cluster.launch import Launch, Status, WeightTierOptions
@@ -24,11 +28,16 @@ if TYPE_CHECKING:
     from coldstart.compressing import CompressRules
     from coldstart.handing import WeightsDoor
     from contracts.clock import Clock
+    from contracts.weight_messages import NodeWeights
 
 StatusT = TypeVar("StatusT", Sized, FilledStatus, Tried, Shrunk)
 
 #: A loader that says nothing for so long does not get on: a disk that hangs, or the process.
 STALL_S = 60.0
+#: Between two looks at what lies on the disk, where nothing was loaded meanwhile.
+LOOK_INTERVAL_S = 10.0
+#: What a loader says it does while it fills memory.
+_FILLS = "weights"
 _MAX_WAITING = 64
 _LOADER_COMMAND = (sys.executable, "-m", "cluster.loader_main")
 _COMPRESSOR_COMMAND = (sys.executable, "-m", "cluster.compressor_main")
@@ -50,6 +59,7 @@ class WeightsService:
     ) -> None:
         """`compress`: None where nothing is to be compressed."""
         self._ssd = ssd
+        self._ssd_root = None if ssd is None else Path(ssd.path).expanduser()
         # One thread of it: others compute on these cores.
         self._environ = {**environ, "OPENBLAS_NUM_THREADS": "1"}
         self._parent_pid = parent_pid
@@ -58,6 +68,12 @@ class WeightsService:
         self._running: asyncio.Task[None] | None = None
         #: One that has filled its memory may still be busy with the disk tier.
         self._loaders: list[LoaderProcess] = []
+        self._looking: asyncio.Task[None] | None = None
+        #: Something may lie elsewhere than it did.
+        self._moved = asyncio.Event()
+        self._book = WeightsBook()
+        #: The load that is under way, or the last one.
+        self._loader: LoaderProcess | None = None
         cold = None if compress is None else ColdCopies(compress, self._start_compression, self._say)
         self.cache = WeightCache(budget_bytes, self._start_load, clock, self._say, cold=cold)
 
@@ -69,14 +85,30 @@ class WeightsService:
         self._guard = guard
         self.cache.open()
         self._running = asyncio.create_task(self.cache.run(), name="weights")
+        self._looking = asyncio.create_task(self._look(), name="weights-look")
 
     async def stop(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait([self._looking])
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait([self._running])
             await self.cache.close()
         for loader in self._loaders:
             await loader.end()
+
+    def foresee(self, launches: Sequence[Launch]) -> None:
+        """The workers that may run here: where their weights lie is told."""
+        for launch in launches:
+            key = key_of(launch)
+            if key is not None:
+                self._book.needs(key, launch.model_name)
+
+    def report(self, models: Container[str], measured_after: int) -> NodeWeights:
+        """As `WeightsBook.report`."""
+        done_bytes = 0 if self._loader is None else self._loader.done_bytes
+        return self._book.report(self.cache.copies(), done_bytes, models, measured_after)
 
     def expect(self, launch: Launch) -> None:
         """A process is starting that will ask for weights: they may begin to come while it imports what it needs."""
@@ -92,9 +124,29 @@ class WeightsService:
         launch = LoaderLaunch(
             key=key, descriptor=descriptor, compressed=compressed, ssd=self._ssd, parent_pid=self._parent_pid
         )
+
+        def loaded(load: LoadSeen) -> None:
+            self._book.loaded(key, load)
+            self._moved.set()
+
         self._loaders = [loader for loader in self._loaders if not loader.is_gone]
-        self._loaders.append(LoaderProcess(launch, self._environ, self._guard, self._log))
-        return self._loaders[-1]
+        self._loaders.append(LoaderProcess(launch, self._environ, self._guard, self._log, loaded))
+        self._loader = self._loaders[-1]
+        return self._loader
+
+    async def _look(self) -> None:
+        while True:
+            self._moved.clear()
+            for key in self._book.keys:
+                try:
+                    place = await asyncio.to_thread(whereabouts, key, self._ssd_root)
+                except TandemError:
+                    # Whoever loads it will say what is wrong with it.
+                    place = None
+                self._book.found(key, place)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_INTERVAL_S):
+                    await self._moved.wait()
 
     def _start_compression(self, key: WeightsKey, memory: RawMemory, descriptor: int) -> CompressorProcess:
         assert self._guard is not None, "nothing is in memory before"
@@ -151,6 +203,11 @@ class _FillingProcess:
         await asyncio.wait([self._ended])
 
     @property
+    def done_bytes(self) -> int:
+        """Of its memory, that is filled and verified."""
+        return int(self.point.fraction * self._num_bytes) if self.point.what == _FILLS and self.point.fraction else 0
+
+    @property
     def is_gone(self) -> bool:
         return self._ended.done()
 
@@ -196,8 +253,16 @@ class _FillingProcess:
 class LoaderProcess(_FillingProcess):
     """Implements `coldstart.weight_cache.Load`."""
 
-    def __init__(self, launch: LoaderLaunch, environ: Mapping[str, str], guard: Guard, log: ProcessLog) -> None:
-        """Raises OSError when no process can be started."""
+    def __init__(
+        self,
+        launch: LoaderLaunch,
+        environ: Mapping[str, str],
+        guard: Guard,
+        log: ProcessLog,
+        loaded: Callable[[LoadSeen], None],
+    ) -> None:
+        """`loaded` hears of a load that ended well. Raises OSError when no process can be started."""
+        self._loaded = loaded
         descriptors = [launch.descriptor] if launch.compressed is None else [launch.descriptor, launch.compressed]
         super().__init__(_LOADER_COMMAND, launch, descriptors, environ, guard, log)
 
@@ -213,6 +278,15 @@ class LoaderProcess(_FillingProcess):
             self._goes_on = True
         else:
             await self._gone()
+        self._loaded(
+            LoadSeen(
+                num_bytes=status.weight_bytes,
+                tier=status.tier,
+                seconds=status.seconds,
+                is_direct=status.is_direct,
+                converted_s=status.converted_s,
+            )
+        )
         return Filled(
             num_bytes=status.weight_bytes,
             index_bytes=status.index_bytes,

@@ -51,6 +51,8 @@ class Loaded:
     weight_bytes: int
     index_bytes: int
     tier: str
+    #: Whether it was read past the page cache.
+    is_direct: bool = False
 
 
 class WeightLoader:
@@ -78,6 +80,8 @@ class WeightLoader:
         self._fuser: Fuser | None = None
         #: Beside the folder that stands for it: what comes from a store.
         self._through: Through | None = None
+        #: Whether `prepare` converted the original.
+        self.has_converted = False
 
     def __enter__(self) -> WeightLoader:
         return self
@@ -104,16 +108,17 @@ class WeightLoader:
     def fill(self, memory: memoryview) -> Loaded:
         """`memory`: zeroed, page-aligned, as long as `prepare` said. Raises ConfigError and LoadError: nothing in it is
         worth anything then."""
+        is_direct = False
         if self._fuser is not None:
             index, tier = self._fuser.fill(memory[: self._fuser.num_bytes], self._progress), "original"
         else:
             assert self._folder is not None
             folder, index, tier, entry = self._folder
-            self._load(folder, index, entry, memory)
+            is_direct = self._load(folder, index, entry, memory)
         weight_bytes = index.partitions[self._key.rank].num_bytes
         data = encode_index(index)
         memory[weight_bytes : weight_bytes + len(data)] = data
-        return Loaded(weight_bytes=weight_bytes, index_bytes=len(data), tier=tier)
+        return Loaded(weight_bytes=weight_bytes, index_bytes=len(data), tier=tier, is_direct=is_direct)
 
     @property
     def has_more(self) -> bool:
@@ -216,7 +221,9 @@ class WeightLoader:
                 ConvertOptions(dtype=cast("DtypeChoice", dtype), tensor_parallel=self._key.tensor_parallel),
                 progress=report,
             )
-            return got.commit(origin=str(model_dir))
+            entry = got.commit(origin=str(model_dir))
+            self.has_converted = True
+            return entry
         except BaseException:
             # What is done is kept for the next one: a conversion goes on where it was ended.
             got.abandon(keep=True)
@@ -231,7 +238,8 @@ class WeightLoader:
 
     # --- filling ----------------------------------------------------------------------------------------
 
-    def _load(self, folder: Path, index: Index, entry: Entry | None, memory: memoryview) -> None:
+    def _load(self, folder: Path, index: Index, entry: Entry | None, memory: memoryview) -> bool:
+        """Whether it was read past the page cache."""
         rank = self._key.rank
         destination = MemoryDestination(memory[: index.partitions[rank].num_bytes], index.chunk_bytes)
         if self._through is not None:
@@ -247,15 +255,16 @@ class WeightLoader:
                 ).run()
             finally:
                 destination.stop()
-            return
+            return False
         try:
-            load_partition(
+            report = load_partition(
                 folder,
                 index,
                 rank,
                 destination,
                 progress=lambda at: self._report(at.verified_bytes, at.total_bytes),
             )
+            return report.is_direct
         except LoadError as error:
             if entry is not None:
                 # The next one converts it anew.

@@ -113,6 +113,8 @@ class LoadReport:
     num_bytes: int
     #: Chunks that were wrong at first and right when read again.
     num_repaired: int
+    #: Whether it was read past the page cache: then its speed was the disk's.
+    is_direct: bool = False
 
 
 class PartitionLoad:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from coldstart.file_source import FileSource
@@ -52,4 +53,4 @@ def load_partition(
             num_threads=num_threads,
             progress=progress,
         )
-        return load.run()
+        return replace(load.run(), is_direct=source.is_direct)

@@ -16,6 +16,7 @@ import msgspec
 
 from contracts.ids import Incarnation, WorkerId
 from contracts.messages import Empty, MemberRole, Method, Role
+from contracts.weight_messages import NodeWeights
 
 # --- workers ----------------------------------------------------------------------------------------
 
@@ -63,14 +64,18 @@ class WorkerSlot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     incarnation: Incarnation = Incarnation(0)
     #: From the start of its process to its being ready, the last time; None: never seen.
     start_s: float | None = None
+    #: Of that time, what it stood still for its weights; None: not known, or it read them itself.
+    weights_wait_s: float | None = None
     #: Since its process was started; None while there is none.
     age_s: float | None = None
     problem: str = ""
     #: What a start is at, or waits for; empty where there is none.
     doing: str = ""
+    #: Whose weights it needs; empty: not told.
+    model: str = ""
 
 
-class AgentBeat(msgspec.Struct, frozen=True, kw_only=True):
+class AgentBeat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a node agent has; told every `AgentBeatReply.interval_s`."""
 
     node: str
@@ -79,10 +84,14 @@ class AgentBeat(msgspec.Struct, frozen=True, kw_only=True):
     #: rpc address.
     address: str
     slots: tuple[WorkerSlot, ...]
+    #: None: the agent holds no weights, or does not tell.
+    weights: NodeWeights | None = None
 
 
-class AgentBeatReply(msgspec.Struct, frozen=True, kw_only=True):
+class AgentBeatReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     interval_s: float
+    #: Number of the last measured load that is known of this life of the agent: it need not be told again.
+    measured: int = 0
 
 
 class StartWorkerRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import msgspec
 import psutil
 import pytest
 
 from cluster.agent_service import agent_service
 from cluster.node_agent import NodeAgent
-from cluster.plan import Site
+from cluster.plan import Site, worker_environ
+from cluster.process_log import ProcessLog
 from cluster.supervision import SupervisionLimits
+from cluster.weights_service import WeightsService
 from contracts.control_messages import (
     AGENT_BEAT,
     RESTART_WORKER,
@@ -29,12 +33,14 @@ from contracts.control_messages import (
 from contracts.errors import NotFound, StaleIncarnation
 from contracts.ids import Incarnation, WorkerId
 from rpc import GrpcNetwork, LiveClock
+from tests.support.converted_folders import CHUNK_BYTES, converted_folder
 from tests.support.fake_agent import fake_plan
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
+    from contracts.weight_messages import NodeWeights
     from rpc import CallContext, Channel
 
 PATIENCE_S = 60.0
@@ -46,19 +52,30 @@ class Coordinator:
 
     def __init__(self) -> None:
         self.beat: AgentBeat | None = None
+        self.interval_s = PATIENCE_S
+        #: Number of the last measured load that it says it knows.
+        self.measured = 0
         self._news = asyncio.Event()
 
     async def on_beat(self, beat: AgentBeat, context: CallContext) -> AgentBeatReply:
         self.beat = beat
         self._news.set()
-        return AgentBeatReply(interval_s=PATIENCE_S)
+        return AgentBeatReply(interval_s=self.interval_s, measured=self.measured)
 
     async def until(self, holds: Callable[[tuple[WorkerSlot, ...]], bool]) -> tuple[WorkerSlot, ...]:
+        return (await self._until(lambda beat: holds(beat.slots))).slots
+
+    async def until_weights(self, holds: Callable[[NodeWeights], bool]) -> NodeWeights:
+        weights = (await self._until(lambda beat: beat.weights is not None and holds(beat.weights))).weights
+        assert weights is not None
+        return weights
+
+    async def _until(self, holds: Callable[[AgentBeat], bool]) -> AgentBeat:
         async with asyncio.timeout(PATIENCE_S):
-            while self.beat is None or not holds(self.beat.slots):
+            while self.beat is None or not holds(self.beat):
                 self._news.clear()
                 await self._news.wait()
-        return self.beat.slots
+        return self.beat
 
 
 @asynccontextmanager
@@ -126,3 +143,56 @@ async def test_another_life_of_the_agent_and_unknown_workers_are_refused(tmp_pat
         unknown = StopWorkerRequest(target=LIFE, worker_id=WorkerId("w9"), reason="")
         with pytest.raises(NotFound, match="this node agent has no worker w9"):
             await channel.call(STOP_WORKER, unknown, timeout_s=5.0)
+
+
+async def test_weights_are_told_with_each_measured_load_once_and_again_to_a_coordinator_that_knows_none(
+    tmp_path: Path,
+) -> None:
+    for name, data in converted_folder(1, num_chunks=40).items():
+        (tmp_path / name).write_bytes(data)
+    pid = psutil.Process().pid
+    log = ProcessLog(tmp_path / "weights.log", lambda _: None)
+    weights = WeightsService(1 << 20, None, worker_environ(os.environ, threads=1), pid, LiveClock(), log)
+    plan = fake_plan("w0", "ready", tmp_path, parent_pid=pid)
+    launch = msgspec.structs.replace(plan.launch, model_dir=str(tmp_path), weights=weights.door)
+    network = GrpcNetwork(token="t")
+    coordinator = Coordinator()
+    coordinator.interval_s = 0.05
+    server = network.server("127.0.0.1:0")
+    server.register(AGENT_BEAT, coordinator.on_beat)
+    site = Site(
+        model_dir=str(tmp_path),
+        model_name="none",
+        coordinator_address=await server.start(),
+        cluster_token="t",
+        runtime_dir=str(tmp_path),
+        bind="127.0.0.1:0",
+        parent_pid=pid,
+        allowed_cores=(0,),
+    )
+    agent = NodeAgent(
+        [replace(plan, launch=launch)],
+        limits=SupervisionLimits(stop_timeout_s=10.0),
+        first_incarnation=Incarnation(100),
+        log_dir=tmp_path,
+        clock=LiveClock(),
+        say=lambda _: None,
+        weights=weights,
+    )
+    try:
+        async with agent, agent_service(agent, site, network, "127.0.0.1:0", LIFE, lambda _: None):
+            told = await coordinator.until_weights(lambda one: bool(one.measured))
+            (load,) = told.measured
+            assert (load.number, load.tier, load.num_bytes) == (1, "ssd", 40 * CHUNK_BYTES)
+            assert load.seconds > 0
+            told = await coordinator.until_weights(lambda one: [held.tier for held in one.held] == ["dram"])
+            assert told.held[0].model == "none"
+            assert told.held[0].num_bytes >= 40 * CHUNK_BYTES
+            coordinator.measured = 1
+            await coordinator.until_weights(lambda one: not one.measured)
+            # Its next life has heard of nothing.
+            coordinator.measured = 0
+            await coordinator.until_weights(lambda one: one.measured == (load,))
+    finally:
+        await server.stop(0.1)
+        await network.close()
