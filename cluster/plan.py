@@ -45,7 +45,7 @@ class Site:
 
 
 def worker_slots(config: ClusterConfig) -> list[tuple[PoolConfig, int]]:
-    """All workers that pools may have, by pool and number in it."""
+    """All workers that pools may have on this machine, by pool and number in it, counted from 0."""
     return [(pool, index) for pool in config.pools for index in range(pool.max_workers)]
 
 
@@ -63,7 +63,10 @@ def plan_cells(cells: Sequence[tuple[ClusterConfig, Site]]) -> list[list[WorkerL
     demands = [CoreDemand(cores=pool.cores, threads=pool.threads) for own in slots for pool, _ in own]
     shares = iter(assign_cores(cells[0][1].allowed_cores, demands))
     return [
-        [_launch(config, site, pool, WorkerId(f"{pool.name}-{index}"), next(shares)) for pool, index in own]
+        [
+            _launch(config, site, pool, WorkerId(f"{pool.name}-{config.first_worker + index}"), next(shares))
+            for pool, index in own
+        ]
         for (config, site), own in zip(cells, slots, strict=True)
     ]
 

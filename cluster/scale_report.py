@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from cluster.cache import Cluster
     from contracts.scale_messages import PoolScaling, ScalingReply
 
+_MIB = 1 << 20
+
 
 def print_scaling(clusters: Sequence[Cluster], *, dry_run: bool, as_json: bool) -> int:
     """Asks each model's coordinator; nothing changes."""
@@ -41,6 +43,7 @@ def lines(reply: ScalingReply) -> Iterator[str]:
         yield _head(pool)
     for age_s, text in reply.done:
         yield f"{age_s:6.0f} s ago  {text}"
+    yield from _nodes(reply)
 
 
 def dry_run_lines(reply: ScalingReply) -> Iterator[str]:
@@ -50,8 +53,11 @@ def dry_run_lines(reply: ScalingReply) -> Iterator[str]:
         yield _head(pool)
         yield f"  {_what(pool)}"
         yield f"  {pool.why}: {pool.reason}"
+        if pool.next_start:
+            yield f"  next start: {pool.next_start}"
     if reply.lending:
         yield f"lending ({reply.lend_mode}): {reply.lending}"
+    yield from _nodes(reply)
 
 
 def _mode(reply: ScalingReply) -> str:
@@ -73,6 +79,21 @@ def _head(pool: PoolScaling) -> str:
         f"{pool.pool} ({pool.role}, {pool.min_workers} to {pool.max_workers}): {pool.ready} ready, "
         f"{pool.coming} coming{leaving}; wanted {pool.wanted}; a start takes {start}"
     )
+
+
+def _nodes(reply: ScalingReply) -> Iterator[str]:
+    """Where weights lie, and how fast they come."""
+    if reply.nodes:
+        yield "weights:"
+    width = max((len(node.node) for node in reply.nodes), default=0)
+    for node in reply.nodes:
+        held = [f"{one.model} in {one.tier} ({one.num_bytes / _MIB:.1f} MiB)" for one in node.held]
+        line = [f"{node.in_line} loads in line ({node.in_line_bytes / _MIB:.1f} MiB)"] if node.in_line else []
+        speeds = [
+            f"from {one.tier} {one.bytes_per_s / 1e9:.2f} GB/s ({one.origin}, {one.num_loads} loads)"
+            for one in node.speeds
+        ]
+        yield f"  {node.node:{width}}  {'; '.join([*(held or ['no weights known']), *line, *speeds])}"
 
 
 def _what(pool: PoolScaling) -> str:

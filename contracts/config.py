@@ -359,6 +359,10 @@ class ClusterConfig(Section):
     node: PoolName | None = None
     """Name of this machine, different from those of the cluster's others; default: its host name."""
 
+    first_worker: Annotated[int, Field(ge=0, le=9999)] = 0
+    """Number of this machine's first worker in each pool. Agents of several machines that share pools need numbers that
+    do not overlap: 0 on one, 8 on the next."""
+
     log_dir: str | None = None
     """Folder for the workers' logs; the default is a temporary one that goes when all ended well."""
 

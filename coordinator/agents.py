@@ -53,6 +53,10 @@ class Agents:
         found = {slot.worker_id: slot for heard in self._present(now_s) for slot in heard.beat.slots}
         return tuple(slot for _, slot in sorted(found.items()))
 
+    def beats(self, now_s: float) -> tuple[AgentBeat, ...]:
+        """What each agent that is heard of told last, the latest agent last."""
+        return tuple(heard.beat for heard in self._present(now_s))
+
     def _present(self, now_s: float) -> list[_Heard]:
         """The latest agent last. Forgets those that are silent."""
         self._heard = {address: heard for address, heard in self._heard.items() if now_s - heard.at_s <= SILENCE_S}

@@ -21,11 +21,11 @@ from coordinator.policy.lending import LendMemory, lend
 from coordinator.policy.scaling import by_cost_of_leaving, can_spare, decide
 from coordinator.policy.scaling_demand import coming
 from coordinator.policy.scaling_terms import SpareWorker
-from coordinator.pool_views import ClusterSeen, lend_workers, startable
+from coordinator.pool_views import ClusterSeen, lend_workers
 from coordinator.pool_watch import PoolWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from contracts.clock import Clock
@@ -36,11 +36,13 @@ if TYPE_CHECKING:
     from coordinator.holding import Room
     from coordinator.policy.lending import LendDecision
     from coordinator.policy.scaling_terms import PoolView, ScaleDecision, ScaleMemory
+    from coordinator.policy.start_places import ChosenStart
     from coordinator.policy.virtual_usage import UsageView
     from coordinator.pool_history import Durations
     from coordinator.pool_views import ScaledPool
     from coordinator.pool_watch import Watched
     from coordinator.scaling_settings import AutoscaleSettings, Mode, Operator
+    from coordinator.start_knowledge import StartKnowledge
     from rpc import CallContext, Server
 
 #: A pool that has nobody is looked at for a request at once, but not more often.
@@ -71,16 +73,17 @@ class Autoscaler:
         usage: Callable[[], UsageView],
         log: Callable[[str], None],
         room: Room | None = None,
+        starts: StartKnowledge | None = None,
     ) -> None:
         """`usage`: what workers tell now, as `coordinator.usage_rows.usage_of` makes it. `room`: memory that is shared
-        with other models' workers."""
+        with other models' workers. `starts`: what node agents tell of weights; None: workers are started in order."""
         self._clock = clock
         self._settings = settings
         self._conductor = conductor
         self._operator = operator
         self._usage = usage
         self._log = log
-        self.watch = PoolWatch(settings, conductor, clock.now_s(), room)
+        self.watch = PoolWatch(settings, conductor, clock.now_s(), room, starts)
         self._lend_memory = LendMemory()
         self._told: deque[tuple[float, str]] = deque(maxlen=_MAX_TOLD)
         #: When a request last made it look. Other looks do not count: a request that comes just after one would wait.
@@ -147,10 +150,17 @@ class Autoscaler:
         now_s = self._clock.now_s()
         cluster = self._cluster(now_s)
         self.watch.note(cluster, now_s)
-        for each, view, decision, memory in [] if self._settings.mode == "off" else self._decide(cluster, now_s):
+        decided = [] if self._settings.mode == "off" else self._decide(cluster, now_s)
+        for each, view, decision, memory in decided:
             each.memory = memory
             each.wanted, each.ready, each.coming = decision.wanted, len(view.serving), coming(view)
             each.decisions_total[decision.why] += 1
+            if decision.wanted <= decision.present:
+                each.short_since_s = None
+            elif each.short_since_s is None:
+                each.short_since_s = now_s
+        # Those that have wanted for longest are the first in line at a disk, and for memory.
+        for each, _, decision, _ in sorted(decided, key=lambda one: one[0].short_since_s or now_s):
             self._carry_out(each, decision, cluster, now_s)
         if self._settings.lend_mode != "off":
             found, self._lend_memory = self._lending(cluster, now_s)
@@ -226,7 +236,9 @@ class Autoscaler:
                 self.watch.room.ask(pool.name, pool.worker_bytes, now_s)
             return
         each.said = ""
-        self._tell(f"pool {pool.name}: {decision.reason}", self._settings.mode, now_s)
+        starts = self.watch.next_starts(pool, cluster, decision.num_starts, now_s) if decision.num_starts else []
+        places = "".join(f"; {_words(start)}" for start in starts if start.reason)
+        self._tell(f"pool {pool.name}: {decision.reason}{places}", self._settings.mode, now_s)
         if self._settings.mode != "apply":
             return
         if decision.why == "wake":
@@ -238,9 +250,11 @@ class Autoscaler:
         for spare in decision.flips:
             self._begin(FlipOperation(worker_id=WorkerId(spare.worker_id), role=pool.role))
         roles = {slot.worker_id: slot.role for slot in cluster.slots}
-        for worker_id in startable(pool, cluster)[: decision.num_starts]:
+        for start in starts:
             # Its last life may have ended in another pool's role, with which it would begin.
-            self._begin(StartOperation(worker_id=worker_id, role=None if roles[worker_id] == pool.role else pool.role))
+            role = None if roles[start.worker_id] == pool.role else pool.role
+            if self._begin(StartOperation(worker_id=start.worker_id, role=role)) and self.watch.starts is not None:
+                self.watch.starts.expect(start, now_s)
         for victim in decision.remove:
             # An idle pool may leave the cluster without anybody: that is what was asked for.
             self._begin(RemoveOperation(worker_id=WorkerId(victim), force=decision.why == "idle"))
@@ -262,12 +276,15 @@ class Autoscaler:
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _begin(self, operation: Operation) -> None:
+    def _begin(self, operation: Operation) -> bool:
+        """Whether it could be begun."""
         try:
             self._operator.begin(operation, by="autoscaler")
         except TandemError as error:
             _REFUSED.reached()
             self._log(f"scaling cannot {title(operation)}: {error.message}")
+            return False
+        return True
 
     def _tell(self, text: str, mode: Mode, now_s: float) -> None:
         text = text if mode == "apply" else f"proposed: {text}"
@@ -284,16 +301,24 @@ class Autoscaler:
         return ScalingReply(
             mode=settings.mode,
             pools=tuple(
-                told(each.pool, view, decision, each.start) for each, view, decision, _ in self._decide(cluster, now_s)
+                told(each.pool, view, decision, each.start, self.watch.next_starts(each.pool, cluster, 1, now_s))
+                for each, view, decision, _ in self._decide(cluster, now_s)
             ),
+            nodes=() if self.watch.starts is None else self.watch.starts.told(now_s),
             lend_mode=settings.lend_mode,
             lending="" if settings.lend_mode == "off" else self._lending(cluster, now_s)[0].reason,
             done=tuple((now_s - at_s, text) for at_s, text in self._told),
         )
 
 
-def told(pool: ScaledPool, view: PoolView, decision: ScaleDecision, start: Durations) -> PoolScaling:
-    """A decision as a message."""
+def told(
+    pool: ScaledPool,
+    view: PoolView,
+    decision: ScaleDecision,
+    start: Durations,
+    next_starts: Sequence[ChosenStart] = (),
+) -> PoolScaling:
+    """A decision as a message. `next_starts`: the first of them is told."""
     return PoolScaling(
         pool=pool.name,
         role=pool.role,
@@ -312,4 +337,10 @@ def told(pool: ScaledPool, view: PoolView, decision: ScaleDecision, start: Durat
         start_s=start.mean_s,
         start_spread_s=start.spread_s,
         starts_seen=start.count,
+        expected_start_s=next_starts[0].takes_s if next_starts else None,
+        next_start=_words(next_starts[0]) if next_starts else "",
     )
+
+
+def _words(start: ChosenStart) -> str:
+    return f"{start.worker_id}: {start.reason}" if start.reason else start.worker_id

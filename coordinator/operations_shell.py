@@ -29,6 +29,7 @@ from contracts.errors import TandemError
 from coordinator.agents import BEAT_INTERVAL_S, Agents
 from coordinator.operation_terms import Answered, Call, Looked, Report, Sight, WorkerSeen, title
 from coordinator.operations import Operations
+from coordinator.start_knowledge import StartKnowledge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,6 +80,7 @@ class OperationsShell:
         self._membership = membership
         self._log = log
         self.agents = Agents()
+        self.starts = StartKnowledge(self.agents)
         self.machine = Operations(limits)
         self._wake = asyncio.Event()
         #: Present while `run` runs.
@@ -149,7 +151,7 @@ class OperationsShell:
             self._log(f"node agent up: {beat.node} at {beat.address}, {len(beat.slots)} workers")
         if self.machine.num_running:
             self._wake.set()
-        return AgentBeatReply(interval_s=BEAT_INTERVAL_S)
+        return AgentBeatReply(interval_s=BEAT_INTERVAL_S, measured=self.starts.heard(beat))
 
     async def _on_operate(self, ask: OperateRequest, context: CallContext) -> OperateReply:
         return OperateReply(operation_id=self.begin(ask.operation, by=ask.by))

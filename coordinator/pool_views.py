@@ -103,9 +103,27 @@ class PoolSight:
     flip: Durations
     answer_s: float | None
     answers_limit: float | None
+    #: Of the next start, by where its weights lie, and how far such estimates are off; None: too little is known.
+    expected_start_s: float | None = None
+    expected_spread_s: float = 0.0
+    #: Of starts that were begun: what they take in all.
+    expected_s: Mapping[WorkerId, float] = field(default_factory=dict["WorkerId", float])
     spares: tuple[SpareWorker, ...] = ()
     hold: Hold | None = None
     fits: int | None = None
+
+    @property
+    def start_s(self) -> float:
+        """From the begin of a start to its end: as estimated, else the mean of those that were seen."""
+        return self.start.mean_s if self.expected_start_s is None else self.expected_start_s
+
+    @property
+    def start_spread_s(self) -> float:
+        return self.start.spread_s if self.expected_start_s is None else self.expected_spread_s
+
+    def takes_s(self, worker_id: WorkerId) -> float:
+        """Of a start that was begun."""
+        return self.expected_s.get(worker_id, self.start.mean_s)
 
 
 def pool_view(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterSeen, sight: PoolSight) -> PoolView:
@@ -115,8 +133,8 @@ def pool_view(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterSee
         workers=workers,
         starting=_starting(pool, pools, cluster, workers, sight),
         num_startable=len(startable(pool, cluster)),
-        start_s=sight.start.mean_s,
-        start_spread_s=sight.start.spread_s,
+        start_s=sight.start_s,
+        start_spread_s=sight.start_spread_s,
         spares=sight.spares,
         arrivals=sight.seen.arrivals,
         recent_arrivals=sight.seen.recent_arrivals,
@@ -210,6 +228,16 @@ def startable(pool: ScaledPool, cluster: ClusterSeen) -> list[WorkerId]:
     return sorted(found, key=_by_number)
 
 
+def being_started(cluster: ClusterSeen) -> set[WorkerId]:
+    """Those that an operation starts, or whose processes are not ready yet."""
+    asked = {
+        status.operation.worker_id
+        for status in cluster.operations
+        if status.state == "running" and isinstance(status.operation, StartOperation)
+    }
+    return asked | {slot.worker_id for slot in cluster.slots if slot.state in _COMING - {"ready"}}
+
+
 def lend_workers(
     pools: Sequence[ScaledPool], cluster: ClusterSeen, since_s: Mapping[WorkerId, float]
 ) -> list[LendWorker]:
@@ -289,7 +317,7 @@ def _starting(
 
     for slot in cluster.slots:
         if slot.pool == pool.name and slot.role == pool.role and slot.state in _COMING and slot.worker_id not in told:
-            add(slot.worker_id, slot.age_s or 0.0, sight.start.mean_s)
+            add(slot.worker_id, slot.age_s or 0.0, sight.takes_s(slot.worker_id))
     for info in cluster.infos:
         # It is registered, and tells of its load in a moment.
         if info.worker_id not in told and cluster.pool_of(info, pools) is pool:
@@ -308,7 +336,7 @@ def _starting(
                         add(worker_id, 0.0, sight.start.mean_s)
             case _ if isinstance(status.operation, StartOperation):
                 if status.operation.worker_id in own and status.operation.worker_id not in found:
-                    add(status.operation.worker_id, status.age_s, sight.start.mean_s)
+                    add(status.operation.worker_id, status.age_s, sight.takes_s(status.operation.worker_id))
             case _:
                 pass
     return tuple(found.values())

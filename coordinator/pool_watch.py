@@ -14,8 +14,18 @@ from contracts.failpoints import RarePath
 from coordinator.decision import Refused
 from coordinator.holding import PoolHold, Room
 from coordinator.policy.scaling_terms import ScaleMemory
+from coordinator.policy.start_places import ChosenStart
 from coordinator.pool_history import Durations, PoolHistory
-from coordinator.pool_views import PoolSight, ScaledPool, answers_limit, needed_together, num_present, pool_view
+from coordinator.pool_views import (
+    PoolSight,
+    ScaledPool,
+    answers_limit,
+    being_started,
+    needed_together,
+    num_present,
+    pool_view,
+    startable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
     from coordinator.policy.scaling_terms import PoolView
     from coordinator.pool_views import ClusterSeen
     from coordinator.scaling_settings import AutoscaleSettings
+    from coordinator.start_knowledge import StartKnowledge
 
 #: A request that found nobody is waited for so long after it asked last: gateways ask again meanwhile.
 _UNSERVED_S = 15.0
@@ -63,15 +74,24 @@ class Watched:
     said: str = ""
     #: A request found nobody, and waits.
     is_awaited: bool = False
+    #: It has wanted more workers than it had since then; None: it has enough.
+    short_since_s: float | None = None
 
 
 class PoolWatch:
     """Times of calls must not go backwards."""
 
     def __init__(
-        self, settings: AutoscaleSettings, conductor: Conductor, now_s: float, room: Room | None = None
+        self,
+        settings: AutoscaleSettings,
+        conductor: Conductor,
+        now_s: float,
+        room: Room | None = None,
+        starts: StartKnowledge | None = None,
     ) -> None:
         self.room = room or Room()
+        #: What machines tell of their weights; None: nobody does.
+        self.starts = starts
         self.pools = {
             pool.name: Watched(
                 pool,
@@ -135,14 +155,17 @@ class PoolWatch:
             return rejection
         waits_s: dict[str, float] = {}
         serving = self._serving_now()
+        expected_s = {} if self.starts is None else self.starts.expected_s()
         for name, each in self.pools.items():
             is_asked = each.pool.reads if decision.why == "no_prefill" else each.pool.writes
             states = [slot.state for slot in slots if slot.pool == name]
             if is_asked and each.pool.is_scaled and name not in serving and set(states) - _NEVER_READY:
-                ages_s = [
-                    slot.age_s or 0.0 for slot in slots if slot.pool == name and slot.state in ("new", "starting")
+                lefts_s = [
+                    expected_s.get(slot.worker_id, each.start.mean_s) - (slot.age_s or 0.0)
+                    for slot in slots
+                    if slot.pool == name and (slot.state in ("new", "starting") or slot.worker_id in expected_s)
                 ]
-                waits_s[name] = max(SHORTEST_WAIT_S, each.start.mean_s - max(ages_s, default=0.0))
+                waits_s[name] = max(SHORTEST_WAIT_S, min(lefts_s, default=each.start.mean_s))
         if not waits_s:
             return rejection
         _WAITS.reached()
@@ -175,6 +198,10 @@ class PoolWatch:
                 continue
             self._noted_starts[slot.worker_id] = slot.incarnation
             each.start.note(slot.start_s)
+            if self.starts is not None:
+                self.starts.started(slot)
+        if self.starts is not None:
+            self.starts.forget_all_but(being_started(cluster))
         ended = {one.operation_id: one for one in cluster.operations if one.state == "done"}
         for operation_id, status in ended.items():
             operation = status.operation
@@ -228,7 +255,9 @@ class PoolWatch:
         outlook = fleet.outlook()
         idle_s = each.history.idle_s(now_s)
         num_workers = num_present(pool, self._settings.pools, cluster)
-        held = each.hold.held(num_workers=num_workers, reload_s=each.start.mean_s, idle_s=idle_s, now_s=now_s)
+        expected_start_s = self._expected_start_s(pool, cluster, now_s)
+        reload_s = each.start.mean_s if expected_start_s is None else expected_start_s
+        held = each.hold.held(num_workers=num_workers, reload_s=reload_s, idle_s=idle_s, now_s=now_s)
         may_go = pool.rules.min_workers == 0 and num_workers > 0 and each.hold.is_idle(idle_s)
         self.room.tell(pool.name, num_workers * pool.worker_bytes, held if may_go else None)
         sight = PoolSight(
@@ -239,7 +268,20 @@ class PoolWatch:
             flip=self.flip,
             answer_s=outlook.pace.answer_s if outlook.knows_writing else None,
             answers_limit=answers_limit(outlook, rows, infos, self._settings.tpot_s),
+            expected_start_s=expected_start_s,
+            expected_spread_s=0.0 if self.starts is None else self.starts.spread_s(pool.name),
+            expected_s={} if self.starts is None else self.starts.expected_s(),
             hold=(self.room.wanted_from(pool.name, now_s) if may_go else None) or each.hold.decide(held, now_s),
             fits=self.room.fits(pool.name, pool.worker_bytes),
         )
         return pool_view(pool, self._settings.pools, cluster, sight)
+
+    def next_starts(self, pool: ScaledPool, cluster: ClusterSeen, count: int, now_s: float) -> list[ChosenStart]:
+        """Which empty slots are filled next, those first that would be ready soonest."""
+        worker_ids = startable(pool, cluster)
+        if self.starts is not None:
+            return self.starts.next_starts(pool.name, worker_ids, count, now_s)
+        return [ChosenStart(worker_id=one, node="", takes_s=None, reason="") for one in worker_ids[:count]]
+
+    def _expected_start_s(self, pool: ScaledPool, cluster: ClusterSeen, now_s: float) -> float | None:
+        return None if self.starts is None else self.starts.takes_s(pool.name, startable(pool, cluster), now_s)

@@ -38,7 +38,9 @@ def autoscaler_of(
         return usage_of(shell.conductor, shell.membership.standing(now_s), shell.closed(), {}, now_s)
 
     operator = ShellOperator(operations, clock)
-    scaler = Autoscaler(clock, settings, shell.conductor, operator, usage=usage, log=log, room=room)
+    scaler = Autoscaler(
+        clock, settings, shell.conductor, operator, usage=usage, log=log, room=room, starts=operations.starts
+    )
     if settings.is_on:
         shell.scaler = shell.figures.scaler = scaler
     return scaler

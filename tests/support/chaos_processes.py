@@ -113,6 +113,14 @@ class Processes:
             self.wait_ready(part)
         return part
 
+    def start_agent(self, name: str, settings: Mapping[str, str]) -> Part:
+        """A node agent, with the workers of all pools. `settings`: as with the coordinator. Nothing is waited for."""
+        return self._start(
+            name,
+            *("agent", "--coordinator", self.coordinator_address, "--bind", "127.0.0.1:0"),
+            *("--runtime-dir", str(self._folder / name), *_set(settings)),
+        )
+
     def wait_ready(self, worker: Part) -> None:
         worker.address = worker.wait_for(_ready_address)
 

@@ -29,6 +29,7 @@ from contracts.messages import (
     WorkerLoad,
 )
 from contracts.scale_messages import SCALING, ScalingReply
+from contracts.weight_messages import HeldWeights, MeasuredWeights, NodeWeights
 from coordinator import CoordinatorShell
 from rpc import MemoryNetwork
 from simulator import VirtualClock, run
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from contracts.control_messages import SlotState
     from contracts.messages import CoordinatorFigures, Placement
+    from contracts.weight_messages import WeightTier
     from simulator import Program
 
 ROOT = Path(__file__).parents[3]
@@ -234,3 +236,55 @@ def test_pools_of_a_fixed_size_are_left_out_of_a_dry_run() -> None:
         assert text == "scaling is on; no pool has a range of workers (pools.NAME.workers: {min: 1, max: 4})"
 
     with_office(ClusterConfig(), body)
+
+
+def test_a_worker_is_started_where_its_weights_are_and_who_waits_is_told_how_long_that_takes() -> None:
+    async def beat(office: Office, node: str, first: int, tier: WeightTier, *seen_s: float) -> None:
+        """`seen_s`: a start that was seen there, and what of it was waiting for 2 GB from that disk."""
+        told = NodeWeights(
+            held=(HeldWeights(model="demo", tier=tier, num_bytes=2 * 10**9),),
+            measured=tuple(
+                MeasuredWeights(number=1, tier="ssd", num_bytes=2 * 10**9, seconds=wait_s, is_direct=True)
+                for wait_s in seen_s[1:]
+            ),
+        )
+        slots = tuple(
+            WorkerSlot(
+                worker_id=WorkerId(f"all-{first + number}"),
+                pool="all",
+                role="mixed",
+                state="stopped",
+                incarnation=Incarnation(1),
+                start_s=seen_s[0] if seen_s and number == 0 else None,
+                weights_wait_s=seen_s[1] if seen_s and number == 0 else None,
+                model="demo",
+            )
+            for number in range(2)
+        )
+        ask = AgentBeat(node=node, incarnation=Incarnation(1 + first), address=f"{node}:1", slots=slots, weights=told)
+        await office.channel.call(AGENT_BEAT, ask, timeout_s=1.0)
+
+    async def body(office: Office) -> None:
+        await beat(office, "far", 0, "ssd", 9.0, 5.0)
+        await beat(office, "near", 8, "dram")
+        await office.clock.sleep(2.5)
+        reply = await office.scaling()
+        text = "\n".join(dry_run_lines(reply))
+        assert "  next start: all-8: demo from dram of near in 4.00 s; far 9.00 s from ssd" in text
+        assert "  far   demo in ssd (1907.3 MiB); from ssd 0.40 GB/s (measured, 1 loads)" in text
+        assert "  near  demo in dram (1907.3 MiB); from ssd 0.40 GB/s (fleet, 1 loads)" in text
+        assert reply.pools[0].expected_start_s == 4.0
+        # The mean of what was seen.
+        assert reply.pools[0].start_s == 9.0
+        verdict = await office.ask()
+        assert isinstance(verdict, Rejection)
+        assert (verdict.reason, verdict.retry_after_s) == ("waking", 4.0)
+        assert office.shell.operations is not None
+        (status,) = office.shell.operations.machine.statuses(office.clock.now_s())
+        assert msgspec.to_builtins(status.operation) == {"type": "start", "worker_id": "all-8"}
+        assert any(
+            "pool all: starts 1 (4.0 s" in line and line.endswith("near in 4.00 s; far 9.00 s from ssd")
+            for line in office.told
+        ), office.told
+
+    with_office(config_of(EMPTY_POOL), body)

@@ -38,6 +38,11 @@ def test_workers_are_numbered_within_their_pool() -> None:
     assert [launch.cores for launch in launches] == [(0, 1), (2,), (3,)]
 
 
+def test_machines_that_share_pools_have_numbers_of_their_own() -> None:
+    launches = plan_launches(config(first_worker=8, pools=[{"name": "m", "role": "mixed", "workers": 2}]), SITE)
+    assert [launch.worker_id for launch in launches] == ["m-8", "m-9"]
+
+
 def test_a_pool_overrides_the_engine_limits() -> None:
     pools = [
         {"name": "p", "role": "prefill", "max_batch_tokens": 2048},
