@@ -1,4 +1,5 @@
-"""The flags of the commands that operate a running cluster: workers, operations, drain, flip, restart, start, stop."""
+"""The flags of the commands that operate a running cluster: workers, operations, drain, flip, restart, start, move and
+stop."""
 
 from __future__ import annotations
 
@@ -135,6 +136,23 @@ def start(
     return _run(operation, worker, where, no_wait=no_wait)
 
 
+def move(
+    worker: WorkerName,
+    to: Annotated[str, Parameter(help="Worker that is started instead, on another machine for example.")],
+    /,
+    *,
+    no_wait: NoWait = False,
+    state_file: StateFile = None,
+    coordinator: Coordinator = None,
+    token_file: TokenFile = None,
+) -> int:
+    """Start another worker, and when it is ready drain and end this one: what it has goes on elsewhere."""
+    from contracts.control_messages import MoveOperation
+
+    operation = MoveOperation(worker_id=WorkerId(worker), to=WorkerId(to))
+    return _run(operation, worker, state_file, coordinator, token_file, no_wait=no_wait)
+
+
 def stop(
     worker: WorkerName,
     /,
@@ -152,7 +170,7 @@ def stop(
 
 
 def add_operate_commands(app: App) -> None:
-    for command in (workers, operations, drain, flip, restart, start, stop):
+    for command in (workers, operations, drain, flip, restart, start, move, stop):
         app.command(command)
 
 

@@ -182,7 +182,26 @@ class RemoveOperation(msgspec.Struct, frozen=True, kw_only=True, tag="remove", o
     force: bool = False
 
 
-Operation = DrainOperation | UndrainOperation | FlipOperation | RestartOperation | StartOperation | RemoveOperation
+class MoveOperation(msgspec.Struct, frozen=True, kw_only=True, tag="move", omit_defaults=True):
+    """Another worker is started and awaited, then this one is drained (what it has moves, or ends there) and ended.
+    Where the other one does not come, nothing happens to this one."""
+
+    worker_id: WorkerId
+    #: Of the same coordinator; it does not run.
+    to: WorkerId
+    #: That the other one begins with; None: as this one has when the operation begins.
+    role: Role | None = None
+
+
+Operation = (
+    DrainOperation
+    | UndrainOperation
+    | FlipOperation
+    | RestartOperation
+    | StartOperation
+    | RemoveOperation
+    | MoveOperation
+)
 
 OperationState = Literal["running", "done", "failed", "cancelled"]
 

@@ -11,6 +11,7 @@ from contracts.control_messages import (
     DrainOperation,
     DrainRequest,
     FlipOperation,
+    MoveOperation,
     OperationStatus,
     RemoveOperation,
     RestartOperation,
@@ -145,7 +146,7 @@ def _agent_order(run: Run, slot: SlotSeen) -> CallBody:
         life = slot.incarnation if run.life is None else run.life
         return RestartWorkerRequest(target=slot.agent, worker_id=slot.worker_id, life=life, python=python)
     if run.step is Step.START:
-        role = operation.role if isinstance(operation, StartOperation) else None
+        role = operation.role if isinstance(operation, StartOperation | MoveOperation) else None
         return StartWorkerRequest(target=slot.agent, worker_id=slot.worker_id, role=role)
     return StopWorkerRequest(target=slot.agent, worker_id=slot.worker_id, reason=f"operation {run.operation_id}")
 
@@ -188,3 +189,5 @@ def outcome(run: Run) -> str:
             return "it is up"
         case RemoveOperation():
             return "it has stopped"
+        case MoveOperation(to=to):
+            return f"it has stopped, and {to} is up in its place"

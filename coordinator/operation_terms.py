@@ -12,6 +12,7 @@ from contracts.control_messages import (
     DrainOperation,
     DrainRequest,
     FlipOperation,
+    MoveOperation,
     RemoveOperation,
     RestartOperation,
     RestartWorkerRequest,
@@ -220,6 +221,8 @@ def workers_of(operation: Operation, sight: Sight) -> tuple[WorkerId, ...]:
     """Whom it is about, in the order of their turns."""
     if isinstance(operation, RestartOperation):
         return operation.worker_ids or _in_turns(sight)
+    if isinstance(operation, MoveOperation):
+        return operation.to, operation.worker_id
     return (operation.worker_id,)
 
 
@@ -250,8 +253,8 @@ def kept_by(operation: Operation, role: MemberRole) -> Kind | None:
     return "answers" if operation.role == "decode" else "prompts"
 
 
-def steps_for(operation: Operation, role: MemberRole, *, draining: bool = False) -> list[Step]:
-    """For one worker of this role; `draining`: it takes nothing new as it is."""
+def steps_for(operation: Operation, worker_id: WorkerId, role: MemberRole, *, draining: bool = False) -> list[Step]:
+    """For this worker, of this role; `draining`: it takes nothing new as it is."""
     is_store = role == "store"
     match operation:
         case DrainOperation():
@@ -268,6 +271,8 @@ def steps_for(operation: Operation, role: MemberRole, *, draining: bool = False)
             return [Step.START]
         case RemoveOperation():
             return [Step.STOP] if is_store else [Step.DRAIN, Step.STOP]
+        case MoveOperation(to=to):
+            return [Step.START] if worker_id == to else [Step.WAIT, Step.DRAIN, Step.STOP]
 
 
 def check(operation: Operation, sight: Sight, busy: Mapping[WorkerId, int], leaving: Collection[WorkerId]) -> None:
@@ -288,6 +293,9 @@ def _check_one(operation: Operation, worker_id: WorkerId, sight: Sight, leaving:
     if worker is None and slot is None:
         known = ", ".join(sorted({*sight.workers, *sight.slots})) or "nobody"
         raise NotFound(f"there is no worker {worker_id}; there are {known}", param="worker_id")
+    if isinstance(operation, MoveOperation):
+        _check_move(operation, worker_id, worker, slot)
+        return
     if isinstance(operation, RestartOperation | StartOperation | RemoveOperation):
         if slot is None:
             raise BadRequest(f"no node agent runs {worker_id}: whoever started it has to do that", param="worker_id")
@@ -308,6 +316,21 @@ def _check_one(operation: Operation, worker_id: WorkerId, sight: Sight, leaving:
         raise BadRequest(f"{problem} (forced, requests are refused meanwhile)", param="worker_id")
 
 
+def _check_move(
+    operation: MoveOperation, worker_id: WorkerId, worker: WorkerSeen | None, slot: SlotSeen | None
+) -> None:
+    if slot is None:
+        raise BadRequest(f"no node agent runs {worker_id}: whoever started it has to do that", param="worker_id")
+    if worker_id == operation.to:
+        if worker is not None or slot.state in RUNNING_SLOTS:
+            raise BadRequest(f"{worker_id} runs already: nobody can move there", param="to")
+        return
+    if worker is None:
+        raise NotFound(f"{worker_id} is not up", param="worker_id")
+    if worker.role == "store":
+        raise BadRequest(f"{worker_id} is a store: what it has does not move", param="worker_id")
+
+
 def title(operation: Operation) -> str:
     """For people: "flip decode-1 to prefill"."""
     match operation:
@@ -324,3 +347,5 @@ def title(operation: Operation) -> str:
             return f"start {operation.worker_id}"
         case RemoveOperation():
             return f"stop {operation.worker_id}"
+        case MoveOperation():
+            return f"move {operation.worker_id} to {operation.to}"

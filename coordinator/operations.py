@@ -13,9 +13,12 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from contracts.control_messages import (
     DrainOperation,
     FlipOperation,
+    MoveOperation,
     OperationStatus,
     RemoveOperation,
     RestartOperation,
@@ -118,6 +121,9 @@ class Operations:
             self._end(
                 self._runs[self.busy[drain]], "cancelled", f"operation {self._num_begun + 1} takes it back", now_s
             )
+        if isinstance(operation, MoveOperation) and operation.role is None:
+            role = sight.workers[operation.worker_id].role
+            operation = msgspec.structs.replace(operation, role=None if role == "store" else role)
         self._num_begun += 1
         waiting = deque(workers_of(operation, sight))
         run = Run(self._num_begun, operation, by, now_s, waiting, len(waiting))
@@ -185,7 +191,7 @@ class Operations:
         life = worker or slot
         run.life = None if life is None else life.incarnation
         role = "mixed" if life is None else life.role
-        run.steps = deque(steps_for(run.operation, role, draining=worker is not None and worker.draining))
+        run.steps = deque(steps_for(run.operation, worker_id, role, draining=worker is not None and worker.draining))
         run.keeps = kept_by(run.operation, role)
         run.is_asked = False
         run.begin_step(now_s)
@@ -237,7 +243,10 @@ class Operations:
         operation = run.operation
         if worker is None:
             _LIFE_ENDED.reached()
-            if isinstance(operation, RestartOperation | RemoveOperation) or run.empty_since_s is not None:
+            if (
+                isinstance(operation, RestartOperation | RemoveOperation | MoveOperation)
+                or run.empty_since_s is not None
+            ):
                 return True
             return self._fail(run, f"its life ended before it was drained ({run.text})", now_s)
         if not worker.is_drained(run.keeps):

@@ -14,6 +14,7 @@ import numpy as np
 from contracts.control_messages import (
     DrainOperation,
     FlipOperation,
+    MoveOperation,
     RestartOperation,
     StartOperation,
 )
@@ -170,11 +171,7 @@ def num_present(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterS
     """Processes of the pool that take memory, or will: also those that leave, until they are gone."""
     slots = {slot.worker_id for slot in cluster.slots if slot.pool == pool.name and slot.state in _THERE}
     infos = {info.worker_id for info in cluster.infos if cluster.home_of(info, pools) is pool}
-    starting = {
-        status.operation.worker_id
-        for status in cluster.operations
-        if status.state == "running" and isinstance(status.operation, StartOperation)
-    }
+    starting = _asked_to_start(cluster)
     own = {slot.worker_id for slot in cluster.slots if slot.pool == pool.name}
     return len(slots | infos | (starting & own))
 
@@ -230,12 +227,13 @@ def startable(pool: ScaledPool, cluster: ClusterSeen) -> list[WorkerId]:
 
 def being_started(cluster: ClusterSeen) -> set[WorkerId]:
     """Those that an operation starts, or whose processes are not ready yet."""
-    asked = {
-        status.operation.worker_id
-        for status in cluster.operations
-        if status.state == "running" and isinstance(status.operation, StartOperation)
-    }
-    return asked | {slot.worker_id for slot in cluster.slots if slot.state in _COMING - {"ready"}}
+    return _asked_to_start(cluster) | {slot.worker_id for slot in cluster.slots if slot.state in _COMING - {"ready"}}
+
+
+def _asked_to_start(cluster: ClusterSeen) -> set[WorkerId]:
+    running = [status.operation for status in cluster.operations if status.state == "running"]
+    started = {one.worker_id for one in running if isinstance(one, StartOperation)}
+    return started | {one.to for one in running if isinstance(one, MoveOperation)}
 
 
 def lend_workers(
@@ -345,6 +343,8 @@ def _starting(
 def _workers_of(operation: object) -> tuple[WorkerId, ...]:
     if isinstance(operation, RestartOperation):
         return operation.worker_ids
+    if isinstance(operation, MoveOperation):
+        return operation.to, operation.worker_id
     worker_id: WorkerId | None = getattr(operation, "worker_id", None)
     return () if worker_id is None else (worker_id,)
 

@@ -16,6 +16,7 @@ from contracts.control_messages import (
     DrainOperation,
     DrainRequest,
     FlipOperation,
+    MoveOperation,
     RemoveOperation,
     RestartOperation,
     RestartWorkerRequest,
@@ -179,9 +180,10 @@ class World:
                 if against := work.against(each.role, role):
                     return f"{against} are open"
                 each.role = role
-            case StartWorkerRequest(worker_id=worker_id):
+            case StartWorkerRequest(worker_id=worker_id, role=role):
                 each = self.workers[worker_id]
                 if not each.is_up and each.starts_in_s is None:
+                    each.role = role or each.role
                     each.incarnation, each.given_up = each.incarnation + 1, False
                     each.starts_in_s = self.start_s
             case StopWorkerRequest(worker_id=worker_id):
@@ -410,6 +412,55 @@ def test_a_removed_worker_is_stopped_and_can_be_started() -> None:
     assert world.workers[D0].is_up
 
 
+def test_a_worker_moves_once_the_other_one_is_up_in_its_role() -> None:
+    """The last writer may: somebody writes all the time."""
+    world = World()
+    for each in (P1, D1):
+        world.workers[each].end(again_in_s=None)
+    world.workers[D0].requests = 1
+    number = world.begin(MoveOperation(worker_id=D0, to=P1))
+    world.run(2.0)
+    assert not world.workers[D0].draining
+    assert "p1 starts" in world.status(number).text
+    world.run(3.0)
+    assert (world.workers[P1].is_up, world.workers[P1].role) == (True, "decode")
+    assert world.machine.leaving == {D0}
+    assert world.workers[D0].is_up
+    world.workers[D0].requests = 0
+    status = world.ended(number)
+    assert (status.state, status.text) == ("done", "it has stopped, and p1 is up in its place")
+    assert not world.workers[D0].is_up
+
+
+def test_where_the_other_one_does_not_come_nothing_happens_to_the_one_that_was_to_move() -> None:
+    world = World()
+    world.workers[D1].end(again_in_s=None)
+    world.workers[D1].given_up = True
+    world.lost = {"StartWorkerRequest"}
+    status = world.ended(world.begin(MoveOperation(worker_id=D0, to=D1)))
+    assert status.state == "failed"
+    assert status.text.startswith("d1: ")
+    assert world.workers[D0].is_up
+    assert not any(isinstance(call.body, DrainRequest) for call in world.calls)
+    with pytest.raises(BadRequest, match="p1 runs already"):
+        world.begin(MoveOperation(worker_id=D0, to=P1))
+    world.workers[P1].end(again_in_s=None)
+    with pytest.raises(NotFound, match="d1 is not up"):
+        world.begin(MoveOperation(worker_id=D1, to=P1))
+
+
+def test_a_move_that_is_cancelled_while_it_drains_leaves_both_there() -> None:
+    world = World()
+    world.workers[D1].end(again_in_s=None)
+    world.workers[D0].requests = 1
+    number = world.begin(MoveOperation(worker_id=D0, to=D1))
+    world.run(6.0)
+    assert world.workers[D0].draining
+    world.machine.cancel(number, world.now_s)
+    assert world.ended(number).state == "cancelled"
+    assert all(world.workers[each].is_up and not world.workers[each].draining for each in (D0, D1))
+
+
 def test_an_order_that_was_undone_meanwhile_is_given_again() -> None:
     world = World()
     world.workers[D0].end(again_in_s=None)
@@ -540,6 +591,7 @@ OPERATIONS = st.one_of(
     st.builds(FlipOperation, worker_id=WORKER_IDS, role=st.sampled_from(["prefill", "decode", "mixed"])),
     st.builds(RestartOperation, worker_ids=st.lists(WORKER_IDS, max_size=3).map(tuple), force=st.booleans()),
     st.builds(StartOperation, worker_id=WORKER_IDS),
+    st.builds(MoveOperation, worker_id=WORKER_IDS, to=WORKER_IDS),
     st.builds(RemoveOperation, worker_id=WORKER_IDS, within_s=st.none() | st.just(3.0), force=st.booleans()),
     st.builds(UndrainOperation, worker_id=WORKER_IDS),
 )
