@@ -70,11 +70,19 @@ async def agent_service(
     log: Callable[[str], None],
     *,
     overseers: Sequence[Overseer] = (),
+    workers_memory_bytes: int | None = None,
 ) -> AsyncGenerator[None]:
     """Serves and beats while the body runs, and the agent with it. `overseers`: where several models are served, each
-    one's coordinator; else it is the site's. Raises ConfigError when it cannot listen."""
+    one's coordinator; else it is the site's. `workers_memory_bytes`: what workers may take
+    here together. Raises ConfigError when it cannot listen."""
     service = AgentService(
-        agent, site.node, incarnation, network, overseers or [Overseer(site.coordinator_address)], log
+        agent,
+        site.node,
+        incarnation,
+        network,
+        overseers or [Overseer(site.coordinator_address)],
+        log,
+        workers_memory_bytes,
     )
     server = network.server(bind)
     server.register(START_WORKER, service.on_start)
@@ -102,7 +110,9 @@ class AgentService:
         network: Network,
         overseers: Sequence[Overseer],
         log: Callable[[str], None],
+        workers_memory_bytes: int | None,
     ) -> None:
+        self._workers_memory_bytes = workers_memory_bytes
         self._agent = agent
         self._node = node
         self._incarnation = incarnation
@@ -134,6 +144,7 @@ class AgentService:
                 address=address,
                 slots=slots,
                 weights=self._agent.weights({slot.model for slot in slots}, measured),
+                workers_memory_bytes=self._workers_memory_bytes,
             )
             try:
                 channel = self._network.channel(overseer.address)

@@ -110,7 +110,7 @@ async def local_cluster(
         token = secrets.token_urlsafe(32)
         network = GrpcNetwork(token=token, log=_line_writer(log))
         stack.push_async_callback(network.close)
-        room = Room(config.workers_memory)
+        room = Room(config.workers_memory, node_name(config))
         sites: list[Site] = []
         for cell in cells:
             address = await stack.enter_async_context(_kept_coordinator(cell, network, clock, log, room, say))
@@ -161,7 +161,14 @@ async def local_cluster(
             for site, worker_ids in zip(sites, own, strict=True)
         ]
         beats = agent_service(
-            agent, sites[0], network, LOOPBACK, first_incarnation(clock), _line_writer(log), overseers=overseers
+            agent,
+            sites[0],
+            network,
+            LOOPBACK,
+            first_incarnation(clock),
+            _line_writer(log),
+            overseers=overseers,
+            workers_memory_bytes=config.workers_memory,
         )
         await stack.enter_async_context(beats)
         fronted = [

@@ -109,7 +109,15 @@ def run_agent(config: ClusterConfig, coordinator_address: str, token: str, runti
             signals.install(agent.kill_all)
             own_bind = f"{bind.rpartition(':')[0]}:0"
             await stack.enter_async_context(
-                agent_service(agent, site, network, own_bind, first_incarnation(clock), say)
+                agent_service(
+                    agent,
+                    site,
+                    network,
+                    own_bind,
+                    first_incarnation(clock),
+                    say,
+                    workers_memory_bytes=config.workers_memory,
+                )
             )
             return await _keep(agent, signals.wanted, clock)
 

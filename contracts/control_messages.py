@@ -86,6 +86,8 @@ class AgentBeat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     slots: tuple[WorkerSlot, ...]
     #: None: the agent holds no weights, or does not tell.
     weights: NodeWeights | None = None
+    #: What workers may take there together, weights and KV; None: nobody counts.
+    workers_memory_bytes: int | None = None
 
 
 class AgentBeatReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
-from contracts.control_messages import FlipOperation, RemoveOperation, StartOperation
+from contracts.control_messages import FlipOperation, MoveOperation, RemoveOperation, StartOperation
 from contracts.errors import TandemError
 from contracts.failpoints import RarePath
 from contracts.ids import WorkerId
@@ -57,6 +57,9 @@ _PREWARMED = RarePath("coordinator.pool_prewarmed", "a worker is started before 
 _TO_ZERO = RarePath("coordinator.pool_to_zero", "an idle pool is left without its last worker")
 _LENT = RarePath("coordinator.worker_lent", "a worker is lent to the other phase")
 _RETURNED = RarePath("coordinator.worker_given_back", "a lent worker goes home")
+_MOVED = RarePath(
+    "coordinator.worker_moved_away", "a busy worker moves to another machine for one that needs its memory"
+)
 _REFUSED = RarePath("coordinator.scaling_refused", "an operation that scaling wants cannot be begun")
 
 
@@ -162,6 +165,7 @@ class Autoscaler:
         # Those that have wanted for longest are the first in line at a disk, and for memory.
         for each, _, decision, _ in sorted(decided, key=lambda one: one[0].short_since_s or now_s):
             self._carry_out(each, decision, cluster, now_s)
+            self._move_away(each, now_s)
         if self._settings.lend_mode != "off":
             found, self._lend_memory = self._lending(cluster, now_s)
             self._carry_out_lending(found, now_s)
@@ -233,7 +237,7 @@ class Autoscaler:
             # To be there before anybody asks is no reason to send others away.
             is_needed = decision.why == "no_room" and (each.is_awaited or decision.present > 0)
             if is_needed and self._settings.mode == "apply":
-                self.watch.room.ask(pool.name, pool.worker_bytes, now_s)
+                self._make_room(pool, cluster, now_s)
             return
         each.said = ""
         starts = self.watch.next_starts(pool, cluster, decision.num_starts, now_s) if decision.num_starts else []
@@ -258,6 +262,27 @@ class Autoscaler:
         for victim in decision.remove:
             # An idle pool may leave the cluster without anybody: that is what was asked for.
             self._begin(RemoveOperation(worker_id=WorkerId(victim), force=decision.why == "idle"))
+
+    def _make_room(self, pool: ScaledPool, cluster: ClusterSeen, now_s: float) -> None:
+        """Idle pools go, where the worker would be ready soonest; where they are not enough, busy ones move away."""
+        if any(room.ask(pool.name, pool.worker_bytes, now_s) for room in self.watch.rooms_for(pool, cluster, now_s)):
+            return
+        plan = self.watch.plan_room(pool)
+        if plan is not None:
+            self._tell(f"pool {pool.name}: room is made on {plan.node}: {plan.reason}", self._settings.mode, now_s)
+            self.watch.room.want(plan, pool.name, now_s)
+
+    def _move_away(self, each: Watched, now_s: float) -> None:
+        """Where another pool needs the memory of one of these workers."""
+        found = self.watch.room.move_of(each.pool.name, now_s)
+        if found is None or self._settings.mode != "apply":
+            return
+        move, reason = found
+        if self._begin(MoveOperation(worker_id=move.worker_id, to=move.to)):
+            _MOVED.reached()
+            self._tell(f"pool {each.pool.name}: {move.worker_id} moves to {move.to}: {reason}", "apply", now_s)
+            # What it had to offer is old; the next look offers anew.
+            self.watch.room.offers.pop(each.pool.name, None)
 
     # --- lending ----------------------------------------------------------------------------------
 

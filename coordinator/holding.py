@@ -7,12 +7,13 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from coldstart.keep_alive import HeldModel, IdleTimes, KeepRules, make_room, window
+from coldstart.keep_alive import HeldModel, IdleTimes, KeepRules, loss_s, make_room, window
 from coordinator.policy.scaling_terms import Hold
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from coordinator.policy.room_moves import Machine, PoolOffer, RoomPlan, WorkerMove
     from coordinator.pool_views import ScaledPool
 
 
@@ -60,6 +61,10 @@ class PoolHold:
         is_soon = 0.0 < look.warm_s <= idle_s < look.until_s
         return Hold("warm" if is_soon else "release", words)
 
+    def loss_s(self, held: HeldModel, now_s: float) -> float:
+        """What letting go of it now is expected to cost later."""
+        return loss_s(held, self._pool.rules.keep or KeepRules(way="lru"), self._times, now_s)
+
     def is_idle(self, idle_s: float) -> bool:
         return idle_s > self._resolution_s
 
@@ -98,6 +103,15 @@ class Room:
 
     #: None: nobody counts.
     budget_bytes: int | None = None
+    #: Whose memory it is; empty: that of all machines which nobody tells apart.
+    node: str = ""
+    #: By pool, what it has and where else it could be; and the moves that others need of it, each until a time.
+    offers: dict[str, PoolOffer] = field(default_factory=dict[str, "PoolOffer"])
+    #: By name, what any of the coordinators knows of loads there.
+    machines: dict[str, Machine] = field(default_factory=dict[str, "Machine"])
+    _moves: dict[str, tuple[WorkerMove, str, float]] = field(default_factory=dict[str, "tuple[WorkerMove, str, float]"])
+    #: Of other machines.
+    _others: dict[str, Room] = field(default_factory=dict[str, "Room"])
     _tenants: dict[str, _Tenant] = field(default_factory=dict[str, _Tenant])
     #: By pool: for whom, and until when.
     _asked: dict[str, tuple[str, float]] = field(default_factory=dict[str, tuple[str, float]])
@@ -117,6 +131,35 @@ class Room:
             since_s = now_s
             del self._waking[model]
         self._waking[model] = _Waking(needs=dict(needs), since_s=since_s, until_s=now_s + _BELIEVED_S)
+
+    def at(self, node: str) -> Room:
+        """The memory of that machine."""
+        if node in ("", self.node):
+            return self
+        return self._others.setdefault(node, Room(node=node))
+
+    def rooms(self) -> tuple[Room, ...]:
+        """Of all machines."""
+        return self, *self._others.values()
+
+    @property
+    def free_bytes(self) -> int | None:
+        """None: nobody counts."""
+        if self.budget_bytes is None:
+            return None
+        return self.budget_bytes - sum(tenant.num_bytes for tenant in self._tenants.values())
+
+    def want(self, plan: RoomPlan, pool: str, now_s: float, *, lasts_s: float = 15.0) -> None:
+        """Has pools let go and workers move, so that a worker of `pool` has room."""
+        for other in plan.release:
+            self._asked[other] = (f"room for {pool}: {plan.reason}", now_s + lasts_s)
+        for move in plan.moves:
+            self._moves[move.pool] = (move, f"room for {pool} on {plan.node}: {plan.reason}", now_s + lasts_s)
+
+    def move_of(self, pool: str, now_s: float) -> tuple[WorkerMove, str] | None:
+        """The move that this pool is to make, and why; told once."""
+        found = self._moves.pop(pool, None)
+        return None if found is None or found[2] < now_s else found[:2]
 
     def tell(self, pool: str, num_bytes: int, held: HeldModel | None) -> None:
         """What a pool's workers take, those that come included; `held` where all of it could be let go of."""

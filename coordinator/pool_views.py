@@ -15,6 +15,7 @@ from contracts.control_messages import (
     DrainOperation,
     FlipOperation,
     MoveOperation,
+    RemoveOperation,
     RestartOperation,
     StartOperation,
 )
@@ -167,24 +168,26 @@ def needed_together(present: Sequence[ScaledPool], absent: Sequence[ScaledPool])
     return [pool for pool in lacking if pool is not None] if None not in lacking else []
 
 
-def num_present(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterSeen) -> int:
-    """Processes of the pool that take memory, or will: also those that leave, until they are gone."""
+def present(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterSeen) -> set[WorkerId]:
+    """Workers of the pool that take memory, or will: also those that leave, until they are gone."""
     slots = {slot.worker_id for slot in cluster.slots if slot.pool == pool.name and slot.state in _THERE}
     infos = {info.worker_id for info in cluster.infos if cluster.home_of(info, pools) is pool}
     starting = _asked_to_start(cluster)
     own = {slot.worker_id for slot in cluster.slots if slot.pool == pool.name}
-    return len(slots | infos | (starting & own))
+    return slots | infos | (starting & own)
 
 
 def pool_workers(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: ClusterSeen) -> tuple[PoolWorker, ...]:
     """Those that told of their load. One that drains and has nothing left is none any more."""
     usage, infos = cluster.usage, {info.worker_id: info for info in cluster.infos}
     used_blocks = wanted_blocks(usage, UsageRules(queued="all")) - usage.queued_blocks
-    lost = _lost(cluster.operations)
+    lost, moving = _lost(cluster.operations), _moving(cluster.operations)
     workers: list[PoolWorker] = []
     for row, worker_id in enumerate(usage.worker_ids):
         info = infos.get(worker_id)
-        is_leaving = bool(usage.is_draining[row])
+        # The one that takes its place is there.
+        is_replaced = moving.get(worker_id) in infos
+        is_leaving = bool(usage.is_draining[row]) or is_replaced
         if info is None or cluster.pool_of(info, pools) is not pool:
             continue
         if is_leaving and not cluster.open_requests.get(worker_id, 0):
@@ -210,12 +213,7 @@ def pool_workers(pool: ScaledPool, pools: Sequence[ScaledPool], cluster: Cluster
 
 def startable(pool: ScaledPool, cluster: ClusterSeen) -> list[WorkerId]:
     """Slots that could be started, in order of their numbers, whatever role their last lives ended with."""
-    held = {
-        worker_id
-        for status in cluster.operations
-        if status.state == "running"
-        for worker_id in _workers_of(status.operation)
-    }
+    held = being_changed(cluster)
     present = {info.worker_id for info in cluster.infos}
     found = [
         slot.worker_id
@@ -223,6 +221,19 @@ def startable(pool: ScaledPool, cluster: ClusterSeen) -> list[WorkerId]:
         if slot.pool == pool.name and slot.state in _STARTABLE and slot.worker_id not in held | present
     ]
     return sorted(found, key=_by_number)
+
+
+def being_changed(cluster: ClusterSeen) -> set[WorkerId]:
+    """Those that an operation has."""
+    running = [status.operation for status in cluster.operations if status.state == "running"]
+    return {worker_id for operation in running for worker_id in _workers_of(operation)}
+
+
+def being_removed(cluster: ClusterSeen) -> set[WorkerId]:
+    """Those whose processes end, or will when they are drained."""
+    running = [status.operation for status in cluster.operations if status.state == "running"]
+    asked = {one.worker_id for one in running if isinstance(one, RemoveOperation | MoveOperation)}
+    return asked | {slot.worker_id for slot in cluster.slots if slot.state == "ending"}
 
 
 def being_started(cluster: ClusterSeen) -> set[WorkerId]:
@@ -305,7 +316,10 @@ def _starting(
     workers: Sequence[PoolWorker],
     sight: PoolSight,
 ) -> tuple[StartingWorker, ...]:
-    serving = {worker.worker_id for worker in workers if not worker.is_leaving}
+    # Who comes to take another one's place is no more capacity.
+    serving = {worker.worker_id for worker in workers if not worker.is_leaving} | {
+        *_moving(cluster.operations).values()
+    }
     told = set(cluster.usage.worker_ids)
     found: dict[WorkerId, StartingWorker] = {}
 
@@ -347,6 +361,12 @@ def _workers_of(operation: object) -> tuple[WorkerId, ...]:
         return operation.to, operation.worker_id
     worker_id: WorkerId | None = getattr(operation, "worker_id", None)
     return () if worker_id is None else (worker_id,)
+
+
+def _moving(operations: Sequence[OperationStatus]) -> dict[WorkerId, WorkerId]:
+    """Those that move, and which worker takes their place."""
+    running = [status.operation for status in operations if status.state == "running"]
+    return {one.worker_id: one.to for one in running if isinstance(one, MoveOperation)}
 
 
 def _lost(operations: Sequence[OperationStatus]) -> set[WorkerId]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,6 +13,7 @@ from contracts.errors import NotReady
 from contracts.failpoints import RarePath
 from coordinator.decision import Refused
 from coordinator.holding import PoolHold, Room
+from coordinator.policy.room_moves import OfferedWorker, plan_room
 from coordinator.policy.scaling_terms import ScaleMemory
 from coordinator.policy.start_places import ChosenStart
 from coordinator.pool_history import Durations, PoolHistory
@@ -20,21 +21,26 @@ from coordinator.pool_views import (
     PoolSight,
     ScaledPool,
     answers_limit,
+    being_changed,
+    being_removed,
     being_started,
     needed_together,
-    num_present,
     pool_view,
+    present,
     startable,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from coldstart.keep_alive import HeldModel
+    from coldstart.placement_terms import InstanceState
     from contracts.control_messages import WorkerSlot
     from contracts.ids import WorkerId
     from contracts.messages import DispatchItem, Rejection, TtftTally
     from coordinator.conductor import Conductor
     from coordinator.decision import Chosen
+    from coordinator.policy.room_moves import RoomPlan
     from coordinator.policy.scaling_terms import PoolView
     from coordinator.pool_views import ClusterSeen
     from coordinator.scaling_settings import AutoscaleSettings
@@ -202,6 +208,10 @@ class PoolWatch:
                 self.starts.started(slot)
         if self.starts is not None:
             self.starts.forget_all_but(being_started(cluster))
+            for node, budget_bytes in self.starts.budgets(now_s).items():
+                if budget_bytes is not None:
+                    self.room.at(node).budget_bytes = budget_bytes
+            self.room.machines |= self.starts.machines(now_s)
         ended = {one.operation_id: one for one in cluster.operations if one.state == "done"}
         for operation_id, status in ended.items():
             operation = status.operation
@@ -236,16 +246,23 @@ class PoolWatch:
         self._line_up(cluster, now_s)
 
     def _line_up(self, cluster: ClusterSeen, now_s: float) -> None:
-        """Where requests find nobody: one worker of each pool that they cannot do without."""
-        there = {name: num_present(each.pool, self._settings.pools, cluster) > 0 for name, each in self.pools.items()}
+        """Where requests find nobody: one worker of each pool that they cannot do without, wherever it could be."""
+        there = {name: bool(present(each.pool, self._settings.pools, cluster)) for name, each in self.pools.items()}
         awaited = [
             each.pool
             for name, each in self.pools.items()
             if each.is_awaited and each.pool.is_scaled and not there[name]
         ]
-        present = [each.pool for name, each in self.pools.items() if there[name]]
-        needed = needed_together(present, awaited)
-        self.room.line_up(" ".join(self.pools), {pool.name: pool.worker_bytes for pool in needed}, now_s)
+        needed = needed_together([each.pool for name, each in self.pools.items() if there[name]], awaited)
+        nodes = {} if self.starts is None else self.starts.nodes(now_s)
+        places = {
+            pool.name: {self.room.at(nodes.get(worker_id, "")).node for worker_id in startable(pool, cluster)}
+            or {self.room.node}
+            for pool in needed
+        }
+        for room in self.room.rooms():
+            needs = {pool.name: pool.worker_bytes for pool in needed if room.node in places[pool.name]}
+            room.line_up(" ".join(self.pools), needs, now_s)
 
     def view(self, each: Watched, cluster: ClusterSeen, now_s: float) -> PoolView:
         """The pool as scaling looks at it, as of the last `note`."""
@@ -254,12 +271,19 @@ class PoolWatch:
         rows = [row for row, info in enumerate(infos) if self._pool_names.get(info.worker_id) == pool.name]
         outlook = fleet.outlook()
         idle_s = each.history.idle_s(now_s)
-        num_workers = num_present(pool, self._settings.pools, cluster)
+        nodes = {} if self.starts is None else self.starts.nodes(now_s)
+        there = present(pool, self._settings.pools, cluster)
+        num_workers = len(there)
         expected_start_s = self._expected_start_s(pool, cluster, now_s)
         reload_s = each.start.mean_s if expected_start_s is None else expected_start_s
         held = each.hold.held(num_workers=num_workers, reload_s=reload_s, idle_s=idle_s, now_s=now_s)
         may_go = pool.rules.min_workers == 0 and num_workers > 0 and each.hold.is_idle(idle_s)
-        self.room.tell(pool.name, num_workers * pool.worker_bytes, held if may_go else None)
+        counts = Counter(self.room.at(nodes.get(worker_id, "")).node for worker_id in there)
+        for room in self.room.rooms():
+            num_bytes = counts[room.node] * pool.worker_bytes
+            # All of it goes, but only what is here makes room here.
+            room.tell(pool.name, num_bytes, replace(held, num_bytes=num_bytes) if may_go and num_bytes else None)
+        wanted_from = next(filter(None, (room.wanted_from(pool.name, now_s) for room in self.room.rooms())), None)
         sight = PoolSight(
             seen=each.history.seen(now_s),
             idle_s=idle_s,
@@ -271,17 +295,97 @@ class PoolWatch:
             expected_start_s=expected_start_s,
             expected_spread_s=0.0 if self.starts is None else self.starts.spread_s(pool.name),
             expected_s={} if self.starts is None else self.starts.expected_s(),
-            hold=(self.room.wanted_from(pool.name, now_s) if may_go else None) or each.hold.decide(held, now_s),
-            fits=self.room.fits(pool.name, pool.worker_bytes),
+            hold=(wanted_from if may_go else None) or each.hold.decide(held, now_s),
+            fits=self._fits(pool, cluster, nodes),
         )
-        return pool_view(pool, self._settings.pools, cluster, sight)
+        view = pool_view(pool, self._settings.pools, cluster, sight)
+        self._offer(each, view, cluster, nodes, held if may_go else None, now_s)
+        return view
 
     def next_starts(self, pool: ScaledPool, cluster: ClusterSeen, count: int, now_s: float) -> list[ChosenStart]:
         """Which empty slots are filled next, those first that would be ready soonest."""
         worker_ids = startable(pool, cluster)
         if self.starts is not None:
+            worker_ids = self._with_room(pool, worker_ids, self.starts.nodes(now_s))
             return self.starts.next_starts(pool.name, worker_ids, count, now_s)
         return [ChosenStart(worker_id=one, node="", takes_s=None, reason="") for one in worker_ids[:count]]
+
+    def rooms_for(self, pool: ScaledPool, cluster: ClusterSeen, now_s: float) -> list[Room]:
+        """The memory of machines that have an empty slot of the pool, where it is ready soonest first."""
+        if self.starts is None:
+            return [self.room]
+        worker_ids = startable(pool, cluster)
+        ordered = self.starts.next_starts(pool.name, worker_ids, len(worker_ids), now_s)
+        nodes = dict.fromkeys(self.room.at(start.node).node for start in ordered)
+        return [self.room.at(node) for node in nodes]
+
+    def plan_room(self, pool: ScaledPool) -> RoomPlan | None:
+        """Whom to move away where there is no memory for a worker of the pool, and letting go of idle ones is not
+        enough; None: that is no help, or too little is known."""
+        if self.starts is None:
+            return None
+        machines = [
+            replace(machine, free_bytes=self.room.at(node).free_bytes) for node, machine in self.room.machines.items()
+        ]
+        return plan_room(pool.name, list(self.room.offers.values()), machines)
+
+    def _with_room(
+        self, pool: ScaledPool, worker_ids: Sequence[WorkerId], nodes: Mapping[WorkerId, str]
+    ) -> list[WorkerId]:
+        """Of empty slots those whose machines have the memory, as many of each as fit."""
+        found: list[WorkerId] = []
+        taken: Counter[str] = Counter()
+        for worker_id in worker_ids:
+            room = self.room.at(nodes.get(worker_id, ""))
+            fits = room.fits(pool.name, pool.worker_bytes)
+            if fits is None or taken[room.node] < fits:
+                taken[room.node] += 1
+                found.append(worker_id)
+        return found
+
+    def _fits(self, pool: ScaledPool, cluster: ClusterSeen, nodes: Mapping[WorkerId, str]) -> int | None:
+        """Workers that there is memory for where there are slots; None: nobody counts it there."""
+        worker_ids = startable(pool, cluster)
+        if len({self.room.at(nodes.get(worker_id, "")).node for worker_id in worker_ids}) > 1:
+            return len(self._with_room(pool, worker_ids, nodes))
+        room = self.room.at(nodes.get(worker_ids[0], "")) if worker_ids else self.room
+        return room.fits(pool.name, pool.worker_bytes)
+
+    def _offer(
+        self,
+        each: Watched,
+        view: PoolView,
+        cluster: ClusterSeen,
+        nodes: Mapping[WorkerId, str],
+        idle: HeldModel | None,
+        now_s: float,
+    ) -> None:
+        """Tells other pools what this one has, and where else it could be. `idle`: it may be let go of."""
+        if self.starts is None:
+            return
+        pool = each.pool
+        changing, removed = being_changed(cluster), being_removed(cluster)
+        stays = {worker.worker_id for worker in view.workers if not worker.is_leaving}
+        workers: list[OfferedWorker] = []
+        for worker_id in sorted(present(pool, self._settings.pools, cluster)):
+            state: InstanceState = "idle" if idle is not None else "running"
+            if worker_id in changing or worker_id not in stays or self._settings.mode != "apply":
+                state = "fixed"
+            loss = 0.0 if idle is None else each.hold.loss_s(idle, now_s)
+            workers.append(
+                OfferedWorker(
+                    worker_id=worker_id,
+                    node=nodes.get(worker_id, ""),
+                    state=state,
+                    eviction_s=loss,
+                    is_leaving=worker_id in removed,
+                )
+            )
+        offer = self.starts.offer(pool.name, pool.worker_bytes, tuple(workers), startable(pool, cluster), now_s)
+        if offer is None:
+            self.room.offers.pop(pool.name, None)
+        else:
+            self.room.offers[pool.name] = offer
 
     def _expected_start_s(self, pool: ScaledPool, cluster: ClusterSeen, now_s: float) -> float | None:
         return None if self.starts is None else self.starts.takes_s(pool.name, startable(pool, cluster), now_s)

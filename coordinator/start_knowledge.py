@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from coldstart.estimate import TIERS, LoadHistory, MeasuredLoad
 from contracts.scale_messages import NodeStarts, TierSpeed
-from coordinator.policy.start_places import StartSite, choose
+from coordinator.policy.room_moves import EmptySlot, Machine, PoolOffer
+from coordinator.policy.start_places import StartSite, choose, line_s
 from coordinator.pool_history import Durations
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from contracts.control_messages import AgentBeat, WorkerSlot
     from contracts.ids import Incarnation, WorkerId
     from coordinator.agents import Agents
+    from coordinator.policy.room_moves import OfferedWorker
     from coordinator.policy.start_places import ChosenStart
 
 #: Workers compute on weights where they lie in the machine's memory: nothing is copied. A measured load says otherwise.
@@ -105,6 +107,56 @@ class StartKnowledge:
         """What the next start of the pool takes, from its process to its being ready; None: too little is known."""
         return next((one.takes_s for one in self.next_starts(pool, worker_ids, 1, now_s)), None)
 
+    def nodes(self, now_s: float) -> dict[WorkerId, str]:
+        """By slot, the machine that has it."""
+        return {slot.worker_id: beat.node for beat in self._agents.beats(now_s) for slot in beat.slots}
+
+    def budgets(self, now_s: float) -> dict[str, int | None]:
+        """By machine, what workers may take there together."""
+        return {beat.node: beat.workers_memory_bytes for beat in self._agents.beats(now_s)}
+
+    def machines(self, now_s: float) -> dict[str, Machine]:
+        """By name, those that tell of their weights; nothing is said of their memory."""
+        found: dict[str, Machine] = {}
+        for beat in self._agents.beats(now_s):
+            if beat.weights is None:
+                continue
+            speeds: dict[Tier, float] = {tier: self._history.path(beat.node, tier).bytes_per_s for tier in TIERS}
+            found[beat.node] = Machine(
+                node=beat.node,
+                free_bytes=None,
+                bytes_per_s=speeds,
+                queue_s=line_s(beat.weights, speeds),
+            )
+        return found
+
+    def offer(
+        self, pool: str, worker_bytes: int, workers: tuple[OfferedWorker, ...], empty: Sequence[WorkerId], now_s: float
+    ) -> PoolOffer | None:
+        """What a pool has, and where else it could be; None: nobody tells of its weights."""
+        slots, nodes = self._slots(now_s), self.nodes(now_s)
+        model = next((slot.model for slot in slots.values() if slot.pool == pool and slot.model), "")
+        held = {
+            beat.node: one
+            for beat in self._agents.beats(now_s)
+            if beat.weights is not None and (one := beat.weights.of(model)) is not None
+        }
+        if not held:
+            return None
+        places: dict[str, EmptySlot] = {}
+        for worker_id in empty:
+            node = nodes.get(worker_id, "")
+            if node in held and node not in places:
+                places[node] = EmptySlot(worker_id, held[node].tier)
+        return PoolOffer(
+            pool=pool,
+            worker_bytes=worker_bytes,
+            weight_bytes=max(one.num_bytes for one in held.values()),
+            init_s=self._history.init_s(pool),
+            workers=workers,
+            slots=places,
+        )
+
     def spread_s(self, pool: str) -> float:
         """By how much starts of the pool miss what was expected of them."""
         misses = self._misses.get(pool)
@@ -153,10 +205,9 @@ class StartKnowledge:
 
     def _sites(self, worker_ids: Sequence[WorkerId], now_s: float) -> list[StartSite]:
         """In the order of their first slots."""
-        nodes: dict[WorkerId, str] = {}
+        nodes = self.nodes(now_s)
         reports: dict[str, AgentBeat] = {}
         for beat in self._agents.beats(now_s):
-            nodes |= {slot.worker_id: beat.node for slot in beat.slots}
             if beat.weights is not None or beat.node not in reports:
                 reports[beat.node] = beat
         by_node: dict[str, list[WorkerId]] = {}

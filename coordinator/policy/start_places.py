@@ -116,6 +116,11 @@ def view_of(
     return ClusterView(nodes=tuple(nodes), models={model: terms})
 
 
+def line_s(weights: NodeWeights, speeds: Mapping[Tier, float]) -> float:
+    """Until all that is in line at a machine's disk is loaded."""
+    return sum(_seconds(max(0, one.num_bytes - one.done_bytes), speeds[one.tier]) for one in weights.in_line)
+
+
 def _wait_s(weights: NodeWeights, model: str, tier: WeightTier, num_bytes: int, speeds: Mapping[Tier, float]) -> float:
     """Until a load of the model begins that is asked for now. Where its own is in line already: as if a whole one ended
     when that one will."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from contracts.control_messages import (
     FlipOperation,
+    MoveOperation,
     OperationStatus,
     RemoveOperation,
     RestartOperation,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from coordinator.holding import Room
     from coordinator.policy.virtual_usage import UsageView
     from coordinator.scaling_settings import AutoscaleSettings
+    from coordinator.start_knowledge import StartKnowledge
 
 STEP_S = 0.25
 PROMPT_TOKENS = 500
@@ -78,15 +80,19 @@ class ElasticCluster:
         settings: AutoscaleSettings,
         initial: dict[str, int],
         room: Room | None = None,
+        slots: int = SLOTS,
+        starts: StartKnowledge | None = None,
         /,
         *,
         start_s: float = START_S,
         answer_s: float = ANSWER_S,
     ) -> None:
+        """`slots`: of each pool; `starts`: as `Autoscaler`."""
         self.clock = VirtualClock()
         self.settings = settings
         self.start_s = start_s
         self.answer_s = answer_s
+        self._num_slots = slots
         self.conductor = conductor_of([])
         self.workers: dict[WorkerId, Worker] = {}
         self.told: list[str] = []
@@ -102,7 +108,14 @@ class ElasticCluster:
         self.worker_s = 0.0
         self._queues: dict[WorkerId, deque[float]] = {}
         self.scaler = Autoscaler(
-            self.clock, settings, self.conductor, self, usage=self._usage, log=self.told.append, room=room
+            self.clock,
+            settings,
+            self.conductor,
+            self,
+            usage=self._usage,
+            log=self.told.append,
+            room=room,
+            starts=starts,
         )
         for pool in settings.pools:
             for number in range(initial.get(pool.name, 0)):
@@ -136,7 +149,9 @@ class ElasticCluster:
         )
 
     def slots(self) -> tuple[WorkerSlot, ...]:
-        return tuple(self._slot(pool.name, pool.role, n) for pool in self.settings.pools for n in range(SLOTS))
+        return tuple(
+            self._slot(pool.name, pool.role, n) for pool in self.settings.pools for n in range(self._num_slots)
+        )
 
     def _slot(self, pool: str, role: Role, number: int) -> WorkerSlot:
         worker_id = WorkerId(f"{pool}-{number}")
@@ -239,6 +254,14 @@ class ElasticCluster:
             pool = next(pool for pool in self.settings.pools if worker_id.startswith(pool.name))
             self._add(worker_id, operation.role or pool.role)
             run.done_s = now_s
+        elif isinstance(operation, MoveOperation) and worker is not None and age_s >= self.start_s:
+            if operation.to not in self.workers:
+                self._add(operation.to, worker.role)
+            worker.leaving = True
+            if worker.is_idle:
+                self.conductor.remove(worker_id)
+                del self.workers[worker_id]
+                run.done_s = now_s
         elif isinstance(operation, RemoveOperation) and worker is not None and worker.is_idle:
             self.conductor.remove(worker_id)
             del self.workers[worker_id]
@@ -265,4 +288,6 @@ def _worker_of(operation: Operation) -> WorkerId:
 
 
 def _starts(operation: Operation, worker_id: WorkerId) -> bool:
+    if isinstance(operation, MoveOperation):
+        return operation.to == worker_id
     return isinstance(operation, StartOperation) and operation.worker_id == worker_id
