@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
+from cluster.remote_model import open_far
 from cluster.weights_book import LoadSeen, WeightsBook
+from coldstart.download_plan import converted_key
+from coldstart.far import FAR_NAME, Far
+from coldstart.format import read_index
 from coldstart.residence import Copy, CopyState, WeightsKey
 from coldstart.whereabouts import Whereabouts, whereabouts
 from contracts.errors import ConfigError
 from contracts.weight_messages import MAX_IN_LINE, MAX_MEASURED, HeldWeights, WeightsInLine
+from tests.support.converted_folders import CHUNK_BYTES, converted_folder
 from tests.support.layout import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+REACH = partial(open_far, say=lambda _: None)
 KEY, OTHER = WeightsKey(folder="/a", dtype="auto"), WeightsKey(folder="/b", dtype="auto")
 SSD = LoadSeen(num_bytes=100, tier="ssd", seconds=2.0, is_direct=True, converted_s=0.0)
 
@@ -109,7 +117,7 @@ def test_an_original_is_remote_until_the_disk_tier_has_it(tmp_path: Path) -> Non
     original_bytes = sum(file.stat().st_size for file in demo.glob("*.safetensors"))
     assert whereabouts(key, None) == whereabouts(key, tmp_path) == Whereabouts("remote", original_bytes)
     tier = LocalTier(tmp_path, capacity_bytes=1 << 30, files=LiveTierFiles(), clock=LiveBlockingClock())
-    with WeightLoader(key, tier, progress=lambda *_: None, log=lambda _: None) as loader:
+    with WeightLoader(key, tier, progress=lambda *_: None, log=lambda _: None, open_far=REACH) as loader:
         loader.prepare()
         assert loader.has_converted
     found = whereabouts(key, tmp_path)
@@ -117,9 +125,29 @@ def test_an_original_is_remote_until_the_disk_tier_has_it(tmp_path: Path) -> Non
     assert found == Whereabouts("ssd", weights.stat().st_size)
     # A folder in Tandem's format is what it is, wherever it is.
     assert whereabouts(WeightsKey(folder=str(weights.parent), dtype="auto"), None) == found
-    with WeightLoader(key, tier, progress=lambda *_: None, log=lambda _: None) as again:
+    with WeightLoader(key, tier, progress=lambda *_: None, log=lambda _: None, open_far=REACH) as again:
         again.prepare()
         assert not again.has_converted
+
+
+def test_a_checkpoint_in_a_store_is_remote_until_its_tier_has_it(tmp_path: Path) -> None:
+    folder, tier = tmp_path / "far", tmp_path / "tier"
+    folder.mkdir()
+    files = converted_folder(3)
+    for name, data in files.items():
+        if not name.endswith(".tandem"):
+            (folder / name).write_bytes(data)
+    far = Far(url="s3://bucket/model", tier_path=str(tier), tier_bytes=1 << 30)
+    (folder / FAR_NAME).write_bytes(msgspec.json.encode(far))
+    key = WeightsKey(folder=str(folder), dtype="auto")
+    assert whereabouts(key, None) == Whereabouts("remote", 5 * CHUNK_BYTES)
+    entry = tier / "entries" / converted_key(read_index(folder)).folder / "checkpoint"
+    entry.mkdir(parents=True)
+    for name, data in files.items():
+        (entry / name).write_bytes(data)
+    assert whereabouts(key, None) == Whereabouts("ssd", 5 * CHUNK_BYTES)
+    with pytest.raises(ConfigError, match="no rank 1 of 1"):
+        whereabouts(WeightsKey(folder=str(folder), dtype="auto", rank=1), None)
 
 
 def test_a_folder_that_is_none_is_an_error(tmp_path: Path) -> None:
