@@ -10,6 +10,7 @@ import msgspec
 from contracts.control_messages import (
     DrainOperation,
     FlipOperation,
+    MoveOperation,
     OperationStatus,
     RemoveOperation,
     RestartOperation,
@@ -21,7 +22,17 @@ from contracts.messages import PriorityUse, WorkerLoad
 from coordinator.policy.scaling_terms import PoolView, ScaleRules
 from coordinator.policy.virtual_usage import usage_view
 from coordinator.pool_history import Durations, Seen
-from coordinator.pool_views import ClusterSeen, PoolSight, ScaledPool, answers_limit, lend_workers, pool_view, startable
+from coordinator.pool_views import (
+    ClusterSeen,
+    PoolSight,
+    ScaledPool,
+    answers_limit,
+    being_removed,
+    lend_workers,
+    pool_view,
+    present,
+    startable,
+)
 from coordinator.usage_rows import use_of
 from tests.support.conductors import MILLI, conductor_of, info_of, item_of
 
@@ -130,6 +141,38 @@ def test_who_leaves_is_no_capacity_and_who_has_nothing_left_is_gone() -> None:
         WRITING, replace(those, operations=(operation(RemoveOperation(worker_id=WorkerId("writing-0"))),))
     ).workers
     assert not asked_for.is_lost
+
+
+def test_an_estimate_of_the_next_start_counts_before_the_mean_of_those_that_were_seen() -> None:
+    slots = (slot("writing-0", "decode", "starting", 1.0), slot("writing-1", "decode", "starting", 1.0))
+    those = cluster({}, slots=slots)
+    view = seen(WRITING, those)
+    assert (view.start_s, view.start_spread_s) == (7.0, 0.0)
+    known = replace(SIGHT, expected_start_s=2.0, expected_spread_s=0.5, expected_s={WorkerId("writing-1"): 3.0})
+    view = pool_view(WRITING, POOLS, those, known)
+    assert (view.start_s, view.start_spread_s) == (2.0, 0.5)
+    assert {one.worker_id: one.takes_s for one in view.starting} == {"writing-0": 7.0, "writing-1": 3.0}
+
+
+def test_who_takes_anothers_place_is_no_more_capacity() -> None:
+    """Neither while it comes nor when both are there; the one that goes counts until the other one is there."""
+    move = operation(MoveOperation(worker_id=WorkerId("writing-0"), to=WorkerId("writing-1")))
+    slots = (
+        slot("writing-0", "decode"),
+        slot("writing-1", "decode", "starting", 1.0),
+        slot("writing-2", "decode", "absent"),
+    )
+    coming = cluster({"writing-0": ("decode", BUSY)}, move, slots=slots)
+    view = seen(WRITING, coming)
+    assert ([worker.worker_id for worker in view.serving], view.starting) == (["writing-0"], ())
+    assert startable(WRITING, replace(coming, slots=(*slots[:1], slot("writing-1", "decode", "absent"), slots[2]))) == [
+        "writing-2"
+    ]
+    both = cluster({"writing-0": ("decode", BUSY), "writing-1": ("decode", IDLE)}, move, slots=slots)
+    assert [worker.worker_id for worker in seen(WRITING, both).serving] == ["writing-1"]
+    # Memory is taken by both.
+    assert present(WRITING, POOLS, coming) == present(WRITING, POOLS, both) == {"writing-0", "writing-1"}
+    assert being_removed(both) == {"writing-0"}
 
 
 def test_what_will_be_capacity() -> None:
