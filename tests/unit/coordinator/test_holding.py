@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from coldstart.keep_alive import KeepRules, Way
+from contracts.ids import WorkerId
 from coordinator.holding import LONGEST_FIRST_S, PoolHold, Room
+from coordinator.policy.room_moves import RoomPlan, WorkerMove
 from coordinator.policy.scaling import decide
 from coordinator.policy.scaling_terms import Hold, Look, PoolView, PoolWorker, ScaleMemory, ScaleRules, StartingWorker
 from coordinator.pool_views import ScaledPool, needed_together
@@ -246,3 +248,30 @@ def test_what_is_needed_is_the_fewest_pools_that_can_serve(present: str, absent:
         return [replace(POOL, name=letter, role=roles[letter]) for letter in letters]
 
     assert "".join(pool.name for pool in needed_together(pools(present), pools(absent))) == expected
+
+
+# --- machines ------------------------------------------------------------------------------------------
+
+
+def test_each_machine_has_a_memory_of_its_own() -> None:
+    room = Room(2 * GIB, "here")
+    assert room.at("") is room.at("here") is room
+    there = room.at("there")
+    assert there is room.at("there")
+    there.budget_bytes = GIB
+    room.tell("night", 2 * GIB, None)
+    assert (room.fits("x", GIB), there.fits("x", GIB), room.at("else").fits("x", GIB)) == (0, 1, None)
+    assert [(one.node, one.free_bytes) for one in room.rooms()] == [("here", 0), ("there", GIB), ("else", None)]
+
+
+def test_a_plan_lets_pools_go_and_tells_each_pool_its_move_once_and_in_time() -> None:
+    room = Room()
+    move = WorkerMove("day", WorkerId("day-0"), WorkerId("day-1"))
+    room.want(RoomPlan(node="a", release=("idle",), moves=(move,), reason="because"), "night", 10.0)
+    assert room.wanted_from("idle", 11.0) == Hold("release", "room for night: because", is_urgent=True)
+    assert room.move_of("night", 11.0) is None
+    assert room.move_of("day", 11.0) == (move, "room for night on a: because")
+    assert room.move_of("day", 11.0) is None
+    room.want(RoomPlan(node="a", release=(), moves=(move,), reason="because"), "night", 20.0)
+    # Whoever needed it may be gone.
+    assert room.move_of("day", 40.0) is None
