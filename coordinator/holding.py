@@ -151,8 +151,11 @@ class Room:
 
     def want(self, plan: RoomPlan, pool: str, now_s: float, *, lasts_s: float = 15.0) -> None:
         """Has pools let go and workers move, so that a worker of `pool` has room."""
-        for other in plan.release:
-            self._asked[other] = (f"room for {pool}: {plan.reason}", now_s + lasts_s)
+        for room in self.rooms():
+            for other in plan.release:
+                # What a pool was asked for is forgotten where it has nothing.
+                if other in room._tenants and room._tenants[other].num_bytes:
+                    room._asked[other] = (f"room for {pool}: {plan.reason}", now_s + lasts_s)
         for move in plan.moves:
             self._moves[move.pool] = (move, f"room for {pool} on {plan.node}: {plan.reason}", now_s + lasts_s)
 

@@ -388,4 +388,9 @@ class PoolWatch:
             self.room.offers[pool.name] = offer
 
     def _expected_start_s(self, pool: ScaledPool, cluster: ClusterSeen, now_s: float) -> float | None:
-        return None if self.starts is None else self.starts.takes_s(pool.name, startable(pool, cluster), now_s)
+        if self.starts is None:
+            return None
+        worker_ids = startable(pool, cluster)
+        # Where there is no room, by when there will be.
+        worker_ids = self._with_room(pool, worker_ids, self.starts.nodes(now_s)) or worker_ids
+        return self.starts.takes_s(pool.name, worker_ids, now_s)

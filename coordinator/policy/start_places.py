@@ -57,15 +57,15 @@ def choose(
 ) -> list[ChosenStart]:
     """So many workers of a model, or as many as there are slots: those first that are ready soonest.
 
-    `init_s`: from the last byte in place until it can answer. Machines of which too little is known come last, in the
-    order of `sites`.
+    `model`: empty where agents do not tell. `init_s`: from the last byte in place until it can answer. Machines of which
+    too little is known come last, in the order of `sites`.
     """
     left = {site.node: list(site.worker_ids) for site in sites}
     chosen: list[ChosenStart] = []
     while len(chosen) < count and any(left.values()):
         view = view_of(sites, left, model, history, init_s)
         node, takes_s = "", None
-        reason = f"nobody tells of {model}"
+        reason = f"nobody tells of {model}" if model else ""
         if view is not None:
             decision = place(view, model, _RULES)
             reason = decision.reason
@@ -74,7 +74,7 @@ def choose(
                 reason += _others(view, model, node)
         if not node:
             node = next(name for name, worker_ids in left.items() if worker_ids)
-            reason = f"in order: {reason}"
+            reason = f"in order: {reason}" if reason else ""
         chosen.append(ChosenStart(worker_id=left[node].pop(0), node=node, takes_s=takes_s, reason=reason))
     return chosen
 

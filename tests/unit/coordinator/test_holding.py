@@ -267,8 +267,13 @@ def test_each_machine_has_a_memory_of_its_own() -> None:
 def test_a_plan_lets_pools_go_and_tells_each_pool_its_move_once_and_in_time() -> None:
     room = Room()
     move = WorkerMove("day", WorkerId("day-0"), WorkerId("day-1"))
+    for one in (room, room.at("a")):
+        one.tell("idle", GIB if one.node == "a" else 0, None)
     room.want(RoomPlan(node="a", release=("idle",), moves=(move,), reason="because"), "night", 10.0)
-    assert room.wanted_from("idle", 11.0) == Hold("release", "room for night: because", is_urgent=True)
+    for one in (room, room.at("a")):
+        one.tell("idle", GIB if one.node == "a" else 0, None)
+    assert room.wanted_from("idle", 11.0) is None
+    assert room.at("a").wanted_from("idle", 11.0) == Hold("release", "room for night: because", is_urgent=True)
     assert room.move_of("night", 11.0) is None
     assert room.move_of("day", 11.0) == (move, "room for night on a: because")
     assert room.move_of("day", 11.0) is None

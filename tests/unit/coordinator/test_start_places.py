@@ -100,6 +100,7 @@ def test_where_nothing_was_measured_slots_are_taken_in_order() -> None:
     assert chosen[0].reason == "in order: no node knows where to load m from"
     assert choose([], "m", history(), 2) == []
     (nobody,) = choose([StartSite(node="a", worker_ids=(WorkerId("a-0"),))], "m", history(), 1)
+    assert choose([StartSite(node="a", worker_ids=(WorkerId("a-0"),))], "", history(), 1)[0].reason == ""
     assert nobody == ChosenStart(
         worker_id=WorkerId("a-0"), node="a", takes_s=None, reason="in order: nobody tells of m"
     )
