@@ -172,6 +172,7 @@ class AgentService:
                 incarnation=worker.incarnation,
                 start_s=worker.start_s,
                 weights_wait_s=worker.weights_wait_s,
+                weights_due_s=worker.weights_due_s,
                 age_s=ages_s.get(worker.worker_id),
                 problem=worker.problem or "",
                 doing="" if worker.loading is None or worker.state is not State.STARTING else doing(worker.loading),

@@ -81,6 +81,7 @@ class WorkerStatus:
     #: As `contracts.control_messages.WorkerSlot`.
     start_s: float | None = None
     weights_wait_s: float | None = None
+    weights_due_s: float = 0.0
     model: str = ""
     #: It runs, or should; not: its slot is empty, or about to be.
     is_wanted: bool = True
@@ -141,6 +142,7 @@ class Keeper:
             pool=self._plan.pool,
             start_s=machine.start_s,
             weights_wait_s=machine.weights_wait_s,
+            weights_due_s=machine.weights_due_s,
             model=self._plan.launch.model_name,
             is_wanted=self._is_wanted,
         )

@@ -206,6 +206,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="r
     address: str
     #: For so long the start stood still until the node agent handed out its weights; None: it read them itself.
     weights_wait_s: float | None = None
+    #: From then until now.
+    after_weights_s: float = 0.0
 
 
 class Warm(msgspec.Struct, frozen=True, tag_field="event", tag="warm"):

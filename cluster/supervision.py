@@ -159,7 +159,9 @@ class Supervision:
         self._spawned_s = 0.0
         #: What the last start took, from the process to its being ready; None: never seen.
         self.start_s: float | None = None
+        #: As `contracts.control_messages.WorkerSlot`.
         self.weights_wait_s: float | None = None
+        self.weights_due_s = 0.0
 
     def __repr__(self) -> str:
         failed = f"{self._failed_starts} failed starts"
@@ -242,6 +244,7 @@ class Supervision:
             self.state, self.deadline_s = State.READY, now_s + self._limits.hang_timeout_s
             self.address, self._ready_s = status.address, now_s
             self.start_s, self.weights_wait_s = now_s - self._spawned_s, status.weights_wait_s
+            self.weights_due_s = max(0.0, self.start_s - (status.weights_wait_s or 0.0) - status.after_weights_s)
             self._failed_starts, self._proven = 0, True
             return [Report(f"ready at {status.address}")]
         elif self.state is State.STARTING and isinstance(status, Loading):

@@ -111,7 +111,7 @@ async def _serve(launch: WorkerLaunch, departure: Departure) -> None:
 
         waits_since_s = clock.now_s()
         handed = None if asking is None else await asking
-        weights_wait_s = None if handed is None else clock.now_s() - waits_since_s
+        weights_s = clock.now_s()
         if handed is not None:
             stack.callback(handed.close)
         engine = await _load(launch, make_pool, clock, handed)
@@ -195,7 +195,13 @@ async def _serve(launch: WorkerLaunch, departure: Departure) -> None:
                 clock=clock,
                 log=log,
             )
-            tell(Ready(address=info.address, weights_wait_s=weights_wait_s))
+            tell(
+                Ready(
+                    address=info.address,
+                    weights_wait_s=None if handed is None else weights_s - waits_since_s,
+                    after_weights_s=clock.now_s() - weights_s,
+                )
+            )
             if launch.parent_pid is not None:
                 tasks.create_task(tell_alive(clock), name="signs-of-life")
             log(f"{info.worker_id}: ready at {info.address}, {info.total_blocks} blocks, {info.device}")

@@ -66,6 +66,8 @@ class WorkerSlot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     start_s: float | None = None
     #: Of that time, what it stood still for its weights; None: not known, or it read them itself.
     weights_wait_s: float | None = None
+    #: From the start of its process until it would have used them; known where the wait is.
+    weights_due_s: float = 0.0
     #: Since its process was started; None while there is none.
     age_s: float | None = None
     problem: str = ""

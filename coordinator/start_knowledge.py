@@ -49,6 +49,8 @@ class StartKnowledge:
         self._expected: dict[WorkerId, _Expected] = {}
         #: By pool: by how much starts missed their estimates.
         self._misses: dict[str, Durations] = {}
+        #: By pool: how long a process does something else before it needs its weights.
+        self._overlaps: dict[str, Durations] = {}
         #: Whose initialisation was seen.
         self._inits: set[str] = set()
 
@@ -83,6 +85,8 @@ class StartKnowledge:
         if slot.weights_wait_s is not None and 0 <= slot.weights_wait_s <= slot.start_s:
             self._history.observe_init(slot.pool, slot.start_s - slot.weights_wait_s)
             self._inits.add(slot.pool)
+            overlap = self._overlaps.setdefault(slot.pool, Durations(0.0))
+            overlap.note(min(slot.weights_due_s, slot.start_s - slot.weights_wait_s))
         expected = self._expected.pop(slot.worker_id, None)
         if expected is not None and slot.incarnation > expected.after:
             self._misses.setdefault(slot.pool, Durations(0.0)).note(abs(slot.start_s - expected.takes_s))
@@ -94,7 +98,15 @@ class StartKnowledge:
         slots = self._slots(now_s)
         models = {slots[worker_id].model for worker_id in worker_ids if worker_id in slots}
         model = min(models - {""}, default="")
-        chosen = choose(self._sites(worker_ids, now_s), model, self._history, count, init_s=self._history.init_s(pool))
+        overlap = self._overlaps.get(pool)
+        chosen = choose(
+            self._sites(worker_ids, now_s),
+            model,
+            self._history,
+            count,
+            init_s=self._history.init_s(pool),
+            overlap_s=0.0 if overlap is None else overlap.mean_s,
+        )
         if self._inits:
             return chosen
         # Nothing was seen yet of what comes after the weights: places can be compared, times are not whole.

@@ -53,17 +53,23 @@ class ChosenStart:
 
 
 def choose(
-    sites: Sequence[StartSite], model: str, history: LoadHistory, count: int, *, init_s: float = 0.0
+    sites: Sequence[StartSite],
+    model: str,
+    history: LoadHistory,
+    count: int,
+    *,
+    init_s: float = 0.0,
+    overlap_s: float = 0.0,
 ) -> list[ChosenStart]:
     """So many workers of a model, or as many as there are slots: those first that are ready soonest.
 
-    `model`: empty where agents do not tell. `init_s`: from the last byte in place until it can answer. Machines of which
-    too little is known come last, in the order of `sites`.
+    `model`: empty where agents do not tell. `init_s`: what a start takes beside its load; `overlap_s`: of that, the
+    part that goes on while weights come. Machines of which too little is known come last, in the order of `sites`.
     """
     left = {site.node: list(site.worker_ids) for site in sites}
     chosen: list[ChosenStart] = []
     while len(chosen) < count and any(left.values()):
-        view = view_of(sites, left, model, history, init_s)
+        view = view_of(sites, left, model, history, init_s, overlap_s)
         node, takes_s = "", None
         reason = f"nobody tells of {model}" if model else ""
         if view is not None:
@@ -85,6 +91,7 @@ def view_of(
     model: str,
     history: LoadHistory,
     init_s: float,
+    overlap_s: float = 0.0,
 ) -> ClusterView | None:
     """Of the machines that tell of the model; None: none does. `left`: by machine, the slots that are still empty."""
     known = {site.node: held for site in sites if site.weights is not None and (held := site.weights.of(model))}
@@ -99,8 +106,10 @@ def view_of(
         speeds: dict[Tier, float] = {tier: history.path(site.node, tier).bytes_per_s for tier in TIERS}
         queue_s = _wait_s(site.weights, model, held.tier, held.num_bytes, speeds)
         if speeds[held.tier] > 0:
-            # Terms have one size for all machines; an original is not as long as what is made of it.
-            queue_s += (held.num_bytes - num_bytes) / speeds[held.tier]
+            # Terms know neither that an original is not as long as what is made of it, nor that a process can import
+            # what it needs while its weights come: the wait is what is left to make the sum right.
+            load_s = queue_s + held.num_bytes / speeds[held.tier]
+            queue_s = max(0.0, load_s - overlap_s) - num_bytes / speeds[held.tier]
         nodes.append(
             NodeView(
                 node_id=site.node,

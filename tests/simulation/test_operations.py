@@ -11,6 +11,7 @@ import pytest
 from contracts.control_messages import (
     DrainOperation,
     FlipOperation,
+    MoveOperation,
     Operation,
     OperationStatus,
     RemoveOperation,
@@ -174,6 +175,27 @@ def test_a_removed_worker_is_gone_until_it_is_started() -> None:
             await asyncio.sleep(3.0)
             await done(cluster, StartOperation(worker_id=WorkerId("d0"), role="prefill"))
             assert (await member(cluster, "d0")).info.role == "prefill"
+            await load.end()
+            await at_rest(cluster)
+
+    run(main, seed=1)
+
+
+@pytest.mark.parametrize(("victim", "other"), [("d0", "d1"), ("p0", "p1"), ("d0", "p1")])
+def test_the_last_of_a_role_moves_under_load_and_no_request_fails(victim: str, other: str) -> None:
+    """Also into a slot of the other role, which takes this one's."""
+
+    async def main(program: Program) -> None:
+        async with SimulatedCluster(program, spec()) as cluster:
+            for name in sorted({"d1", "p1", other}):
+                await done(cluster, RemoveOperation(worker_id=WorkerId(name)))
+            role = (await member(cluster, victim)).info.role
+            load = Load(program, cluster)
+            await asyncio.sleep(5.0)
+            status = await done(cluster, MoveOperation(worker_id=WorkerId(victim), to=WorkerId(other)))
+            assert status.text == f"it has stopped, and {other} is up in its place"
+            assert victim not in cluster.up()
+            assert (await member(cluster, other)).info.role == role
             await load.end()
             await at_rest(cluster)
 

@@ -85,6 +85,16 @@ def test_an_original_counts_by_its_own_size() -> None:
     assert second.takes_s == pytest.approx(20.0)
 
 
+def test_what_a_process_does_while_its_weights_come_is_not_waited_for_twice() -> None:
+    known = history(a=GB, b=GB)
+    sites = [site("a", "ssd"), site("b", "ssd", line("x", num_bytes=GB)), site("c", "dram")]
+    times = [
+        [one.takes_s for one in choose(sites, "m", known, 3, init_s=3.0, overlap_s=overlap_s)]
+        for overlap_s in (0.0, 1.0, 4.5)
+    ]
+    assert times == [[3.0, 7.0, 8.0], [3.0, 6.0, 7.0], [3.0, 3.0, 3.5]]
+
+
 def test_of_equals_the_first_by_name_and_all_slots_are_used_before_machines_that_do_not_tell() -> None:
     silent = StartSite(node="0", worker_ids=(WorkerId("s-0"), WorkerId("s-1")))
     chosen = choose([silent, site("b", "dram"), site("a", "dram")], "m", history(), 9)
@@ -116,6 +126,7 @@ def slot(
     life: int = 0,
     start_s: float | None = None,
     wait_s: float | None = None,
+    due_s: float = 0.0,
 ) -> WorkerSlot:
     return WorkerSlot(
         worker_id=WorkerId(f"p-{number}"),
@@ -125,6 +136,7 @@ def slot(
         incarnation=Incarnation(life),
         start_s=start_s,
         weights_wait_s=wait_s,
+        weights_due_s=due_s,
         model="m",
     )
 
@@ -191,6 +203,16 @@ def test_a_start_takes_its_load_and_what_the_pools_starts_took_beside_their_weig
     assert [(one.worker_id, one.takes_s) for one in office.next(0, 9)] == [("p-9", 3.0), ("p-0", 5.0)]
     assert office.starts.takes_s("p", [WorkerId("p-0"), WorkerId("p-1")], 0.0) == 5.0
     assert office.starts.takes_s("p", [], 0.0) is None
+
+
+def test_what_goes_on_while_weights_come_is_learned_too() -> None:
+    """Two seconds of imports, weights after five, one second more."""
+    office = Office()
+    office.beat("a", "ssd", measured(1, 2.5), slots=(slot(0),))
+    office.starts.started(slot(8, life=1, start_s=6.0, wait_s=3.0, due_s=2.0))
+    assert office.starts.takes_s("p", [WorkerId("p-0")], 0.0) == 6.0
+    office.beat("a", "dram", slots=(slot(0),))
+    assert office.starts.takes_s("p", [WorkerId("p-0")], 0.0) == 3.0
 
 
 def test_how_far_estimates_are_off_is_learned_from_starts_that_were_begun() -> None:
