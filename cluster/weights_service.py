@@ -140,7 +140,7 @@ class WeightsService:
             for key in self._book.keys:
                 try:
                     place = await asyncio.to_thread(whereabouts, key, self._ssd_root)
-                except TandemError:
+                except (TandemError, OSError):
                     # Whoever loads it will say what is wrong with it.
                     place = None
                 self._book.found(key, place)
