@@ -161,7 +161,7 @@ class PoolWatch:
             return rejection
         waits_s: dict[str, float] = {}
         serving = self._serving_now()
-        expected_s = {} if self.starts is None else self.starts.expected_s()
+        expected_s: Mapping[WorkerId, float] = {} if self.starts is None else self.starts.expected_s()
         for name, each in self.pools.items():
             is_asked = each.pool.reads if decision.why == "no_prefill" else each.pool.writes
             states = [slot.state for slot in slots if slot.pool == name]

@@ -23,6 +23,7 @@ from tests.support.layout import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
+NOBODY: frozenset[str] = frozenset()
 REACH = partial(open_far, say=lambda _: None)
 KEY, OTHER = WeightsKey(folder="/a", dtype="auto"), WeightsKey(folder="/b", dtype="auto")
 SSD = LoadSeen(num_bytes=100, tier="ssd", seconds=2.0, is_direct=True, converted_s=0.0)
@@ -65,22 +66,22 @@ def test_the_line_is_told_in_its_order_with_what_is_done_of_the_load_under_way()
         WeightsInLine(models=("three",), tier="remote", num_bytes=70, done_bytes=60),
         WeightsInLine(models=("one", "two"), tier="ssd", num_bytes=100),
     )
-    assert made.report(copies, 130, set(), 0).in_line[0].done_bytes == 70
+    assert made.report(copies, 130, NOBODY, 0).in_line[0].done_bytes == 70
     many = [copy(WeightsKey(folder=f"/{n}", dtype="auto"), CopyState.QUEUED) for n in range(MAX_IN_LINE + 5)]
-    assert len(made.report(many, 0, set(), 0).in_line) == MAX_IN_LINE
+    assert len(made.report(many, 0, NOBODY, 0).in_line) == MAX_IN_LINE
 
 
 def test_loads_are_numbered_and_told_until_they_are_known() -> None:
     made = book()
     made.loaded(KEY, SSD)
     made.loaded(KEY, SSD)
-    assert [one.number for one in made.report([], 0, set(), 0).measured] == [1, 2]
-    (last,) = made.report([], 0, set(), 1).measured
+    assert [one.number for one in made.report([], 0, NOBODY, 0).measured] == [1, 2]
+    (last,) = made.report([], 0, NOBODY, 1).measured
     assert (last.tier, last.num_bytes, last.seconds, last.is_direct) == ("ssd", 100, 2.0, True)
-    assert made.report([], 0, set(), 2).measured == ()
+    assert made.report([], 0, NOBODY, 2).measured == ()
     for _ in range(MAX_MEASURED):
         made.loaded(KEY, SSD)
-    assert [one.number for one in made.report([], 0, set(), 0).measured] == list(range(3, MAX_MEASURED + 3))
+    assert [one.number for one in made.report([], 0, NOBODY, 0).measured] == list(range(3, MAX_MEASURED + 3))
 
 
 def test_an_original_is_measured_by_its_own_bytes_and_with_its_conversion() -> None:
@@ -88,7 +89,7 @@ def test_an_original_is_measured_by_its_own_bytes_and_with_its_conversion() -> N
     made.found(KEY, Whereabouts("remote", 50))
     made.loaded(KEY, LoadSeen(num_bytes=100, tier="original", seconds=5.0, is_direct=False, converted_s=0.0))
     made.loaded(KEY, LoadSeen(num_bytes=100, tier="ssd", seconds=2.0, is_direct=True, converted_s=8.0))
-    told = made.report([], 0, set(), 0).measured
+    told = made.report([], 0, NOBODY, 0).measured
     assert [(one.tier, one.num_bytes, one.seconds, one.is_direct) for one in told] == [
         ("remote", 50, 5.0, False),
         ("remote", 50, 10.0, False),
@@ -100,7 +101,7 @@ def test_what_took_no_time_or_came_from_elsewhere_is_no_measurement() -> None:
     made = book()
     made.loaded(KEY, LoadSeen(num_bytes=100, tier="ssd", seconds=0.0, is_direct=True, converted_s=0.0))
     made.loaded(KEY, LoadSeen(num_bytes=100, tier="elsewhere", seconds=1.0, is_direct=True, converted_s=0.0))
-    assert made.report([], 0, set(), 0).measured == ()
+    assert made.report([], 0, NOBODY, 0).measured == ()
 
 
 # --- on the disk ------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def test_an_original_is_remote_until_the_disk_tier_has_it(tmp_path: Path) -> Non
     original_bytes = sum(file.stat().st_size for file in demo.glob("*.safetensors"))
     assert whereabouts(key, None) == whereabouts(key, tmp_path) == Whereabouts("remote", original_bytes)
     tier = LocalTier(tmp_path, capacity_bytes=1 << 30, files=LiveTierFiles(), clock=LiveBlockingClock())
-    with WeightLoader(key, tier, progress=lambda *_: None, log=lambda _: None, open_far=REACH) as loader:
+    with WeightLoader(key, tier, progress=lambda what, done, total: None, log=lambda _: None, open_far=REACH) as loader:
         loader.prepare()
         assert loader.has_converted
     found = whereabouts(key, tmp_path)
@@ -125,7 +126,7 @@ def test_an_original_is_remote_until_the_disk_tier_has_it(tmp_path: Path) -> Non
     assert found == Whereabouts("ssd", weights.stat().st_size)
     # A folder in Tandem's format is what it is, wherever it is.
     assert whereabouts(WeightsKey(folder=str(weights.parent), dtype="auto"), None) == found
-    with WeightLoader(key, tier, progress=lambda *_: None, log=lambda _: None, open_far=REACH) as again:
+    with WeightLoader(key, tier, progress=lambda what, done, total: None, log=lambda _: None, open_far=REACH) as again:
         again.prepare()
         assert not again.has_converted
 
