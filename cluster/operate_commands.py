@@ -142,15 +142,13 @@ def move(
     /,
     *,
     no_wait: NoWait = False,
-    state_file: StateFile = None,
-    coordinator: Coordinator = None,
-    token_file: TokenFile = None,
+    where: ClusterFlags | None = None,
 ) -> int:
     """Start another worker, and when it is ready drain and end this one: what it has goes on elsewhere."""
     from contracts.control_messages import MoveOperation
 
     operation = MoveOperation(worker_id=WorkerId(worker), to=WorkerId(to))
-    return _run(operation, worker, state_file, coordinator, token_file, no_wait=no_wait)
+    return _run(operation, worker, where, no_wait=no_wait)
 
 
 def stop(
