@@ -53,6 +53,11 @@ def test_the_nearest_tier_is_told_of_each_model_that_the_coordinator_has() -> No
     )
     coming = made.report([copy(KEY, CopyState.FILLING, 104)], 0, {"two"}, 0)
     assert coming.held == (HeldWeights(model="two", tier="ssd", num_bytes=100),)
+    # It has to be decoded: that takes no longer than the next tier.
+    packed = made.report([copy(KEY, CopyState.COMPRESSED)], 0, {"two"}, 0)
+    assert (packed.held, packed.in_line) == (coming.held, ())
+    both = made.report([copy(KEY, CopyState.COMPRESSING, 104)], 0, {"two"}, 0)
+    assert both.held == (HeldWeights(model="two", tier="dram", num_bytes=104),)
     made.found(KEY, None)
     assert made.report([], 0, {"one"}, 0).held == ()
 
