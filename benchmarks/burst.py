@@ -36,7 +36,7 @@ def config(standby: int) -> dict[str, Any]:
             {"name": "night", "model": "demo", "pools": [night]},
         ],
         "store": {"dram": None},
-        "weights": {"standby": standby},
+        "weights": {"standby": standby, "fork": standby > 0},
         "coordinator": {"autoscale": {"interval_s": 0.5}},
         "gateway": {"port": 0},
     }

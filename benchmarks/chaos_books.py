@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.supervision import State
+from cluster.template_process import TEMPLATE_FLAG
 from contracts.errors import TandemError
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ async def close_books(cluster: ClusterProcess, descriptors_before: int) -> Books
 
 def worker_processes(cluster: ClusterProcess) -> list[psutil.Process]:
     mains = {"cluster.worker_main", "cluster.store_main"}
-    return [process for process in cluster.tree() if mains & set(process.cmdline())]
+    found = [(process, set(process.cmdline())) for process in cluster.tree()]
+    return [process for process, words in found if mains & words and TEMPLATE_FLAG not in words]
 
 
 async def _look(cluster: ClusterProcess) -> tuple[list[str], int]:

@@ -1,4 +1,5 @@
-"""One life of a worker process: started by exec, spoken to over three pipes, ended with its whole group.
+"""One life of a worker process: started by exec, or forked by a template; spoken to over three pipes, ended with its
+whole group.
 
 stdin carries the launch document and then only stays open (the life-line); stdout carries status lines;
 stderr is the log. The process is made by `subprocess` and not by the event loop: on Linux that is a vfork and
@@ -14,7 +15,7 @@ import os
 import signal
 import subprocess
 from subprocess import PIPE
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Protocol, Self
 
 from cluster.launch import decode_status, encode_line
 from cluster.process_log import LineSplitter
@@ -32,6 +33,21 @@ DRAIN_S = 1.0
 _READ_BYTES = 64 * 1024
 
 
+class Process(Protocol):
+    """As much of `subprocess.Popen` as is needed here."""
+
+    pid: int
+
+    @property
+    def stdin(self) -> IO[bytes] | None: ...
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+    @property
+    def stderr(self) -> IO[bytes] | None: ...
+    def terminate(self) -> None: ...
+    def wait(self) -> int: ...
+
+
 class Child:
     """`ended` must be awaited once: it reads the pipes, and returns when the process is gone."""
 
@@ -46,8 +62,7 @@ class Child:
     ) -> None:
         """It inherits `descriptors`, under their numbers. Raises OSError when there is no such program, or no more
         processes."""
-        self._guard = guard
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdin=PIPE,
             stdout=PIPE,
@@ -57,9 +72,21 @@ class Child:
             start_new_session=True,
             pass_fds=tuple(descriptors),
         )
-        guard.watch(self._process.pid)
+        self._begin(process, launch, guard)
+
+    @classmethod
+    def of(cls, process: Process, launch: Message, guard: Guard) -> Self:
+        """Of one that was made in another way: a child of this process, that leads a group of its own."""
+        child = cls.__new__(cls)
+        child._begin(process, launch, guard)
+        return child
+
+    def _begin(self, process: Process, launch: Message, guard: Guard) -> None:
+        self._guard = guard
+        self._process = process
+        guard.watch(process.pid)
         #: Its write end; closed by `terminate` and at the end.
-        self._lifeline = _present(self._process.stdin)
+        self._lifeline = _present(process.stdin)
         self.give(launch)
 
     @property
@@ -82,6 +109,7 @@ class Child:
         self.kill()
         self._guard.forget(self.pid)
         self._process.wait()
+        self._reap_orphans()
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             _present(pipe).close()
 
@@ -122,7 +150,15 @@ class Child:
             self._lifeline.close()
             self._guard.forget(self.pid)
             code = await asyncio.shield(asyncio.to_thread(self._process.wait))
+            self._reap_orphans()
         return _how(code)
+
+    def _reap_orphans(self) -> None:
+        """What the process had started, and this one got as its child (see `cluster.template`); its group's number is
+        taken as long as there is any."""
+        with contextlib.suppress(ChildProcessError):
+            while os.waitid(os.P_PGID, self.pid, os.WEXITED | os.WNOHANG) is not None:
+                pass
 
     async def _read_status(self, tell: Callable[[Status], Awaitable[None]], log: ProcessLog) -> None:
         async with contextlib.aclosing(_lines(_present(self._process.stdout))) as lines:

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -28,16 +28,18 @@ from cluster.supervision import (
     Terminate,
     Told,
 )
+from cluster.uninterrupted import uninterrupted
 from contracts.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Mapping
 
     from cluster.guard import Guard
     from cluster.launch import Launch, Loading, Status
     from cluster.process_log import ProcessLog
     from cluster.standby import StandbyPool
     from cluster.supervision import Event
+    from cluster.template import Template
     from contracts.clock import Clock
     from contracts.ids import Incarnation, WorkerId
     from contracts.messages import MemberRole, Role
@@ -87,6 +89,11 @@ class WorkerStatus:
     is_wanted: bool = True
 
 
+def is_for_cpu(launch: Launch) -> bool:
+    """Whether it is a worker that may be forked: a device's context cannot be."""
+    return isinstance(launch, WorkerLaunch) and launch.device != "cuda"
+
+
 class Keeper:
     """The shell around one `Supervision`."""
 
@@ -100,11 +107,13 @@ class Keeper:
         say: Callable[[str], None],
         *,
         standby: StandbyPool | None = None,
+        template: Template | None = None,
         on_spawn: Callable[[Launch], None] | None = None,
     ) -> None:
         """`on_spawn` is called before each life begins."""
         self._plan = plan
         self._standby = standby
+        self._template = template
         self._on_spawn = on_spawn
         self._machine = machine
         self._clock = clock
@@ -119,6 +128,10 @@ class Keeper:
         self._has_news = asyncio.Event()
         #: The present life; None exactly while no process of this worker runs.
         self._child: Child | None = None
+        #: The present life, while a template makes it.
+        self._making: asyncio.Task[Child | None] | None = None
+        #: The next life is to run the program as it is by then: somebody may have put another one there.
+        self._is_anew = False
         #: Reads the present life's pipes and waits for its end.
         self._watch: asyncio.Task[None] | None = None
         self._is_wanted = plan.starts
@@ -168,6 +181,7 @@ class Keeper:
             if shutil.which(python) is None:
                 raise BadRequest(f"{python} cannot be run here", param="python")
             self._plan = replace(self._plan, command=(python, *self._plan.command[1:]))
+        self._is_anew = True
         self._is_wanted = True
         self._wish(RestartWanted(life, is_other_build=bool(python)))
 
@@ -179,6 +193,8 @@ class Keeper:
     def kill(self) -> None:
         if self._child is not None:
             self._child.kill()
+        elif self._making is not None:
+            self._making.cancel()
 
     def _wish(self, event: Event) -> None:
         self._wishes.append(event)
@@ -238,10 +254,12 @@ class Keeper:
     async def _carry_out(self, instruction: Instruction, guard: Guard) -> None:
         match instruction:
             case Spawn(incarnation):
-                await self._spawn(incarnation, guard)
+                self._spawn(incarnation, guard)
             case Terminate():
                 if self._child is not None:
                     self._child.terminate()
+                elif self._making is not None:
+                    self._making.cancel()
             case Kill():
                 self.kill()
             case Report(text, with_log):
@@ -249,16 +267,27 @@ class Keeper:
                 for line in self.log.tail(REPORT_LOG_LINES) if with_log else ():
                     self._say(f"{self.worker_id} | {line}")
 
-    async def _spawn(self, incarnation: Incarnation, guard: Guard) -> None:
+    def _spawn(self, incarnation: Incarnation, guard: Guard) -> None:
         launch = msgspec.structs.replace(self._plan.launch, incarnation=incarnation)
         if self._on_spawn is not None:
             self._on_spawn(launch)
+        is_anew, self._is_anew = self._is_anew, False
+        if self._template is not None and is_anew:
+            self._template.renew()
+        name = f"watch-{self.worker_id}"
+        if self._template is not None and not is_anew and is_for_cpu(launch):
+            self._watch = asyncio.create_task(self._live_forked(self._template, launch, guard), name=name)
+        elif (child := self._started(launch, guard, may_be_warm=not is_anew)) is not None:
+            self._watch = asyncio.create_task(self._see_out(child), name=name)
+
+    def _started(self, launch: Launch, guard: Guard, *, may_be_warm: bool) -> Child | None:
+        """By a process that stood by, or one of its own; None where its program cannot be run."""
         try:
-            self._child = self._take_standby(launch) or Child(self._plan.command, self._plan.environ, launch, guard)
+            standby = self._take_standby(launch) if may_be_warm else None
+            self._child = standby or Child(self._plan.command, self._plan.environ, launch, guard)
         except OSError as error:
             self._wish(Exited(f"{self._plan.command[0]} cannot be run: {error.strerror}"))
-            return
-        self._watch = asyncio.create_task(self._see_out(self._child), name=f"watch-{self.worker_id}")
+        return self._child
 
     def _take_standby(self, launch: Launch) -> Child | None:
         """A process that has imported all it needs becomes this worker."""
@@ -266,6 +295,27 @@ class Keeper:
         if child is not None:
             child.give(launch)
         return child
+
+    async def _live_forked(self, template: Template, launch: Launch, guard: Guard) -> None:
+        """A life that the template makes, if it can. Whoever ends it before cancels the making."""
+        self._making = making = asyncio.create_task(
+            template.fork(self._plan.command, self._plan.environ, launch, guard), name=f"make-{self.worker_id}"
+        )
+        try:
+            await asyncio.wait([making])
+        finally:
+            making.cancel()
+            self._making = None
+        if making.cancelled():
+            await self._put(Exited("it was ended before it had begun"))
+            return
+        if (error := making.exception()) is not None:
+            self.log.write(f"its template failed: {error!r}".encode())
+        else:
+            self._child = making.result()
+        child = self._child or self._started(launch, guard, may_be_warm=True)
+        if child is not None:
+            await self._see_out(child)
 
     async def _see_out(self, child: Child) -> None:
         how = "its watcher was stopped"
@@ -288,17 +338,3 @@ class Keeper:
     async def _put(self, event: Event) -> None:
         await self._events.put(event)
         self._has_news.set()
-
-
-async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
-    """Awaits a bounded piece of work to its end, whoever cancels meanwhile; that is passed on afterwards."""
-    task = asyncio.create_task(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-    task.result()

@@ -148,6 +148,23 @@ class StandbyLaunch(msgspec.Struct, frozen=True, kw_only=True, tag_field="launch
     device: Literal["auto", "cpu", "cuda"]
 
 
+class TemplateLaunch(msgspec.Struct, frozen=True, kw_only=True, tag_field="launch", tag="template"):
+    """Be what workers are forked of."""
+
+    parent_pid: int
+    #: As `WorkerLaunch.device`: what is to be warm.
+    device: Literal["auto", "cpu"]
+    #: A socket that the process inherited: wishes come on it, and answers go.
+    descriptor: int = -1
+
+
+class ForkWish(msgspec.Struct, frozen=True, kw_only=True, tag_field="launch", tag="fork"):
+    """Make a worker, with the pipes that come along: stdin, stdout, stderr."""
+
+    #: What it is to have beside, or instead of, the template's environment.
+    environ: dict[str, str]
+
+
 class WeightTierOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The `weights.ssd` section of the configuration."""
 
@@ -187,7 +204,7 @@ class Go(msgspec.Struct, frozen=True, kw_only=True, tag_field="launch", tag="go"
 
 
 #: Whatever is said to a child on its stdin.
-Message = Launch | StandbyLaunch | LoaderLaunch | CompressorLaunch | Go
+Message = Launch | StandbyLaunch | TemplateLaunch | ForkWish | LoaderLaunch | CompressorLaunch | Go
 
 
 class Loading(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="loading"):
@@ -212,6 +229,18 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="r
 
 class Warm(msgspec.Struct, frozen=True, tag_field="event", tag="warm"):
     """All is imported; it waits for its launch."""
+
+
+class Forked(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="forked"):
+    """A template made a process."""
+
+    pid: int
+
+
+class NotForked(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="not-forked"):
+    """A template could not, or must not."""
+
+    why: str
 
 
 class Sized(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="sized"):
@@ -268,18 +297,24 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag="
     message: str
 
 
+#: What a template says on its socket.
+TemplateAnswer = Warm | Forked | NotForked
+
 Status = Loading | Ready | Warm | Sized | Filled | Tried | Shrunk | Alive | Serves | Failed
 
 _LAUNCH_DECODER = msgspec.json.Decoder(WorkerLaunch)
 _STORE_DECODER = msgspec.json.Decoder(StoreLaunch)
 _STANDBY_DECODER = msgspec.json.Decoder(StandbyLaunch)
+_TEMPLATE_DECODER = msgspec.json.Decoder(TemplateLaunch)
+_FORK_DECODER = msgspec.json.Decoder(ForkWish)
 _LOADER_DECODER = msgspec.json.Decoder(LoaderLaunch)
 _COMPRESSOR_DECODER = msgspec.json.Decoder(CompressorLaunch)
 _GO_DECODER = msgspec.json.Decoder(Go)
 _STATUS_DECODER: msgspec.json.Decoder[Status] = msgspec.json.Decoder(Status)
+_ANSWER_DECODER: msgspec.json.Decoder[TemplateAnswer] = msgspec.json.Decoder(TemplateAnswer)
 
 
-def encode_line(message: Message | Status) -> bytes:
+def encode_line(message: Message | Status | TemplateAnswer) -> bytes:
     return msgspec.json.encode(message) + b"\n"
 
 
@@ -296,6 +331,24 @@ def decode_store_launch(line: bytes) -> StoreLaunch:
 def decode_standby_launch(line: bytes) -> StandbyLaunch:
     """As `decode_launch`."""
     return _decode(_STANDBY_DECODER, line)
+
+
+def decode_template_launch(line: bytes) -> TemplateLaunch:
+    """As `decode_launch`."""
+    return _decode(_TEMPLATE_DECODER, line)
+
+
+def decode_fork_wish(line: bytes) -> ForkWish:
+    """As `decode_launch`."""
+    return _decode(_FORK_DECODER, line)
+
+
+def decode_template_answer(line: bytes) -> TemplateAnswer | None:
+    """None for what is none."""
+    try:
+        return _ANSWER_DECODER.decode(line)
+    except msgspec.MsgspecError:
+        return None
 
 
 def decode_loader_launch(line: bytes) -> LoaderLaunch:

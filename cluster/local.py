@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from cluster.agent_service import Overseer, agent_service
 from cluster.following import LocalCluster
 from cluster.kept import kept
-from cluster.launch import StandbyLaunch, WeightTierOptions
+from cluster.launch import StandbyLaunch, TemplateLaunch, WeightTierOptions
 from cluster.model_source import resolve_model
 from cluster.node_agent import NodeAgent, WorkerPlan
 from cluster.parent_log import structured
@@ -35,6 +35,7 @@ from cluster.services import (
 from cluster.standby import StandbyPool
 from cluster.state_file import STATE_FILE, CellState, ClusterState
 from cluster.supervision import SupervisionLimits
+from cluster.template import TemplatePlan, forks_work_here
 from cluster.weights_service import WeightsService
 from coldstart.compressing import CompressRules
 from contracts.errors import ConfigError
@@ -247,6 +248,7 @@ def make_agent(
         clock=clock,
         say=say,
         standby=make_standby(config, log_dir, clock, say),
+        template=make_template(config, log_dir, say),
         weights=weights,
     )
     return agent, list(cells)
@@ -273,8 +275,8 @@ def make_weights(
 
 
 def make_standby(config: ClusterConfig, log_dir: Path, clock: Clock, say: Callable[[str], None]) -> StandbyPool | None:
-    """None where nobody is to stand by."""
-    if config.weights.standby == 0:
+    """None where nobody is to stand by, or a template does it for all."""
+    if config.weights.standby == 0 or _has_template(config):
         return None
     return StandbyPool(
         config.weights.standby,
@@ -284,6 +286,21 @@ def make_standby(config: ClusterConfig, log_dir: Path, clock: Clock, say: Callab
         ProcessLog(log_dir / "standby.log", say),
         clock,
     )
+
+
+def make_template(config: ClusterConfig, log_dir: Path, say: Callable[[str], None]) -> TemplatePlan | None:
+    """None where every worker is started by itself."""
+    if not _has_template(config):
+        return None
+    return TemplatePlan(
+        launch=TemplateLaunch(parent_pid=os.getpid(), device="cpu"),
+        log=ProcessLog(log_dir / "standby.log", say),
+        always=config.weights.standby > 0,
+    )
+
+
+def _has_template(config: ClusterConfig) -> bool:
+    return config.weights.fork and forks_work_here()
 
 
 def host_memory_bytes() -> int:

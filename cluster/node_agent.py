@@ -11,9 +11,11 @@ import asyncio
 from typing import TYPE_CHECKING, Self
 
 from cluster.guard import Guard
-from cluster.keeper import REPORT_LOG_LINES, Keeper, WorkerPlan, WorkerStatus, uninterrupted
+from cluster.keeper import REPORT_LOG_LINES, Keeper, WorkerPlan, WorkerStatus, is_for_cpu
 from cluster.process_log import ProcessLog
 from cluster.supervision import Supervision, SupervisionLimits
+from cluster.template import Template
+from cluster.uninterrupted import uninterrupted
 from contracts.errors import NotFound
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from cluster.standby import StandbyPool
+    from cluster.template import TemplatePlan
     from cluster.weights_service import WeightsService
     from contracts.clock import Clock
     from contracts.ids import Incarnation, WorkerId
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
     from contracts.weight_messages import NodeWeights
 
 __all__ = ["NodeAgent", "WorkerPlan", "WorkerStatus"]
+
+#: So many workers that start at once are there sooner by a template, which imports once what each would: a single one
+#: would only wait for it.
+MIN_FORKED = 2
 
 
 class NodeAgent:
@@ -44,10 +51,13 @@ class NodeAgent:
         clock: Clock,
         say: Callable[[str], None],
         standby: StandbyPool | None = None,
+        template: TemplatePlan | None = None,
         weights: WeightsService | None = None,
     ) -> None:
-        """`standby`: processes that may become workers; `weights`: what they get theirs from. The agent runs both."""
+        """`standby`: processes that may become workers; `template`: what they may be forked of; `weights`: what they
+        get theirs from. The agent runs all three."""
         self._standby = standby
+        self._template = None if template is None else _template(template, plans, clock)
         self._weights = weights
         if weights is not None:
             weights.foresee([plan.launch for plan in plans])
@@ -65,6 +75,7 @@ class NodeAgent:
                 self._note_change,
                 say,
                 standby=standby,
+                template=self._template,
                 on_spawn=None if weights is None else weights.expect,
             )
             for plan in plans
@@ -72,7 +83,7 @@ class NodeAgent:
         #: Present between entering and leaving.
         self._group: asyncio.TaskGroup | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._standing_by: asyncio.Task[None] | None = None
+        self._standing_by: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:
         return f"<NodeAgent {', '.join(f'{s.worker_id} {s.state.value}' for s in self.workers())}>"
@@ -126,14 +137,17 @@ class NodeAgent:
         self._guard = Guard()
         if self._weights is not None:
             self._weights.start(self._guard)
+        # Before the workers: those that start at once wait for it.
+        if self._template is not None:
+            self._standing_by.append(asyncio.create_task(self._template.run(self._guard), name="template"))
+        if self._standby is not None:
+            self._standing_by.append(asyncio.create_task(self._standby.run(self._guard), name="standby"))
         self._group = asyncio.TaskGroup()
         await self._group.__aenter__()
         self._tasks = [
             self._group.create_task(keeper.run(self._guard), name=f"keep-{keeper.worker_id}")
             for keeper in self._keepers
         ]
-        if self._standby is not None:
-            self._standing_by = asyncio.create_task(self._standby.run(self._guard), name="standby")
         return self
 
     async def __aexit__(
@@ -148,9 +162,9 @@ class NodeAgent:
                 await asyncio.wait(self._tasks)
         finally:
             self.kill_all()
-            if self._standing_by is not None:
-                self._standing_by.cancel()
-                await uninterrupted(_finished(self._standing_by))
+            for task in self._standing_by:
+                task.cancel()
+            await uninterrupted(_finished(self._standing_by))
             if self._weights is not None:
                 await uninterrupted(self._weights.stop())
             if not isinstance(error, asyncio.CancelledError):
@@ -162,6 +176,15 @@ class NodeAgent:
                 await uninterrupted(asyncio.to_thread(self._guard.close))
 
 
-async def _finished(task: asyncio.Task[None]) -> None:
-    """Whatever it ends with: who was to stand by is missed by nobody."""
-    await asyncio.wait([task])
+async def _finished(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Whatever they end with: who was to stand by is missed by nobody."""
+    if tasks:
+        await asyncio.wait(tasks)
+
+
+def _template(wanted: TemplatePlan, plans: Sequence[WorkerPlan], clock: Clock) -> Template | None:
+    """Of the first worker's program; None where nobody, or only one, would be forked of it."""
+    able = [plan for plan in plans if is_for_cpu(plan.launch)]
+    if not able or (not wanted.always and sum(plan.starts for plan in able) < MIN_FORKED):
+        return None
+    return Template(able[0].command, able[0].environ, wanted.launch, wanted.log, clock)

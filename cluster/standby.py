@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from contracts.clock import Clock
 
 #: Read when OpenMP is loaded, but said again by every worker for its own threads: they need not agree.
-_OWN_LATER = frozenset({"OMP_NUM_THREADS", "MKL_NUM_THREADS"})
+OWN_LATER = frozenset({"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"})
 #: The word that a worker's program is told on its command line.
 STANDBY_FLAG = "--standby"
 
@@ -69,7 +69,7 @@ class StandbyPool:
 
     def take(self, command: Sequence[str], environ: Mapping[str, str]) -> Child | None:
         """One that is warm, and would be started in this way; None where there is none. It is the caller's now."""
-        if tuple(command) != self._command or _lasting(environ) != _lasting(self._environ):
+        if tuple(command) != self._command or lasting(environ) != lasting(self._environ):
             return None
         self._look()
         for each in self._standing:
@@ -119,8 +119,9 @@ class StandbyPool:
                 self._log.write(f"process {each.child.pid} stands by".encode())
 
 
-def _lasting(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if name not in _OWN_LATER}
+def lasting(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a process has read of its environment by the time that it is warm."""
+    return {name: value for name, value in environ.items() if name not in OWN_LATER}
 
 
 async def _nothing(status: object) -> None:

@@ -21,6 +21,7 @@ from cluster.child_main import log, run_child, stand_by, tell, tell_alive, tell_
 from cluster.launch import Failed, Loading, Ready, Serves, WorkerLaunch, decode_launch
 from cluster.standby import STANDBY_FLAG
 from cluster.telling import ComingTeller, Teller
+from cluster.template_process import TEMPLATE_FLAG, be_template
 from cluster.weights_service import key_of
 from coldstart.format import decode_index, is_converted
 from coldstart.handing import ask
@@ -60,6 +61,7 @@ WARM_MODULES = (
     "engine.compose",
     "engine.executor",
     "kvtransfer",
+    "kvtransfer.collective",
     "prefill.ordering",
     "rpc.grpc_network",
     "worker.retiring",
@@ -67,6 +69,8 @@ WARM_MODULES = (
 
 
 def main() -> int:
+    if TEMPLATE_FLAG in sys.argv[1:] and not be_template(_warm_up):
+        return 0
     if STANDBY_FLAG in sys.argv[1:] and not stand_by(_warm_up):
         return 0
     return run_child("worker", decode_launch, _serve)

@@ -287,7 +287,11 @@ class WeightsConfig(Section):
 
     standby: Annotated[int, Field(ge=0, le=64)] = 0
     """Processes of each machine that have imported what a worker needs, and become one within the time that its weights
-    take. Each takes some 250 MiB."""
+    take. Each takes some 250 MiB. With `fork` one of them does for all."""
+
+    fork: bool = True
+    """Workers on the CPU are forked of one process that has imported what they need, if two or more of a machine start
+    at once, or `standby` is not 0: they start sooner, and share its memory. Not: each is a program of its own."""
 
     snapshot: SizeBytes | None = None
     """Disk for what workers warmed up (KV that prompts share, step times), for example 1GiB: written when they leave,

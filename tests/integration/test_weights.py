@@ -174,7 +174,8 @@ async def test_a_loader_that_is_killed_costs_the_memory_and_nothing_else(tmp_pat
 
 @pytest.mark.slow
 async def test_a_process_that_stood_by_becomes_the_next_worker(auditor: Auditor) -> None:
-    async with running_cluster(config=CONFIG, overrides={**FP32, "weights.standby": "1"}) as cluster:
+    overrides = {**FP32, "weights.standby": "1", "weights.fork": "false"}
+    async with running_cluster(config=CONFIG, overrides=overrides) as cluster:
         log = Path(cluster.state.log_dir) / "standby.log"
         await until(lambda: log.exists() and "stands by" in log.read_text(), "one stands by", 60)
         standing = int(log.read_text().split()[1])
@@ -185,3 +186,42 @@ async def test_a_process_that_stood_by_becomes_the_next_worker(auditor: Auditor)
         await until(lambda: cluster.state.ready, "it is ready again", 60)
         assert len(shared(cluster)) == 1
         await answers(cluster, auditor)
+
+
+@pytest.mark.slow
+async def test_workers_are_forked_of_one_process_and_so_is_the_next_life_of_each(auditor: Auditor) -> None:
+    async with running_cluster(config=CONFIG, overrides=FP32) as cluster:
+        template = template_of(cluster)
+        for worker_id in ("decode-0", "prefill-0"):
+            before = cluster.worker(worker_id)
+            assert before.pid is not None
+            assert is_fork_of(before.pid, template)
+            os.kill(before.pid, signal.SIGKILL)
+            await until(lambda: cluster.worker(worker_id).incarnation > before.incarnation, "it lives again", 60)  # noqa: B023
+            await until(lambda: cluster.state.ready, "it is ready again", 60)
+            after = cluster.worker(worker_id).pid
+            assert after is not None
+            assert is_fork_of(after, template)
+        assert len(shared(cluster)) == 1
+        await answers(cluster, auditor)
+        os.kill(template, signal.SIGKILL)
+        await until(lambda: template_of(cluster) != template, "the template is replaced", 60)
+        await answers(cluster, auditor)
+        assert cluster.stop() == 0
+
+
+def template_of(cluster: ClusterProcess) -> int:
+    """The last one that was told of."""
+    lines = (Path(cluster.state.log_dir) / "standby.log").read_text().splitlines()
+    return int([line for line in lines if line.startswith("workers are forked of")][-1].split()[-1])
+
+
+def is_fork_of(pid: int, template: int) -> bool:
+    """Libraries of a process of its own are mapped at other addresses."""
+    return "libtorch_cpu" in (found := torch_at(pid)) and found == torch_at(template)
+
+
+def torch_at(pid: int) -> str:
+    """Where a process has mapped torch."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return next((line for line in lines if "libtorch_cpu" in line), "")

@@ -84,11 +84,10 @@ def _spoiling(folder: Path) -> Generator[None]:
     from kvtransfer import collective
     from kvtransfer.collective_address import read_address, rewrite_address
 
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="proxies", daemon=True).start()
-    rng = random.Random(os.getpid())
-    flips = folder / f"flips-{os.getpid()}"
     proxies: list[Proxy] = []
+
+    def count() -> None:
+        (folder / f"flips-{os.getpid()}").write_text(str(sum(each.done.total() for each in proxies)))
 
     async def follow() -> None:
         while True:
@@ -96,27 +95,30 @@ def _spoiling(folder: Path) -> Generator[None]:
                 damage = Damage(flips_per_mib=float((folder / "spoil").read_text()), spares_below=4096)
                 for each in proxies:
                     each.damage = damage
-            flips.write_text(str(sum(each.done.total() for each in proxies)))
+            count()
             await asyncio.sleep(0.1)
 
     async def divert(host: str, port: int) -> int:
-        between = Proxy(host, port, rng)
+        between = Proxy(host, port, random.Random(f"{os.getpid()} {len(proxies)}"))
         await between.start()
         proxies.append(between)
         return between.port
 
-    def advertise(blob: bytes) -> bytes:
-        bound = read_address(blob)
-        host = ".".join(str(part) for part in bound.host)
-        port = asyncio.run_coroutine_threadsafe(divert(host, bound.port), loop).result(_DIVERT_TIMEOUT_S)
-        return rewrite_address(blob, "127.0.0.1", port)
-
     class Diverted(collective.CollectiveTransport):
         def __init__(self, **options: Any) -> None:
-            options |= {"interface": "127.0.0.2", "advertise": advertise}
-            super().__init__(**options)
+            # Not before: of a process with threads no worker can be forked.
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="proxies", daemon=True).start()
+            asyncio.run_coroutine_threadsafe(follow(), loop)
 
-    asyncio.run_coroutine_threadsafe(follow(), loop)
+            def advertise(blob: bytes) -> bytes:
+                bound = read_address(blob)
+                host = ".".join(str(part) for part in bound.host)
+                port = asyncio.run_coroutine_threadsafe(divert(host, bound.port), loop).result(_DIVERT_TIMEOUT_S)
+                return rewrite_address(blob, "127.0.0.1", port)
+
+            super().__init__(**options | {"interface": "127.0.0.2", "advertise": advertise})
+
     with mock.patch.object(collective, "CollectiveTransport", Diverted):
         yield
 
@@ -139,11 +141,11 @@ def main() -> int:
     from engine.runner import Runner as RealRunner
 
     folder = Path(os.environ[FOLDER])
-    path = folder / str(os.getpid())
     run = RealRunner.run
 
     def meddled(runner: Runner, plan: StepPlan) -> StepResult:
-        _obey(path)
+        # Of this process, which may have been forked of the one that came by here first.
+        _obey(folder / str(os.getpid()))
         return run(runner, plan)
 
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,5 @@
-"""A parent with a node agent and fake workers, to be killed: `python -m tests.support.fake_agent DIR`.
+"""A parent with a node agent and fake workers, to be killed: `python -m tests.support.fake_agent DIR BEHAVIOUR...`.
+With `--template` before them the workers, which then behave alike, are forked.
 
 Prints one JSON line with the workers' pids once all are ready.
 """
@@ -11,9 +12,11 @@ import os
 import sys
 from pathlib import Path
 
-from cluster.launch import TransferOptions, WorkerLaunch
+from cluster.launch import TemplateLaunch, TransferOptions, WorkerLaunch
 from cluster.node_agent import NodeAgent, WorkerPlan
+from cluster.process_log import ProcessLog
 from cluster.supervision import State, SupervisionLimits
+from cluster.template import TemplatePlan
 from contracts.ids import Incarnation, WorkerId
 from rpc import LiveClock
 
@@ -50,7 +53,12 @@ def fake_plan(name: str, behaviour: str, runtime_dir: Path, *, parent_pid: int |
     )
 
 
-async def main(folder: Path, behaviours: list[str]) -> None:
+async def main(folder: Path, behaviours: list[str], *, is_forking: bool) -> None:
+    template = TemplatePlan(
+        launch=TemplateLaunch(parent_pid=os.getpid(), device="cpu"),
+        log=ProcessLog(folder / "standby.log", lambda line: print(line, file=sys.stderr, flush=True)),
+        always=True,
+    )
     agent = NodeAgent(
         [
             fake_plan(f"fake-{index}", behaviour, folder, parent_pid=os.getpid())
@@ -61,6 +69,7 @@ async def main(folder: Path, behaviours: list[str]) -> None:
         log_dir=folder,
         clock=LiveClock(),
         say=lambda line: print(line, file=sys.stderr, flush=True),
+        template=template if is_forking else None,
     )
     async with agent:
         while any(worker.state is not State.READY for worker in agent.workers()):
@@ -71,4 +80,5 @@ async def main(folder: Path, behaviours: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), sys.argv[2:]))
+    arguments = [argument for argument in sys.argv[1:] if argument != "--template"]
+    asyncio.run(main(Path(arguments[0]), arguments[1:], is_forking="--template" in sys.argv))

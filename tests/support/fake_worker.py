@@ -6,7 +6,7 @@ SIGTERM; `stubborn` is ready and ignores SIGTERM and its life-line; `family` sta
 and holds its pipes, then crashes; `noisy` writes a line of garbage to its status pipe and long log lines;
 `frozen` is ready and then stops itself, as SIGSTOP does; `mute` is ready and shows no sign of life, though it heeds
 SIGTERM; `parent` starts a child that outlives it and serves until stopped; `flood`
-is ready and writes status lines as fast as they are taken.
+is ready and writes status lines as fast as they are taken; `environ` logs a variable.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 from cluster.child_main import stand_by
 from cluster.launch import (
@@ -32,6 +33,7 @@ from cluster.launch import (
 )
 from cluster.lifeline import settle, wait_for_end_of_file
 from cluster.standby import STANDBY_FLAG
+from cluster.template_process import TEMPLATE_FLAG, be_template
 
 
 def tell(status: Status) -> None:
@@ -61,6 +63,8 @@ async def live(behaviour: str) -> int:
         case "bad-config":
             tell(Failed(error="config_error", message="architecture Unknown is not supported"))
             return 1
+        case "environ":
+            print(f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}", file=sys.stderr, flush=True)
         case "stuck":
             await asyncio.Event().wait()
         case "noisy":
@@ -89,17 +93,21 @@ async def live(behaviour: str) -> int:
 
 
 def warm_up(device: str) -> None:
-    """As the environment says: at once, never, or not at all."""
+    """As the environment says: at once, never, not at all, or in a way that forbids forks."""
     match os.environ.get("FAKE_STANDBY"):
         case "slow":
             signal.pause()
         case "crash":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "threads":
+            threading.Thread(target=threading.Event().wait, daemon=True).start()
         case _:
             pass
 
 
 def main() -> int:
+    if TEMPLATE_FLAG in sys.argv and not be_template(warm_up):
+        return 0
     if STANDBY_FLAG in sys.argv and not stand_by(warm_up):
         return 0
     settle(decode_launch(sys.stdin.buffer.readline(MAX_LAUNCH_BYTES)))
