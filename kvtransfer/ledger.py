@@ -44,6 +44,10 @@ class BlockClass(IntEnum):
     QUARANTINED = 5
 
 
+#: Blocks of these classes may have a key.
+_WITH_KEYS = (BlockClass.CACHED, BlockClass.OFFERED, BlockClass.OWNED)
+
+
 class BlockCounts(TypedDict):
     """Blocks by class, under the names that `contracts.messages.WorkerLoad` uses; they sum to the total."""
 
@@ -368,18 +372,23 @@ class Ledger:
                 for index, (ours, right) in enumerate(zip(kept, counted, strict=True))
                 if ours != right
             )
-        for index, holder in enumerate(reserved_by):
-            if holder is not None and (references[index] or pins[index]):
-                problems.append(f"block {index} is reserved for {holder} and held: {(references[index], pins[index])}")
+        if self._reservations:
+            problems.extend(
+                f"block {index} is reserved for {holder} and held: {(references[index], pins[index])}"
+                for index, holder in enumerate(reserved_by)
+                if holder is not None and (references[index] or pins[index])
+            )
         return problems
 
     def _class_problems(self) -> list[str]:
         expected = self._classes_anew()
-        problems = [
-            f"block {index} is {right.name}, kept as {kept.name}"
-            for index, (right, kept) in enumerate(zip(expected, self._classes, strict=True))
-            if right is not kept
-        ]
+        problems: list[str] = []
+        if expected != self._classes:
+            problems.extend(
+                f"block {index} is {right.name}, kept as {kept.name}"
+                for index, (right, kept) in enumerate(zip(expected, self._classes, strict=True))
+                if right is not kept
+            )
         counts = [expected.count(block_class) for block_class in BlockClass]
         if counts != self._counts or sum(counts) != self.num_blocks:
             problems.append(f"class counts kept {self._counts}, counted {counts} of {self.num_blocks}")
@@ -387,6 +396,12 @@ class Ledger:
             ("free list", list(self._free), BlockClass.FREE),
             ("cache", list(self._cached), BlockClass.CACHED),
         ):
+            # As many as there are of that class, all of that class, none twice: they are those, and need no list.
+            num_classed = self._classes.count(block_class)
+            if len(members) == num_classed == len(set(members)) and num_classed == self._classes_of(members).count(
+                block_class
+            ):
+                continue
             classed = [index for index, kept in enumerate(self._classes) if kept is block_class]
             if sorted(members) != classed:
                 problems.append(f"{name} holds {sorted(members)[:16]}, blocks of that class {classed[:16]}")
@@ -399,17 +414,25 @@ class Ledger:
             owned if references else offered if pins else free if key is None else cached
             for references, pins, key in zip(self._references, self._pins, self._keys, strict=True)
         ]
-        for index, lease_id in enumerate(self._reserved_by):
-            if lease_id is not None:
-                found[index] = self._class_of(BlockId(index))
+        if self._reserved_by.count(None) != self.num_blocks:
+            for index, lease_id in enumerate(self._reserved_by):
+                if lease_id is not None:
+                    found[index] = self._class_of(BlockId(index))
         return found
+
+    def _classes_of(self, blocks: Iterable[BlockId]) -> list[BlockClass]:
+        return list(map(self._classes.__getitem__, blocks))
 
     def _key_problems(self) -> list[str]:
         named = {key: BlockId(index) for index, key in enumerate(self._keys) if key is not None}
         problems = [] if named == self._by_key else [f"{len(named)} keys kept, {len(self._by_key)} indexed"]
-        for block in named.values():
-            if self._classes[block] in (BlockClass.FREE, BlockClass.RESERVED, BlockClass.QUARANTINED):
-                problems.append(f"{self._classes[block].name} block {block} has a key")
+        classes = self._classes_of(named.values())
+        if sum(map(classes.count, _WITH_KEYS)) != len(classes):
+            problems.extend(
+                f"{block_class.name} block {block} has a key"
+                for block, block_class in zip(named.values(), classes, strict=True)
+                if block_class not in _WITH_KEYS
+            )
         return problems
 
     # --- changes of class -------------------------------------------------------------------------------

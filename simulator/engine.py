@@ -375,12 +375,29 @@ class _Context:
 
     def append(self, token_id: int) -> tuple[TokenKv, int]:
         """What the token leaves in a pool, and `_slot_hash` of it."""
-        kv = TokenKv(self.num_tokens, token_id, self.hash)
-        slot_hash = _slot_hash(kv)
+        position = self.num_tokens
+        kv = TokenKv(position, token_id, self.hash)
+        # As `_slot_hash` says: written out, because it is most of what a modelled engine does.
+        value = (position + 1) * _ODD + token_id + 1 + self.hash
+        value = (value ^ (value >> 31)) * 0x7FB5_D329_728E_A185 % _PRIME
+        value = (value ^ (value >> 27)) * 0x01DA_DEF4_BC2D_D44D % _PRIME
+        slot_hash = value ^ (value >> 33)
         self.hash = (self.hash + self._weight * slot_hash) % _PRIME
         self._weight = self._weight * _BASE % _PRIME
         self.num_tokens += 1
         return kv, slot_hash
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """As `append` of each, with no interest in what they leave."""
+        context_hash, weight = self.hash, self._weight
+        for value in map(operator.add, token_ids, itertools.count((self.num_tokens + 1) * _ODD + 1, _ODD)):
+            value += context_hash
+            value = (value ^ (value >> 31)) * 0x7FB5_D329_728E_A185 % _PRIME
+            value = (value ^ (value >> 27)) * 0x01DA_DEF4_BC2D_D44D % _PRIME
+            context_hash = (context_hash + weight * (value ^ (value >> 33))) % _PRIME
+            weight = weight * _BASE % _PRIME
+        self.hash, self._weight = context_hash, weight
+        self.num_tokens += len(token_ids)
 
 
 def _mix(value: int) -> int:
@@ -437,11 +454,10 @@ def expected_tokens(
     Stop tokens do not end it (callers cut there), nor does `params.max_tokens`.
     """
     context = _Context(0, 0, 1)
-    for token_id in prompt:
-        context.append(token_id)
+    context.extend(prompt)
     output: list[int] = []
     for index in range(num_tokens):
         sampled = choose(context.hash, params, index, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
         output.append(sampled.token_id)
-        context.append(sampled.token_id)
+        context.extend(output[-1:])
     return output
