@@ -46,13 +46,14 @@ demo: $(STAMP)
 serve: $(STAMP)
 	@$(BIN)/tandem serve --config configs/local.yaml $(ARGS)
 
-# Whole clusters wait more than they compute (for time limits, for processes to start): four files of them share the
-# machine, however many cores it has. The other tests compute. Not in order of size: what only waits comes last.
+# Whole clusters wait more than they compute (for time limits, for processes to start): five files of them share the
+# machine, however many cores it has. The other tests compute. Not in order of size: what only waits comes last
+# (and what would be a long last one comes first, see tests/conftest.py).
 # Those with constant streams compute too, and go two by two. Whether requests are in time under overload is asked alone:
 # others would be the overload. LONG_TESTS=1 adds what takes minutes.
 test: $(STAMP)
 	@$(BIN)/pytest -n auto --dist loadfile tests/unit tests/simulation tests/integration/test_simulate_command.py $(ARGS)
-	@$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder tests/integration \
+	@$(BIN)/pytest -n 5 --dist loadfile --no-loadscope-reorder tests/integration \
 		--ignore tests/integration/test_simulate_command.py --ignore tests/integration/test_overload.py \
 		--ignore tests/integration/test_operations.py --ignore tests/integration/test_migration.py $(ARGS)
 	@$(BIN)/pytest -n 2 --dist loadfile tests/integration/test_operations.py tests/integration/test_migration.py $(ARGS)

@@ -31,7 +31,12 @@ settings.register_profile(
 settings.load_profile("tandem")
 
 
+#: Files that start one cluster after the other, and by name would be the last, with nothing left to run beside them.
+LONG_ONES = ("test_weights.py", "test_store.py", "test_store_faults.py", "test_many_models.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG_ONES)
     needy = [item for item in items if item.get_closest_marker("gpu") is not None]
     if needy and not _has_gpu():
         for item in needy:

@@ -145,6 +145,7 @@ async def settled(cluster: ClusterProcess) -> dict[str, int]:
         return before
 
 
+@pytest.mark.timeout(300)
 async def test_five_turns_compute_and_move_what_is_new(oracle: Oracle, tmp_path: Path) -> None:
     settings = overrides(tmp_path, **{"transfer.probe": "false"})
     async with running_cluster(model=oracle.model_dir, config="configs/local.yaml", overrides=settings) as cluster:

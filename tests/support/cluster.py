@@ -42,6 +42,10 @@ STOP_TIMEOUT_S = 30.0
 
 TANDEM = (sys.executable, "-c", "from cluster.cli import main; main()")
 
+#: Of each worker, where a test does not say. Its pages are made when it starts: half a gigabyte takes longer than the
+#: rest of it.
+KV_MEMORY = "64MiB"
+
 #: Output kept for the message of a failing test.
 MAX_OUTPUT_LINES = 400
 
@@ -211,11 +215,15 @@ def _is_ours(process: psutil.Process) -> bool:
 
 def serve_arguments(model: str | Path | None, config: str | Path | None, overrides: Mapping[str, str]) -> list[str]:
     """`overrides`: keys of the configuration tree, such as "pools.decode.workers". There is no store unless one is
-    asked for: most tests count processes, blocks and bytes of the others. `model` None: `models` says it."""
+    asked for: most tests count processes, blocks and bytes of the others. Workers of the shipped files have small KV
+    pools unless something is said of those. `model` None: `models` says it."""
     arguments = [] if model is None else ["--model", str(model)]
     if config is not None:
         arguments += ["--config", str(config)]
-    for key, value in {"store.dram": "null", **overrides}.items():
+    given = {"store.dram": "null"}
+    if (config is None or str(config).startswith("configs/")) and not any(".kv_" in key for key in overrides):
+        given["pools.*.kv_memory"] = KV_MEMORY
+    for key, value in {**given, **overrides}.items():
         arguments += ["--set", f"{key}={value}"]
     return arguments
 
