@@ -117,7 +117,8 @@ def _spoiling(folder: Path) -> Generator[None]:
                 port = asyncio.run_coroutine_threadsafe(divert(host, bound.port), loop).result(_DIVERT_TIMEOUT_S)
                 return rewrite_address(blob, "127.0.0.1", port)
 
-            super().__init__(**options | {"interface": "127.0.0.2", "advertise": advertise})
+            options |= {"interface": "127.0.0.2", "advertise": advertise}
+            super().__init__(**options)
 
     with mock.patch.object(collective, "CollectiveTransport", Diverted):
         yield
