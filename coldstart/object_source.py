@@ -156,13 +156,17 @@ class ObjectFolder:
             # However it ends, no task is left that writes into the caller's memory.
             async with asyncio.TaskGroup() as group:
                 for start in range(0, len(view), step):
-                    piece = view[start : start + step]
-                    group.create_task(self._read_piece(file, offset + start, piece, deadline_s))
+                    group.create_task(self._read_piece(file, offset + start, view[start : start + step], deadline_s))
         except BaseExceptionGroup as failed:
             raise _first(failed) from None
 
     async def _read_piece(self, file: RemoteFile, offset: int, view: memoryview, deadline_s: float) -> None:
-        """From where the last request broke on, until all is here."""
+        """From where the last request broke on, until all is here. Lets go of `view`, however it ends: a task that is
+        done is still there for a moment, and the caller may want to unmap its memory by then."""
+        with view:
+            await self._read_on(file, offset, view, deadline_s)
+
+    async def _read_on(self, file: RemoteFile, offset: int, view: memoryview, deadline_s: float) -> None:
         done = num_fruitless = 0
         while done < len(view):
             progress = _Progress()
@@ -170,7 +174,8 @@ class ObjectFolder:
                 async with self._slots:
                     left_s = max(0.0, deadline_s - self._clock.now_s())
                     async with asyncio.timeout(min(left_s, self._settings.request_timeout_s)):
-                        await self._request(file, offset + done, view[done:], progress, careful=num_fruitless > 0)
+                        with view[done:] as rest:
+                            await self._request(file, offset + done, rest, progress, careful=num_fruitless > 0)
                 done += progress.num_bytes
             except (store_errors.BaseError, OSError, TimeoutError, Failed) as error:
                 done += progress.num_bytes
@@ -251,7 +256,10 @@ class ObjectSource:
         return self._file.num_bytes
 
     def read_into(self, offset: int, into: Buffer) -> None:
-        view = memoryview(into).cast("B")
+        with memoryview(into) as whole, whole.cast("B") as view:
+            self._read_into(offset, view)
+
+    def _read_into(self, offset: int, view: memoryview) -> None:
         if offset < 0 or offset + len(view) > self.num_bytes:
             raise LoadError(f"{self.name}: has {self.num_bytes} bytes, not {offset} + {len(view)}")
         if not len(view):
