@@ -67,8 +67,8 @@ def has_nixl() -> bool:
 
 def warm_up() -> None:
     """Imports what the transports of this machine need, and starts nothing. What is missing is told by who needs it."""
-    import kvtransfer.collective
-    import kvtransfer.ucx  # noqa: F401
+    for module in ("kvtransfer.collective", "kvtransfer.ucx"):
+        importlib.import_module(module)
     from kvtransfer.ucx_agent import preload
 
     with contextlib.suppress(ConfigError):

@@ -69,7 +69,7 @@ class Site:
         with WeightLoader(
             WeightsKey(folder=str(folder), dtype="auto"),
             None,
-            progress=lambda *_: None,
+            progress=lambda _what, _done, _total: None,
             log=self.said.append,
             open_far=lambda far: (ObjectFolder(far.url, clock=LiveClock(), rng=random.Random(0)), self.tier()),
         ) as loader:
