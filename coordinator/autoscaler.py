@@ -57,9 +57,6 @@ _PREWARMED = RarePath("coordinator.pool_prewarmed", "a worker is started before 
 _TO_ZERO = RarePath("coordinator.pool_to_zero", "an idle pool is left without its last worker")
 _LENT = RarePath("coordinator.worker_lent", "a worker is lent to the other phase")
 _RETURNED = RarePath("coordinator.worker_given_back", "a lent worker goes home")
-_MOVED = RarePath(
-    "coordinator.worker_moved_away", "a busy worker moves to another machine for one that needs its memory"
-)
 _REFUSED = RarePath("coordinator.scaling_refused", "an operation that scaling wants cannot be begun")
 
 
@@ -279,7 +276,6 @@ class Autoscaler:
             return
         move, reason = found
         if self._begin(MoveOperation(worker_id=move.worker_id, to=move.to)):
-            _MOVED.reached()
             self._tell(f"pool {each.pool.name}: {move.worker_id} moves to {move.to}: {reason}", "apply", now_s)
             # What it had to offer is old; the next look offers anew.
             self.watch.room.offers.pop(each.pool.name, None)

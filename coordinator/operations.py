@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 __all__ = ["Operations"]
 
 _TAKEN_BACK = RarePath("coordinator.drain_taken_back", "an operation ended early, and its worker takes requests again")
+_MOVED = RarePath("coordinator.worker_moved", "another worker is up in the place of one that has stopped")
 _LIFE_ENDED = RarePath("coordinator.operated_life_ended", "a worker's life ended while an operation had it")
 
 
@@ -184,6 +185,8 @@ class Operations:
             self._end(run, *run.ends_as, now_s)
             return False
         if not run.waiting:
+            if isinstance(run.operation, MoveOperation):
+                _MOVED.reached()
             self._end(run, "done", outcome(run), now_s)
             return False
         worker_id = run.worker_id = run.waiting.popleft()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from coldstart.keep_alive import KeepRules
-from contracts.control_messages import FlipOperation, RemoveOperation, RestartOperation
+from contracts.control_messages import FlipOperation, MoveOperation, RemoveOperation, RestartOperation
 from contracts.errors import TandemError
 from contracts.ids import WorkerId
 from contracts.requests import SamplingParams
@@ -50,6 +50,11 @@ LATEST_ASK_S = 28.0
 _MOST_AGENT_FAULTS = 3
 _MOST_WISHES = 2
 _WISH_CHANCE = 0.5
+_MOVE_AWAY_CHANCE = 0.7
+_MOVE_TRIES = 10
+_MOVE_AGAIN_S = 0.5
+#: Of a node agent's slots without a worker, and with none to come.
+_IDLE_STATES = ("absent", "stopped")
 #: Whoever strikes in the middle of something waits for that so long.
 _MIDWAY_PATIENCE_S = 6.0
 _MIDWAY_LOOK_S = 0.05
@@ -271,6 +276,39 @@ class Wish(Fault):
             await cluster.operate(self.operation)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveAway(Fault):
+    """An operator's wish that one worker takes the place of another one that runs, where there is such a pair."""
+
+    what: ClassVar[str] = "move of a worker"
+
+    #: Which of the pairs that there are then: within 0 and 1.
+    choice: float
+
+    async def strike(self, cluster: SimulatedCluster) -> None:
+        for _ in range(_MOVE_TRIES):
+            if await self._begin(cluster):
+                return
+            await asyncio.sleep(_MOVE_AGAIN_S)
+
+    async def _begin(self, cluster: SimulatedCluster) -> bool:
+        """False: there is no such pair, or the coordinator is away, or busy with one of them."""
+        agent = cluster.elastic_agent
+        states = {} if agent is None else agent.states
+        pairs = [
+            (worker_id, WorkerId(other))
+            for worker_id in sorted(cluster.elastic_workers_up())
+            for other, state in sorted(states.items())
+            if state in _IDLE_STATES and other.rpartition("-")[0] == worker_id.rpartition("-")[0]
+        ]
+        if pairs:
+            worker_id, to = pairs[int(self.choice * len(pairs))]
+            with suppress(TandemError):
+                await cluster.operate(MoveOperation(worker_id=WorkerId(worker_id), to=to))
+                return True
+        return False
+
+
 def draw_scaling_faults(rng: random.Random, cluster: ClusterSpec, *, over_s: float) -> tuple[Fault, ...]:
     """Of the agent, of the coordinator in the middle of operations, and by operators."""
     drawn: list[Fault] = []
@@ -297,6 +335,8 @@ def draw_scaling_faults(rng: random.Random, cluster: ClusterSpec, *, over_s: flo
         for _ in range(rng.randint(1, _MOST_WISHES)):
             worker_id = WorkerId(rng.choice(list(cluster.roles)))
             drawn.append(Wish(at_s=rng.uniform(0.0, over_s), for_s=0.0, operation=_wish(rng, worker_id)))
+    if rng.random() < _MOVE_AWAY_CHANCE:
+        drawn.append(MoveAway(at_s=rng.uniform(0.0, over_s), for_s=0.0, choice=rng.random()))
     return tuple(drawn)
 
 

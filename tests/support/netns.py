@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import subprocess
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -147,6 +148,12 @@ def _join(one: Machine, two: Machine) -> None:
         each.run("ip", "address", "add", f"{each.address}/24", "dev", INTERFACE)
         each.run("ip", "link", "set", "lo", "up")
         each.run("ip", "link", "set", INTERFACE, "up")
+    # The kernel tells of the carrier a moment later, and until then nothing uses the interface.
+    deadline_s = time.monotonic() + COMMAND_TIMEOUT_S
+    for each in (one, two):
+        while "state UP" not in each.run("ip", "-oneline", "link", "show", INTERFACE):
+            assert time.monotonic() < deadline_s, f"{INTERFACE} of {each.name} has no carrier"
+            time.sleep(0.02)
 
 
 def remove_namespace(name: str) -> None:
