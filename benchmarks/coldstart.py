@@ -382,7 +382,7 @@ def _end(number: int, _: object) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="0.5 GB and fewer rounds: under a minute")
+    parser.add_argument("--quick", action="store_true", help="0.5 GB and fewer rounds: a minute or two")
     parser.add_argument("--peer-python", type=Path, help="interpreter that has the other loaders")
     parser.add_argument("--folder", type=Path, help="where to write, on the disk that is meant; default: the system's")
     parser.add_argument("--rounds", type=int, help="of the main comparison; default 5, with --quick 3")
