@@ -15,22 +15,21 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import mmap
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
+from benchmarks.child import REPO, Child
 from benchmarks.coldstart_model import FULL, QUICK, write_model
 from benchmarks.coldstart_ready import (
     cold_first_tokens,
@@ -48,7 +47,6 @@ from coldstart.format import read_index
 from coldstart.memory import address_of
 
 MIB = 1 << 20
-REPO = Path(__file__).parents[1]
 OWN_PEERS = ("torch", "safetensors")
 OTHER_PEERS = ("fastsafetensors", "runai", "tensorizer")
 #: What each step of ours adds, in order (ServerlessLLM, OSDI'24, figure 7).
@@ -80,57 +78,6 @@ class Side:
     @property
     def rates(self) -> list[float]:
         return [self.num_bytes / took_s / 1e9 for took_s in self.took_s]
-
-
-class Child:
-    """A process that loads when told to."""
-
-    def __init__(self, command: list[str]) -> None:
-        #: Told only where the child fails.
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the child
-        self._process = subprocess.Popen(
-            command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
-
-    def why_not(self) -> str | None:
-        """None once it is ready."""
-        line = self._line()
-        return None if line == "ready" else line or "it ended"
-
-    def ask(self, words: str) -> dict[str, float]:
-        """Raises RuntimeError with what the child said last when it cannot."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(f"{words}\n")
-            self._process.stdin.flush()
-        line = self._line()
-        if not line.startswith("{"):
-            raise RuntimeError(f"{words}: {line or self._last_words()}")
-        answer: dict[str, float] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """Idempotent."""
-        if not self._errors.closed:
-            with suppress(BrokenPipeError):
-                self._process.communicate()
-            self._errors.close()
-
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines()
-        return f"it ended with {code}: {lines[-1] if lines else 'without a word'}"
-
-    def _line(self) -> str:
-        """Some libraries print to the same place: only what we asked for counts."""
-        assert self._process.stdout is not None
-        last = ""
-        while line := self._process.stdout.readline():
-            last = line.strip()
-            if last == "ready" or last.startswith("{") or "Error" in last:
-                break
-        return last
 
 
 def make_cold(folder: Path) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import mmap
 import os
 import random
@@ -36,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import obstore
 
+from benchmarks.child import REPO, Child
 from benchmarks.coldstart_model import FULL, QUICK, write_model
 from benchmarks.report import finish, print_table, spread
 from coldstart.convert import convert
@@ -63,7 +63,6 @@ PIECE_BYTES = 8 * MIB
 SIDE_BY_SIDE = 16
 START_TIMEOUT_S = 10.0
 WEIGHTS = "weights-00001-of-00001.tandem"
-REPO = Path(__file__).parents[1]
 
 _NGINX = """
 {user}
@@ -184,52 +183,19 @@ class Sides:
         return LocalTier(folder, capacity_bytes=1 << 40, files=LiveTierFiles(), clock=LiveBlockingClock())
 
 
-class Runai:
-    """A process that loads the original's safetensors over S3, once for each line."""
-
-    def __init__(self, python: Path, port: int) -> None:
-        environ = {
-            **os.environ,
-            "AWS_ACCESS_KEY_ID": "benchmark",
-            "AWS_SECRET_ACCESS_KEY": "benchmark-secret",
-            "AWS_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
-            "RUNAI_STREAMER_CONCURRENCY": str(SIDE_BY_SIDE),
-        }
-        script = str(REPO / "benchmarks" / "coldstart_peers.py")
-        self._process = subprocess.Popen(
-            [python, script, "runai-s3", "s3://original"],
-            env=environ,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self.problem = "" if (line := self._line()) == "ready" else line or "it ended"
-
-    def load(self) -> dict[str, float]:
-        assert self._process.stdin is not None
-        self._process.stdin.write("load\n")
-        self._process.stdin.flush()
-        line = self._line()
-        if not line.startswith("{"):
-            raise RuntimeError(line or "it ended")
-        answer: dict[str, float] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        last = ""
-        while line := self._process.stdout.readline():
-            last = line.strip()
-            if last == "ready" or last.startswith("{") or "Error" in last:
-                break
-        return last
+def runai_child(python: Path, port: int) -> Child:
+    """Loads the original's safetensors over S3 for each line."""
+    environ = {
+        **os.environ,
+        "AWS_ACCESS_KEY_ID": "benchmark",
+        "AWS_SECRET_ACCESS_KEY": "benchmark-secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
+        "RUNAI_STREAMER_CONCURRENCY": str(SIDE_BY_SIDE),
+    }
+    script = str(REPO / "benchmarks" / "coldstart_peers.py")
+    return Child([str(python), script, "runai-s3", "s3://original"], environ)
 
 
 def _timed(do: Callable[[], object]) -> dict[str, float]:
@@ -257,12 +223,12 @@ def run(folder: Path, arguments: argparse.Namespace, stack: ExitStack) -> None:
         "tier first": sides.tier_first,
     }
     if arguments.peer_python is not None:
-        runai = Runai(arguments.peer_python, nginx.port)
+        runai = runai_child(arguments.peer_python, nginx.port)
         stack.callback(runai.close)
-        if runai.problem:
-            print(f"left out: runai ({runai.problem})")
+        if (problem := runai.why_not()) is not None:
+            print(f"left out: runai ({problem})")
         else:
-            ways["runai"] = runai.load
+            ways["runai"] = lambda: runai.ask("load")
     else:
         print("left out: runai (no --peer-python)")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}

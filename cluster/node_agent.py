@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Self
 
+from cluster.background import in_background
 from cluster.guard import Guard
 from cluster.keeper import REPORT_LOG_LINES, Keeper, WorkerPlan, WorkerStatus, is_for_cpu
 from cluster.process_log import ProcessLog
@@ -19,7 +20,7 @@ from cluster.uninterrupted import uninterrupted
 from contracts.errors import NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Sequence
+    from collections.abc import Callable, Container, Coroutine, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -61,6 +62,7 @@ class NodeAgent:
         self._weights = weights
         if weights is not None:
             weights.foresee([plan.launch for plan in plans])
+        self._say = say
         self.changed = asyncio.Event()
         #: The same, for whoever tells others of it.
         self.to_tell = asyncio.Event()
@@ -139,9 +141,9 @@ class NodeAgent:
             self._weights.start(self._guard)
         # Before the workers: those that start at once wait for it.
         if self._template is not None:
-            self._standing_by.append(asyncio.create_task(self._template.run(self._guard), name="template"))
+            self._stand_by(self._template.run(self._guard), "template")
         if self._standby is not None:
-            self._standing_by.append(asyncio.create_task(self._standby.run(self._guard), name="standby"))
+            self._stand_by(self._standby.run(self._guard), "standby")
         self._group = asyncio.TaskGroup()
         await self._group.__aenter__()
         self._tasks = [
@@ -149,6 +151,10 @@ class NodeAgent:
             for keeper in self._keepers
         ]
         return self
+
+    def _stand_by(self, work: Coroutine[object, object, None], name: str) -> None:
+        without = "workers start as programs of their own"
+        self._standing_by.append(in_background(work, name, self._say, without=without))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

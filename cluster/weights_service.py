@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from cluster.background import in_background
 from cluster.child import Child
 from cluster.launch import CompressorLaunch, Failed, Go, LoaderLaunch, Loading, Shrunk, Sized, Tried
 from cluster.launch import Filled as FilledStatus
@@ -84,8 +85,10 @@ class WeightsService:
     def start(self, guard: Guard) -> None:
         self._guard = guard
         self.cache.open()
-        self._running = asyncio.create_task(self.cache.run(), name="weights")
-        self._looking = asyncio.create_task(self._look(), name="weights-look")
+        without = "workers read their weights themselves"
+        self._running = in_background(self.cache.run(), "the weights' door", self._say, without=without)
+        without = "where weights lie is told as it was last"
+        self._looking = in_background(self._look(), "the look for weights", self._say, without=without)
 
     async def stop(self) -> None:
         if self._looking is not None:
